@@ -1,0 +1,36 @@
+# Needs make and Python 3.11 (`make PYTHON=/path/to/python3.11` names another one); everything else is installed into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo lab test
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(VENV)/installed  ## Create .venv and install everything into it
+
+# A later call starts at once, unless one of these files is newer than the last install
+$(VENV)/installed: settings.ini setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (3.11 is tried): make PYTHON=/path/to/python3.11")'
+	@echo 'Installing into $(VENV): a few minutes, once'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## Train a LoRA on the built-in tiny model and label held-out sounds with it
+	$(VENV)/bin/mdl_demo
+
+lab: install  ## Open the notebooks in JupyterLab
+	$(VENV)/bin/jupyter lab nbs
+
+# No step needs the network. Two notebooks run at a time with one thread each, then pytest with two threads
+test: export HF_HUB_OFFLINE := 1
+test: export TOKENIZERS_PARALLELISM := false
+test: install  ## Run every check: sync, lint, notebooks, pytest
+	tests/in_sync.sh
+	ruff check tests benchmarks docs setup.py
+	OMP_NUM_THREADS=1 nbdev_test --flags slow --n_workers 2 --do_print --timing
+	OMP_NUM_THREADS=2 python -m pytest tests -q --durations=10
