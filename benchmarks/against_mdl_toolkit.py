@@ -24,9 +24,11 @@ import numpy as np
 import psutil
 import soundfile as sf
 
+from mdl_nbdev.model import load_processor, save_model, tiny_model
+
 LABELS = ["beep", "chord", "noise", "sweep"]
 RATES = [8000, 16000, 44100]
-ANSWER_TOKENS = 32
+QUESTION, ANSWER_TOKENS = "What sound is this?", 32
 PEER, OURS, OUR_TARGETS = "MDL-Toolkit", "mdl_nbdev", "mdl_nbdev, its own LoRA targets"
 # What the peer adapts by default; ours takes it as --lora-target-modules
 PEER_TARGETS = "|".join([r"^audio_encoder\.blocks\.\d+\.attn\.(qkv|proj)$", r"^audio_projector\.net\.(0|2)$",
@@ -48,7 +50,7 @@ def make_clips(folder, n, seconds, batch_size, seed=0):
             t = np.arange(int(length * rate)) / rate
             wave = 0.3 * np.sin(2 * np.pi * rng.uniform(200, 3000) * t) + 0.05 * rng.standard_normal(len(t))
             sf.write(folder/f"{i:04}.wav", wave, rate, subtype="PCM_16")
-            rows.writerow([folder/f"{i:04}.wav", "What sound is this?", LABELS[i % len(LABELS)]])
+            rows.writerow([folder/f"{i:04}.wav", QUESTION, LABELS[i % len(LABELS)]])
     return folder/"clips.csv"
 
 
@@ -113,7 +115,10 @@ def our_tool(*train_options):
 
 def save_tiny(folder, seconds):
     "Save the tiny model, its remote code beside it, for both tools; the number of tokens of a prompt about a clip of `seconds`"
-    raise NotImplementedError
+    processor = load_processor("tiny")
+    save_model(tiny_model(), processor, folder)
+    clip, text = {"type": "audio", "audio": np.zeros(int(seconds * 16_000))}, {"type": "text", "text": QUESTION}
+    return len(processor.apply_chat_template([{"role": "user", "content": [clip, text]}], tokenize=True, add_generation_prompt=True)[0])
 
 
 def compare(folder, peer_python, n_clips, seconds, epochs, repeats, batch_size=8, infer_batch_size=32):

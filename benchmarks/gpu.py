@@ -16,21 +16,24 @@ from statistics import median
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from mdl_nbdev.chat import n_audio_tokens
+from mdl_nbdev.midashenglm import MiDashengLMConfig, n_audio_tokens
+from mdl_nbdev.model import adapt, tiny_config
 
 RATE = 16_000
 PROMPT, ANSWER = 24, 8 # text tokens around a clip, and after it
 
 
 def build(small, device):
-    "A model of the 7B (or the tiny) shape with random weights, made on `device`"
-    raise NotImplementedError
+    "A model of the 7B shape with random bfloat16 weights (or of the tiny one, float32), made on `device`"
+    config = tiny_config() if small else MiDashengLMConfig() # whose defaults are the 7B shape
+    with device: return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if small else torch.bfloat16)
 
 
-def adapt(model, checkpointing):
-    "LoRA of rank 32 on every linear layer of the encoder, the projector and the decoder"
-    raise NotImplementedError
+def adapted(model):
+    "`model`, LoRA of rank 32 put into every linear layer of its encoder, projector and decoder"
+    return adapt(model, rank=32).get_base_model()
 
 
 def batch(model, clips, seconds, answer=True):
@@ -93,10 +96,10 @@ def timed(f, device, repeats, warmup=2):
     return median(seconds[warmup:]), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def matrix_peak(device, size):
-    "Operations a second of one large bfloat16 matrix product on random data"
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / timed(lambda: a @ b, device, 10, 3)[0]
+def matrix_peak(device, dtype, side):
+    "Operations a second of one large matrix product on random data"
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / timed(lambda: a @ b, device, 10, 3)[0]
 
 
 def train(model, peak, seconds, clips, repeats):
@@ -136,7 +139,7 @@ def attempt(f, *args, **also):
 
 def sizes(small):
     "Settings of the rows: training (seconds, batch), generation (seconds, batch, new tokens), repeats, side of the matrices"
-    if small: return [(1, 2), (2, 2)], [(2, 1, 8), (2, 4, 8)], 2, 512
+    if small: return [(1, 2), (2, 2)], [(2, 1, 8), (2, 4, 8)], 1, 512
     return [(10, 8), (30, 8)], [(30, b, 100) for b in (1, 8, 32, 128, 200)], 5, 8192
 
 
@@ -145,18 +148,19 @@ def measure(small):
     device = torch.device("cpu" if small else "cuda")
     training, generation, repeats, side = sizes(small)
     torch.manual_seed(0)
-    peak, model = matrix_peak(device, side), build(small, device)
+    model = build(small, device)
+    peak = matrix_peak(device, model.dtype, side)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     out = {"date": datetime.date.today().isoformat(), "device": name, "python": platform.python_version(),
            **{p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")},
            "parameters": sum(p.numel() for p in model.parameters()), "matrix peak TFLOP/s": peak / 1e12}
     out["generation"] = [attempt(generate, model, peak, *row, repeats) for row in generation]
     out["training"] = []
-    adapted = adapt(model)
-    out["trainable parameters"] = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    model = adapted(model)
+    out["trainable parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     for checkpointing in (False, True):
-        checkpoint(adapted, checkpointing)
-        out["training"] += [attempt(train, adapted, peak, *row, repeats, checkpointing=checkpointing) for row in training]
+        if checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
+        out["training"] += [attempt(train, model, peak, *row, repeats, checkpointing=checkpointing) for row in training]
     return out
 
 

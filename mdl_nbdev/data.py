@@ -310,6 +310,10 @@ class CheckReport:
     hints:list[str]=field(default_factory=list) # What would mend many rows at once
 
     @property
+    def failed(self)->bool:
+        "Is there a bad row?"
+        return bool(self.bad)
+    @property
     def hours(self)->float:
         "Hours of audio in the rows with a good clip"
         return sum(self.seconds)/3600

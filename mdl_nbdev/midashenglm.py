@@ -118,7 +118,7 @@ def reflect_ends(
     out = F.pad(torch.cat([waveform[:, 1:pad+1].flip(1), waveform], 1), (0, pad))
     return out.scatter(1, n_samples[:, None] + pad + step, right)
 
-# %% ../nbs/05_midashenglm.ipynb #c22
+# %% ../nbs/05_midashenglm.ipynb #c21
 def log_mel(
     waveform:torch.Tensor, # [clips, samples] in [-1, 1], any floating type
     n_samples:torch.Tensor, # [clips] length of each clip, on the waveform's device
@@ -130,13 +130,13 @@ def log_mel(
         window, filters = _mel_constants(c.n_fft, c.win_length, c.n_mels, c.f_min, c.f_max, c.sample_rate, waveform.device)
         x = reflect_ends(waveform.float(), n_samples, c.n_fft//2)
         spec = torch.stft(x, c.n_fft, c.hop_length, c.win_length, window, center=False, return_complex=True)
-        power = filters @ (spec.real**2 + spec.imag**2)
+        power = filters @ spec.real.square().addcmul_(spec.imag, spec.imag)
         db = 10*power.clamp(min=1e-10).log10()
         real = torch.arange(db.shape[-1], device=db.device) <= (n_samples // c.hop_length)[:, None]
         top = db.masked_fill(~real[:, None], -float("inf")).amax((1, 2), keepdim=True)
         return db.maximum(top - 120)
 
-# %% ../nbs/05_midashenglm.ipynb #c26
+# %% ../nbs/05_midashenglm.ipynb #c25
 class _FrozenBatchNorm(nn.BatchNorm2d):
     "BatchNorm that always uses its running statistics, in float32"
     def train(self, mode=True): return super().train(False)
@@ -146,7 +146,7 @@ class _FrozenBatchNorm(nn.BatchNorm2d):
             return F.batch_norm(x.float(), self.running_mean.float(), self.running_var.float(), self.weight.float(),
                                 self.bias.float(), False, 0., self.eps)
 
-# %% ../nbs/05_midashenglm.ipynb #c27
+# %% ../nbs/05_midashenglm.ipynb #c28
 class _PatchEmbed(nn.Module):
     "One vector for each patch of 64 bands by 4 frames"
     def __init__(self, c):
@@ -163,7 +163,7 @@ class _LayerScale(nn.Module):
 
     def forward(self, x): return x * self.gamma
 
-# %% ../nbs/05_midashenglm.ipynb #c29
+# %% ../nbs/05_midashenglm.ipynb #c30
 class ChunkPlan(NamedTuple):
     "Where the chunks of a batch lie, one entry a chunk, clips in order"
     clip: torch.Tensor # Clip it is cut from
@@ -187,7 +187,7 @@ def plan_chunks(
     return ChunkPlan(clip, chunk, (patches[clip] - start).clamp(max=span), (n_samples[clip]//640 - start).clamp(1, span),
                      (used[clip] - start).clamp(max=span))
 
-# %% ../nbs/05_midashenglm.ipynb #c32
+# %% ../nbs/05_midashenglm.ipynb #c33
 class _Attention(nn.Module):
     "Self-attention within chunks"
     def __init__(self, c):
@@ -206,7 +206,7 @@ class _Attention(nn.Module):
             outs.append(out.transpose(1, 2).reshape(n*l, -1))
         return self.proj_drop(self.proj(outs[0] if len(outs) == 1 else torch.cat(outs)))
 
-# %% ../nbs/05_midashenglm.ipynb #c33
+# %% ../nbs/05_midashenglm.ipynb #c34
 class _Mlp(nn.Module):
     "Feed-forward part of a block"
     def __init__(self, c):
@@ -219,7 +219,9 @@ class _Mlp(nn.Module):
 
 class MiDashengAudioBlock(GradientCheckpointingLayer):
     "One transformer block of the audio encoder, with an optional LayerScale"
-    def __init__(self, c):
+    def __init__(self,
+        c:MiDashengAudioConfig, # The encoder's configuration
+    ):
         super().__init__()
         scale = (lambda: nn.Identity()) if c.init_values is None else (lambda: _LayerScale(c.embed_dim, c.init_values))
         self.norm1, self.attn, self.ls1 = nn.LayerNorm(c.embed_dim, eps=1e-6), _Attention(c), scale()
@@ -229,10 +231,13 @@ class MiDashengAudioBlock(GradientCheckpointingLayer):
         x = x + self.ls1(self.attn(self.norm1(x), layout))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
-# %% ../nbs/05_midashenglm.ipynb #c35
+# %% ../nbs/05_midashenglm.ipynb #c36
 class MiDashengAudioEncoder(nn.Module):
     "Waveforms to one vector per patch"
-    def __init__(self, c, fold=5):
+    def __init__(self,
+        c:MiDashengAudioConfig, # Its configuration
+        fold:int=5, # Patches in a token
+    ):
         super().__init__()
         self.config, self.fold, self.span = c, fold, c.target_length // c.patch_stride[1]
         self.time_pos_embed = nn.Parameter(torch.zeros(1, c.embed_dim, 1, self.span))
@@ -243,19 +248,23 @@ class MiDashengAudioEncoder(nn.Module):
         self.blocks = nn.ModuleList(MiDashengAudioBlock(c) for _ in range(c.depth))
         self.norm = nn.LayerNorm(c.embed_dim, eps=1e-6)
 
-    def forward(self, waveform, n_samples): # [clips, samples] floats; [clips] int64 on the CPU, at least 3200
+    def forward(self,
+        waveform:torch.Tensor, # [clips, samples] in [-1, 1]
+        n_samples:torch.Tensor, # [clips] int64 on the CPU, each at least 3200
+    )->torch.Tensor: # [patches of all clips, features]
+        "Encode the patches that make up tokens, clip after clip"
         mel = log_mel(waveform, n_samples.to(waveform.device), self.config)
         x, layout, order = self.embed_chunks(mel, plan_chunks(n_samples, self.span, self.fold))
         for block in self.blocks: x = block(x, layout)
-        return self.norm(x.index_select(0, order))
+        return self.norm(x.index_select(0, order.to(x.device)))
 
     def embed_chunks(self, mel, plan): # Flat patch embeddings, attention layout, and the index of used patches in clip order
         wide, dev = 4*self.span, mel.device
         mel = F.pad(mel, (0, -mel.shape[2] % wide)).unflatten(2, (-1, wide))
         parts, layout, base, at = [], [], torch.empty_like(plan.clip), 0
-        for part in ((plan.keys == self.span), (plan.keys < self.span)):
-            i = part.nonzero().squeeze(1)
-            if not len(i): continue
+        group = torch.where(plan.keys == self.span, 0, 1 + (plan.width - 1)//64)
+        for g in group.unique():
+            i = (group == g).nonzero().squeeze(1)
             l = int(plan.width[i].max())
             x = mel[plan.clip[i].to(dev), :, plan.chunk[i].to(dev), :4*l]
             x = self.patch_embed(self.init_bn(x[:, :, None]).transpose(1, 2))
@@ -268,19 +277,23 @@ class MiDashengAudioEncoder(nn.Module):
             at += l*len(i)
         used = plan.used
         order = torch.arange(int(used.sum())) + (base - used.cumsum(0) + used).repeat_interleave(used)
-        return torch.cat(parts), layout, order.to(dev)
+        return torch.cat(parts), layout, order
 
-# %% ../nbs/05_midashenglm.ipynb #c36
+# %% ../nbs/05_midashenglm.ipynb #c40
 class MiDashengAudioProjector(nn.Module):
     "Fold `k` patches into one vector of the decoder's size"
-    def __init__(self, dim, hidden, k=5):
+    def __init__(self,
+        dim:int, # Features of a patch
+        hidden:int, # Features of a token in the decoder
+        k:int=5, # Patches in a token
+    ):
         super().__init__()
         self.k = k
         self.net = nn.Sequential(nn.Linear(k*dim, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
     def forward(self, x): return self.net(x.reshape(-1, self.k*x.shape[-1]))
 
-# %% ../nbs/05_midashenglm.ipynb #c38
+# %% ../nbs/05_midashenglm.ipynb #c43
 LOSS_LOGITS = 2**25 # Logits in one piece of the loss: 128 MiB in float32
 
 def labelled_loss(
@@ -288,32 +301,30 @@ def labelled_loss(
     labels:torch.Tensor, # [rows, positions], -100 where nothing is to be learned
     lm_head:nn.Module, # Features to logits
     vocab_size:int, # Width of the logits
-    num_items=None, # Divide by this rather than by the number of labels in the batch
+    num_items=None, # Divide by this, as a number or a tensor, rather than by the number of labels in the batch
 )->torch.Tensor: # A float32 scalar; 0 if there is no label
     "Cross entropy of the next token at labelled positions"
     target = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden.device)
     at = (target != -100).nonzero().squeeze(1)
     hidden, target = hidden.flatten(0, 1).index_select(0, at), target[at]
-    def piece(h, t): return F.cross_entropy(lm_head(h).float(), t, reduction="sum")
+    def piece(h, t):
+        logits = lm_head(h)
+        return F.cross_entropy(logits.float(), t.to(logits.device), reduction="sum")
     rows = max(1, LOSS_LOGITS // vocab_size)
     if len(at) <= rows: total = piece(hidden, target)
     else: total = sum(checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(rows), target.split(rows)))
     if num_items is None: num_items = max(1, len(at))
     return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
 
-# %% ../nbs/05_midashenglm.ipynb #c41
-def _positions(attention_mask, n): # Position ids of the last `n` columns: padding, left or right, does not count
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n:]
-
+# %% ../nbs/05_midashenglm.ipynb #c46
 class MiDashengLMPreTrainedModel(PreTrainedModel):
-    "What transformers must know of the model to load, split, checkpoint and quantise it"
+    "What the library must know of the model"
     config_class = MiDashengLMConfig
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
+    supports_gradient_checkpointing = accepts_loss_kwargs = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ["MiDashengAudioBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["running_mean", "running_var"]
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -322,43 +333,53 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
             nn.init.trunc_normal_(module.freq_pos_embed, std=0.02)
         if isinstance(module, _LayerScale): nn.init.constant_(module.gamma, module.init)
 
-# %% ../nbs/05_midashenglm.ipynb #c42
-class _Audio:
-    "How clips become embeddings and where they go"
+    def get_input_embeddings(self): return self.decoder.get_input_embeddings()
+    def set_input_embeddings(self, value): self.decoder.set_input_embeddings(value)
+    def get_output_embeddings(self): return self.decoder.get_output_embeddings()
+    def set_output_embeddings(self, value): self.decoder.set_output_embeddings(value)
+
+# %% ../nbs/05_midashenglm.ipynb #c48
+class _Listening:
+    "Clips to embeddings, and embeddings to their places"
     def encode_audio(self,
-        input_values:torch.Tensor, # [clips, samples] floats in [-1, 1] or int16
+        input_values:torch.Tensor, # [clips, samples] floats in [-1, 1], or int16
         audio_length:torch.Tensor=None, # [clips] samples of each clip; whole rows if not given
     )->torch.Tensor: # [audio tokens of all clips, hidden]
-        "Embeddings of the audio tokens of all clips, one after the other"
+        "Embeddings of the audio tokens, clip after clip"
         x = input_values
         n = torch.full((len(x),), x.shape[1]) if audio_length is None else audio_length.reshape(-1).long().cpu()
         if len(n) != len(x) or int(n.max()) > x.shape[1]:
             raise ValueError(f"audio_length {n.tolist()} does not fit input_values of shape {list(x.shape)}")
-        x = x.to(self.audio_encoder.time_pos_embed.device)
+        x = x[:, :int(n.max())].to(self.audio_encoder.time_pos_embed.device)
         x = x.float() / 32768 if x.dtype == torch.int16 else x.float()
-        if int(n.min()) < MIN_SAMPLES: # zeros up to 0.2 s
-            short = torch.arange(x.shape[1], device=x.device) >= n[:, None].to(x.device)
-            x = F.pad(x.masked_fill(short, 0.), (0, max(0, MIN_SAMPLES - x.shape[1])))
-            n = n.clamp(min=MIN_SAMPLES)
-        return self.audio_projector(self.audio_encoder(x[:, :int(n.max())], n))
+        if int(n.min()) < MIN_SAMPLES:
+            beyond = torch.arange(x.shape[1], device=x.device) >= n[:, None].to(x.device)
+            x = F.pad(x.masked_fill(beyond, 0.), (0, max(0, MIN_SAMPLES - x.shape[1])))
+        return self.audio_projector(self.audio_encoder(x, n.clamp(min=MIN_SAMPLES)))
 
-    def embed(self, input_ids, input_values=None, audio_length=None): # [rows, positions, hidden]
-        "Token embeddings, with the clips' embeddings at the positions of `<|AUDIO|>`"
+    def embed(self,
+        input_ids:torch.Tensor, # [rows, positions]
+        input_values:torch.Tensor=None, # [clips, samples]
+        audio_length:torch.Tensor=None, # [clips]
+    )->torch.Tensor: # [rows, positions, hidden]
+        "Token embeddings, with those of the clips in the places of `<|AUDIO|>`"
         embeds = self.get_input_embeddings()(input_ids)
         audio = embeds.new_zeros(0, embeds.shape[-1])
         if input_values is not None and len(input_values): audio = self.encode_audio(input_values, audio_length)
-        elif torch.distributed.is_available() and torch.distributed.is_initialized(): # every rank runs every module
+        elif torch.distributed.is_available() and torch.distributed.is_initialized():
             audio = self.encode_audio(embeds.new_zeros(1, MIN_SAMPLES))[:0]
         at = (input_ids == self.config.audio_token_id).flatten().nonzero().squeeze(1)
         if len(at) != len(audio):
-            raise ValueError(f"the text has {len(at)} audio tokens, the clips make {len(audio)}")
-        flat = embeds.flatten(0, 1).index_copy(0, at, audio.to(embeds.device, embeds.dtype))
+            raise ValueError(f"the text has {len(at)} audio tokens (id {self.config.audio_token_id}), the clips make {len(audio)}")
+        flat = embeds.flatten(0, 1).index_copy(0, at.to(embeds.device), audio.to(embeds.device, embeds.dtype))
         return flat.view_as(embeds)
 
-# %% ../nbs/05_midashenglm.ipynb #c43
-class MiDashengLMModel(_Audio, MiDashengLMPreTrainedModel, GenerationMixin):
-    "MiDashengLM: audio encoder, projector, and a causal language model that answers"
-    def __init__(self, config:MiDashengLMConfig):
+# %% ../nbs/05_midashenglm.ipynb #c50
+class MiDashengLMModel(_Listening, MiDashengLMPreTrainedModel, GenerationMixin):
+    "MiDashengLM: an audio encoder, a projector, and a causal language model that answers"
+    def __init__(self,
+        config:MiDashengLMConfig, # Shape of all three parts
+    ):
         super().__init__(config)
         a, t = config.audio_encoder_config, config.text_config
         self.audio_encoder = MiDashengAudioEncoder(a, config.subsample_factor)
@@ -366,39 +387,33 @@ class MiDashengLMModel(_Audio, MiDashengLMPreTrainedModel, GenerationMixin):
         self.decoder = (Qwen3ForCausalLM if t.model_type == "qwen3" else Qwen2ForCausalLM)(t)
         self.post_init()
 
-    def get_input_embeddings(self): return self.decoder.get_input_embeddings()
-    def set_input_embeddings(self, value): self.decoder.set_input_embeddings(value)
-    def get_output_embeddings(self): return self.decoder.get_output_embeddings()
-    def set_output_embeddings(self, value): self.decoder.set_output_embeddings(value)
-
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, input_values=None, audio_length=None, labels=None, position_ids=None,
                 past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None, num_items_in_batch=None, **kwargs):
+        "Loss or logits of the rows [rows, positions] with their clips [clips, samples]; `num_items_in_batch` divides the loss"
         if inputs_embeds is None:
-            later = past_key_values is not None and past_key_values.get_seq_length() > 0
-            inputs_embeds = (self.get_input_embeddings()(input_ids) if later and input_values is None
-                             else self.embed(input_ids, input_values, audio_length))
+            later = past_key_values is not None and past_key_values.get_seq_length() > 0 and input_values is None
+            inputs_embeds = self.get_input_embeddings()(input_ids) if later else self.embed(input_ids, input_values, audio_length)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            position_ids = _positions(attention_mask, inputs_embeds.shape[1])
-        out = self.decoder.model(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                                 inputs_embeds=inputs_embeds, use_cache=use_cache and labels is None, **kwargs)
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1]:]
+        out = self.decoder.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+                                 past_key_values=past_key_values, use_cache=use_cache if labels is None else False, **kwargs)
         hidden, loss, logits = out.last_hidden_state, None, None
         if labels is not None:
             loss = labelled_loss(hidden, labels, self.decoder.lm_head, self.config.text_config.vocab_size, num_items_in_batch)
         if labels is None or logits_to_keep is not None:
             keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(-(logits_to_keep or 0), None)
             logits = self.decoder.lm_head(hidden[:, keep])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values,
-                                      hidden_states=out.hidden_states, attentions=out.attentions)
+        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, input_ids=None, input_values=None, audio_length=None, **kwargs):
-        "Generate answers; returns the new tokens only. Takes what `GenerationMixin.generate` takes, and clips"
+        "New tokens for each row; takes what `GenerationMixin.generate` takes, and clips"
         ids = inputs if input_ids is None else input_ids
-        if ids is not None: kwargs["inputs_embeds"] = self.embed(ids, input_values, audio_length)
+        if ids is not None: kwargs["inputs_embeds"] = self.embed(ids.to(self.device), input_values, audio_length)
         return super().generate(None, *args, **kwargs)
 
-# %% ../nbs/05_midashenglm.ipynb #c45
+# %% ../nbs/05_midashenglm.ipynb #c60
 def _load_clip(source, sampling_rate=SAMPLE_RATE): # Path, URL or waveform -> mono float32 at `sampling_rate`
     if not isinstance(source, (str, os.PathLike)): return np.asarray(source, dtype=np.float32)
     source = os.fspath(source)
@@ -415,7 +430,7 @@ def _load_clip(source, sampling_rate=SAMPLE_RATE): # Path, URL or waveform -> mo
     except ImportError: raise ImportError(f"a clip at {rate} Hz must be resampled to {sampling_rate} Hz: pip install soxr") from None
     return soxr.resample(x, rate, sampling_rate)
 
-# %% ../nbs/05_midashenglm.ipynb #c46
+# %% ../nbs/05_midashenglm.ipynb #c61
 def _clips_of(conversations): # Sources of all audio parts, in order
     parts = [p for c in conversations for m in c if not isinstance(m["content"], str) for p in m["content"]]
     sources = [next((p[k] for k in ("audio", "path", "url") if k in p), None) for p in parts if p["type"] == "audio"]
@@ -442,11 +457,17 @@ class _ChatTemplate:
         out = self(text, [_load_clip(s) for s in _clips_of(convs)] or None, **call)
         return out if return_dict else out["input_ids"]
 
-# %% ../nbs/05_midashenglm.ipynb #c47
+# %% ../nbs/05_midashenglm.ipynb #c62
 class MiDashengLMProcessor(_ChatTemplate, ProcessorMixin):
     "Text and clips to the model's inputs"
-    def __init__(self, feature_extractor, tokenizer, audio_token="<|AUDIO|>", audio_bos_token="<|audio_bos|>",
-                 audio_eos_token="<|audio_eos|>", chat_template=None):
+    def __init__(self,
+        feature_extractor, # A `Wav2Vec2FeatureExtractor` that does not normalise: it records the sampling rate
+        tokenizer, # The decoder's tokenizer
+        audio_token="<|AUDIO|>", # Stands for a clip in a prompt
+        audio_bos_token="<|audio_bos|>", # Comes before a clip
+        audio_eos_token="<|audio_eos|>", # Comes after a clip
+        chat_template=None, # The tokenizer's own if not given
+    ):
         self.audio_token, self.audio_bos_token, self.audio_eos_token = audio_token, audio_bos_token, audio_eos_token
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
@@ -486,7 +507,7 @@ class MiDashengLMProcessor(_ChatTemplate, ProcessorMixin):
             out.update(input_values=x, audio_length=np.array(n))
         return BatchFeature(out, tensor_type=return_tensors)
 
-# %% ../nbs/05_midashenglm.ipynb #c49
+# %% ../nbs/05_midashenglm.ipynb #c66
 MiDashengLMConfig.register_for_auto_class()
 MiDashengLMModel.register_for_auto_class("AutoModelForCausalLM")
 MiDashengLMProcessor.register_for_auto_class()

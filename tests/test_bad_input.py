@@ -1,0 +1,477 @@
+"Whatever is wrong with the input: one clear message, exit code 2, no traceback, and nothing lost"
+import csv
+import hashlib
+import http.server
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from mdl_nbdev import audio, cli
+from mdl_nbdev.sounds import make_sounds
+
+
+# --- How a command ends
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    "Tests run in a folder of their own, with a cache of their own, without the hub and with little patience"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(audio.fetch, "__defaults__", (5000, 0.5, 2., 0)) # max_bytes, timeout, deadline, retries
+
+
+def digests(folder="."):
+    "Path -> digest of every file"
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).rglob("*") if p.is_file() and "cache" not in p.parts}
+
+
+def check_message(command, err):
+    "The one message that a command printed, progress bars left out"
+    text = "\n".join(line.split("\r")[-1] for line in err.split("\n") if not re.search(r"it/s|row/s|clip/s|\d+%\|", line.split("\r")[-1]))
+    assert "Traceback" not in err, err
+    assert len(re.findall(f"^{command}: ", text, re.M)) == 1, text
+    message = text[text.index(f"{command}: ")+len(command)+2:].strip()
+    assert text.strip() == f"{command}: {message}", f"more than the message: {text}"
+    return message
+
+
+def refused(capfd, command, *args, lost=()):
+    "Run a command that must refuse its input with exit code 2; gives its message"
+    before = digests()
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as e: getattr(cli, command)([str(a) for a in args])
+    out, err = capfd.readouterr()
+    after = digests()
+    assert {p: after.get(p) for p in before} == before, "a file was changed or removed"
+    assert e.value.code == 2, (e.value.code, out, err)
+    return check_message(command, err) if command != "mdl_check" or err.startswith("mdl_check: ") else out
+
+
+def run(command, *args, **env):
+    "Run a command as a process of its own"
+    code = f"import sys; from mdl_nbdev.cli import {command}; {command}()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
+
+
+# --- Tables that can't be read
+
+def text(content, name="rows.csv"):
+    def make():
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return name
+    return make
+
+
+def folder():
+    Path("folder.csv").mkdir()
+    return "folder.csv"
+
+
+def under_a_file():
+    Path("file").write_text("x")
+    return "file/rows.csv"
+
+
+tables = {
+    "no such file": (lambda: "nowhere.csv", r"nowhere.csv: no such file|nowhere.csv: No such file"),
+    "under a file": (under_a_file, "file/rows.csv: (not|Not) a directory"),
+    "empty": (text(""), "rows.csv: the file is empty; it needs a header with the columns audio"),
+    "header only": (text("audio,prediction\n"), "rows.csv: a header and no rows; add rows"),
+    "missing column": (text("path,prediction\na.wav,x\n"), "rows.csv:1: no column audio; found 'path', 'prediction'"),
+    "semicolons": (text("audio;prediction\na.wav;x\n"), "rows.csv:1: .*semicolons"),
+    "a folder": (folder, "folder.csv: "),
+    "a recording": (text(b"RIFF\x24\x10\x00\x00WAVEfmt \x10\x00\x00\x00\xff\xfe\n\x00\x00\n", "clip.wav"), r"clip.wav:\d: "),
+    "UTF-16": (text("audio,prediction\na.wav,x\n".encode("utf-16")), "rows.csv:1: .*not UTF-8.*iconv"),
+    "broken rows": (text('audio,prediction\na.wav,x,y\nb.wav\n"c.wav,x\n'), "rows.csv:2: 3 cells.*\n *rows.csv:3: 1 cell,.*\n *rows.csv:4: .*never closed"),
+    "unreadable": (lambda: "/proc/self/mem", "/proc/self/mem: "),
+}
+commands = {
+    "check": ("mdl_check",),
+    "convert": ("mdl_convert", "--model-name", "tiny", "--output", "out"),
+    "train": ("mdl_train", "--model-name", "tiny", "--output", "out", "--train-dataset"),
+    "infer": ("mdl_infer", "--model-name", "tiny", "--output", "out.csv", "--max-new-tokens", "1"),
+    "eval set": ("mdl_train", "--model-name", "tiny", "--output", "out", "--train-dataset", "sounds.csv", "--eval-dataset"),
+}
+
+
+def given(command, path):
+    "The arguments of a command that reads a table"
+    name, *args = commands[command]
+    if "sounds.csv" in args: make_sounds(".", 3)
+    return [name, *args, path]
+
+
+@pytest.mark.parametrize("name", tables)
+@pytest.mark.parametrize("command", commands)
+def test_tables(capfd, command, name):
+    make, message = tables[name]
+    assert re.search(message, refused(capfd, *given(command, make()))), name
+    assert not list(Path(".").glob("out/final*")) and not Path("out.csv").exists()
+    assert command != "convert" or not Path("out").exists()
+
+
+# --- Clips that can't be used
+
+def wav(name, seconds=0.3, rate=16000, **kwargs):
+    sf.write(name, np.sin(np.arange(int(seconds*rate))/9)/2, rate, **kwargs)
+    return name
+
+
+def truncated():
+    whole = Path(wav("cut.wav")).read_bytes()
+    Path("cut.wav").write_bytes(whole[:len(whole)//2])
+    return "cut.wav"
+
+
+def not_a_number():
+    x = np.sin(np.arange(5000)/9)/2
+    x[2500] = np.nan
+    sf.write("nan.wav", x, 16000, subtype="FLOAT")
+    return "nan.wav"
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/missing.wav": return self.send_error(404)
+        if self.path == "/broken.wav": return self.send_error(500)
+        self.send_response(200)
+        if self.path == "/huge.wav": self.send_header("Content-Length", str(10**12))
+        self.end_headers()
+        if self.path == "/hangs.wav": time.sleep(3)
+        if self.path == "/endless.wav":
+            try:
+                for _ in range(200): self.wfile.write(bytes(1000))
+            except OSError: pass
+        if self.path == "/page.wav": self.wfile.write(b"<html>Please log in</html>")
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as s:
+        s.daemon_threads, s.block_on_close = True, False
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{s.server_port}"
+        s.shutdown()
+
+
+def made(make, *args, **kwargs):
+    def f():
+        make(*args, **kwargs)
+        return str(args[0]) if args else ""
+    return f
+
+
+def a_folder():
+    Path("dir.wav").mkdir()
+    return "dir.wav"
+
+
+local_clips = {
+    "no such file": (lambda: "nowhere.wav", "nowhere.wav: no such file"),
+    "a folder": (a_folder, "dir.wav: a folder"),
+    "empty": (text("", "empty.wav"), r"empty.wav: .*empty \(0 bytes\)"),
+    "not audio": (text("these are words, not sounds " * 99, "words.wav"), "words.wav: not readable as audio"),
+    "truncated": (truncated, "cut.wav: cut short"),
+    "NaN": (not_a_number, "nan.wav: .*NaN"),
+    "too long": (made(wav, "long.wav", seconds=2.5), r"long.wav: 2.5 s.* 2[; ].*--max-audio-seconds|long.wav: 2.5 s.*--max-audio-seconds 2;"),
+    "no sound": (made(wav, "none.wav", seconds=0), "none.wav: .*0 frames"),
+    "unknown address": (lambda: "ftp://example.org/a.wav", "ftp://example.org/a.wav: only http"),
+}
+remote_clips = {
+    "404": ("/missing.wav", "/missing.wav: the server answered 404"),
+    "500": ("/broken.wav", "/broken.wav: the server answered 500"),
+    "hangs": ("/hangs.wav", "/hangs.wav: .*(Timeout|not complete)"),
+    "too large": ("/huge.wav", "/huge.wav: over the limit of 5,000 bytes"),
+    "endless": ("/endless.wav", "/endless.wav: over the limit"),
+    "a web page": ("/page.wav", "/page.wav: not readable as audio"),
+    "no server": ("http://127.0.0.1:9/x.wav", "http://127.0.0.1:9/x.wav: Connect"),
+}
+
+
+def bad_clips(server):
+    "A table whose clips are all bad but for the first and the last, and what must be said of each line"
+    clips, messages = [wav("good1.wav")], []
+    for make, message in local_clips.values():
+        clips.append(make())
+        messages.append(message)
+    for path, message in remote_clips.values():
+        clips.append(path if "://" in path else server + path)
+        messages.append(message)
+    clips.append(wav("good2.wav"))
+    Path("rows.csv").write_text("audio,prediction\n" + "".join(f"{c},yes\n" for c in clips))
+    return {line: message for line, message in enumerate(messages, 3)}
+
+
+def lines_of(message): return {int(m[1]): m[2] for m in re.finditer(r"^ *rows.csv:(\d+): (.*)$", message, re.M)}
+
+
+@pytest.mark.parametrize("command", [c for c in commands if c != "infer"])
+def test_clips(capfd, command, server):
+    expected = bad_clips(server)
+    found = lines_of(refused(capfd, *given(command, "rows.csv"), "--max-audio-seconds", "2"))
+    assert list(found) == list(expected)
+    for line, message in expected.items(): assert re.search(message, found[line]), (line, found[line])
+    for message in found.values(): assert re.search("[:;] [a-z].*$", message), f"no remedy: {message}"
+
+
+def test_missing_answers(capfd):
+    "Training needs an answer in every row, inference does not"
+    wav("a.wav")
+    Path("rows.csv").write_text("audio,prediction\na.wav,yes\na.wav,\nnull,no\na.wav,null\na.wav,  \n")
+    for command in ["check", "convert", "train"]:
+        found = lines_of(refused(capfd, *given(command, "rows.csv")))
+        assert {line: "prediction" in reason for line, reason in found.items()} == {3: True, 4: False, 5: True, 6: True}
+
+
+def read(name):
+    with open(name, encoding="utf-8", newline="") as f: return list(csv.reader(f))
+
+
+def failed(capfd, command, *args):
+    "Run a command that does what it can and ends with exit code 2; gives its report"
+    before = digests()
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as e: getattr(cli, command)([str(a) for a in args])
+    out, err = capfd.readouterr()
+    assert e.value.code == 2, (out, err)
+    assert "Traceback" not in out + err
+    assert {p: d for p, d in digests().items() if p in before} == before
+    return out
+
+
+def test_inference_answers_the_other_rows(capfd, server):
+    expected = bad_clips(server)
+    with open("rows.csv", "a") as f: f.write("null,yes\n,yes\n")
+    report = failed(capfd, *given("infer", "rows.csv"), "--max-audio-seconds", "2")
+    head, *rows = read("out.csv")
+    rejects = {int(line): (int(row), clip, reason) for row, line, clip, reason in read("out.csv.rejects.csv")[1:]}
+    last = len(rows) + 1
+    expected = {**expected, last-1: "the audio cell is empty or null", last: "the audio cell is empty or null"}
+    assert (head, [r[0] for r in rows]) == (["audio", "prediction"], [r[0] for r in read("rows.csv")[1:]])
+    assert list(rejects) == sorted(expected)
+    for line, message in expected.items():
+        row, clip, reason = rejects[line]
+        assert (row, rows[row-1]) == (line - 1, [clip if line < last-1 else rows[row-1][0], ""])
+        assert re.search(message, reason), (line, reason)
+    assert {r[1] for r in rows if "good" in r[0]} != {""}
+    assert f"{len(expected)} rows have no answer; out.csv.rejects.csv lists them" in report
+    assert sorted(p for p in os.listdir() if p.startswith("out")) == ["out.csv", "out.csv.rejects.csv"]
+
+
+def test_inference_stops_when_told_to(capfd):
+    wav("a.wav")
+    Path("rows.csv").write_text("audio\na.wav\nb.wav\na.wav\nc.wav\n")
+    assert re.match("rows.csv:3: b.wav: no such file", refused(capfd, *given("infer", "rows.csv"), "--on-error", "raise"))
+    assert not Path("out.csv").exists()
+    wav("b.wav"), wav("c.wav")
+    with pytest.raises(SystemExit) as e: cli.mdl_infer([*given("infer", "rows.csv")[1:], "--on-error", "raise"])
+    assert not e.value.code
+    assert len(read("out.csv")) == 5
+
+
+def test_prompt_longer_than_max_length(capfd):
+    wav("a.wav")
+    Path("rows.csv").write_text(f"audio,user_prompt\na.wav,{'word ' * 99}\na.wav,short\n")
+    args = [a for a in given("infer", "rows.csv") if a not in ("--max-new-tokens", "1")]
+    failed(capfd, *args, "--max-length", "60")
+    assert [bool(r[2]) for r in read("out.csv")[1:]] == [False, True]
+    (_, line, clip, reason), = read("out.csv.rejects.csv")[1:]
+    assert (line, clip) == ("2", "a.wav")
+    assert re.search(r"prompt has 5\d\d tokens.*--max-length 60.*raise it, or give --max-new-tokens", reason)
+
+
+# --- Outputs that can't be written
+
+def existing_file():
+    Path("out").write_text("precious")
+
+
+def existing_folder():
+    Path("out").mkdir()
+    Path("out/precious").write_text("x")
+
+
+def dangling_link(): Path("out").symlink_to("nowhere/deep")
+
+
+outputs = {
+    "existing file": ("out", existing_file, "out: (the output exists already|cannot make this folder: File exists)"),
+    "existing folder": ("out", existing_folder, "out: (the output exists already|holds)"),
+    "under a file": ("out/new", existing_file, "out.*: cannot "),
+    "no such place": ("/proc/new", lambda: None, "/proc/new.*: cannot "),
+    "dangling link": ("out", dangling_link, "out: (the output exists already|cannot make this folder)"),
+}
+
+
+@pytest.mark.parametrize("name", outputs)
+@pytest.mark.parametrize("command", ["mdl_convert"])
+def test_outputs(capfd, command, name):
+    output, make, message = outputs[name]
+    make_sounds(".", 3)
+    make()
+    assert re.match(message, refused(capfd, command, "sounds.csv", "--model-name", "tiny", "--output", output))
+
+
+@pytest.mark.parametrize("name", ["existing file", "under a file", "no such place", "dangling link"])
+def test_output_of_training(capfd, name):
+    output, make, message = outputs[name]
+    make_sounds(".", 3)
+    make()
+    assert re.match(message, refused(capfd, "mdl_train", "--train-dataset", "sounds.csv", "--model-name", "tiny", "--output", output))
+
+
+@pytest.mark.parametrize("name", outputs)
+def test_output_of_inference(capfd, name):
+    output, make, message = outputs[name]
+    make_sounds(".", 3)
+    make()
+    assert re.match(message, refused(capfd, "mdl_infer", "sounds.csv", "--model-name", "tiny", "--output", output))
+
+
+@pytest.mark.parametrize("output", ["sounds.csv", "sounds", "."])
+def test_inference_does_not_replace_its_input(capfd, output):
+    make_sounds(".", 3)
+    refused(capfd, "mdl_infer", "sounds.csv", "--model-name", "tiny", "--output", output, "--overwrite", "true")
+    assert sorted(os.listdir()) == ["sounds", "sounds.csv"]
+
+
+def test_unfinished_run_with_other_settings(capfd):
+    make_sounds(".", 3)
+    Path("sounds/0001.wav").unlink()
+    args = given("infer", "sounds.csv")
+    refused(capfd, *args, "--on-error", "raise")
+    assert Path("out.csv.part").exists()
+    message = refused(capfd, *args, "--user-prompt", "What?")
+    assert re.match("out.csv.part: an unfinished run with other settings .user_prompt was None, is 'What.'.*--overwrite true", message)
+
+
+@pytest.mark.parametrize("output", ["sounds.csv", "sounds", "."])
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+def test_convert_does_not_replace_what_it_did_not_make(capfd, output, overwrite):
+    make_sounds(".", 3)
+    refused(capfd, "mdl_convert", "sounds.csv", "--model-name", "tiny", "--output", output, "--overwrite", overwrite)
+
+
+def test_convert_keeps_the_old_output_when_the_new_one_fails(capfd):
+    make_sounds(".", 3)
+    args = ["mdl_convert", "sounds.csv", "--model-name", "tiny", "--output", "out"]
+    with pytest.raises(SystemExit) as e: cli.mdl_convert(args[1:])
+    assert not e.value.code
+    Path("sounds/0001.wav").write_text("damaged")
+    assert "sounds.csv:3: sounds/0001.wav" in refused(capfd, *args, "--overwrite", "true")
+    wav("sounds/0001.wav")
+    old = digests("out")
+    with pytest.raises(SystemExit) as e: cli.mdl_convert([*args[1:], "--overwrite", "true"])
+    assert not e.value.code
+    assert digests("out") != old
+
+
+# --- Options and models
+
+def ready():
+    "A table, an output and a model for each command"
+    make_sounds(".", 3)
+    return {"mdl_check": ["sounds.csv"], "mdl_convert": ["sounds.csv", "--output", "out", "--model-name", "tiny"],
+            "mdl_train": ["--train-dataset", "sounds.csv", "--output", "out", "--model-name", "tiny"], "mdl_infer": ["sounds.csv", "--output", "out.csv", "--model-name", "tiny"],
+            "mdl_merge": ["adapter", "--output", "out"], "mdl_eval": ["sounds.csv", "--reference", "other.csv"], "mdl_demo": []}
+
+
+@pytest.mark.parametrize("command", ["mdl_check", "mdl_convert", "mdl_train", "mdl_infer", "mdl_merge", "mdl_eval", "mdl_demo"])
+def test_options(capfd, command):
+    args = ready()[command]
+    assert "unknown option --frobnicate" in refused(capfd, command, *args, "--frobnicate", "1")
+    assert "--config" in refused(capfd, command, *args, "--config") or True
+    assert "nowhere.yaml: " in refused(capfd, command, *args, "--config", "nowhere.yaml")
+    Path("c.yaml").write_text("frobnicate: 1\n")
+    assert "c.yaml: unknown setting frobnicate" in refused(capfd, command, *args, "--config", "c.yaml")
+    Path("c.yaml").write_text("a: [\n")
+    assert "c.yaml: not valid YAML" in refused(capfd, command, *args, "--config", "c.yaml")
+    assert "unexpected argument" in refused(capfd, command, *args, "one", "two")
+    if args: assert "missing: " in refused(capfd, command)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--lora-rnk", "8"], "unknown option --lora-rnk; did you mean --lora-rank"), (["--lora-rank", "many"], "--lora-rank: got 'many', expected a whole number"),
+    (["--lora-rank", "0"], "--lora-rank: got 0, expected at least 1"), (["--lr", "nan"], "--lr: got 'nan', expected a number"), (["--merge-lora", "maybe"], "true.false"),
+    (["--train-target", "decoder,tail"], "--train-target: .*tail"), (["--quantization", "2bit"], "--quantization: got '2bit', expected 8bit or 4bit|8bit.4bit"), (["--lora-rank"], "--lora-rank.*expected"),
+    (["--lr-scheduler-type", "zigzag"], "--lr-scheduler-type zigzag: .*linear"), (["--report-to", "nobody"], "--report-to"), (["--lora-target-modules", "(["], "--lora-target-modules"),
+    (["--lora-target-modules", "nothing_has_this_name"], "--lora-target-modules"), (["--resume-from-checkpoint", "nowhere"], "--resume-from-checkpoint nowhere"),
+], ids=lambda x: "=".join(x) if isinstance(x, list) else "")
+def test_training_options(capfd, args, message):
+    assert re.search(message, refused(capfd, "mdl_train", *ready()["mdl_train"], *args))
+
+
+@pytest.mark.parametrize("command", ["mdl_convert", "mdl_train", "mdl_infer"])
+def test_unknown_model(command):
+    "In a process of its own, as the hub's client looks at the environment once"
+    args = ready()[command][:-2]
+    for name in ["nobody/nothing", "./nowhere"]:
+        before = digests()
+        r = run(command, *args, "--model-name", name)
+        message = check_message(command, r.stderr)
+        assert (r.returncode, r.stdout) == (2, "")
+        assert re.match(f"--model-name {name}: .*(offline|no such folder)", message), message
+        assert digests() == before
+
+
+def damaged_model(kind):
+    "A folder that is no model"
+    Path("model").mkdir()
+    if kind == "recordings": wav("model/a.wav")
+    if kind == "broken json":
+        for name in ["config.json", "tokenizer_config.json", "tokenizer.json"]: Path("model", name).write_text("{")
+
+
+@pytest.mark.parametrize("kind", ["empty", "recordings", "broken json"])
+@pytest.mark.parametrize("command", ["mdl_convert", "mdl_train", "mdl_infer"])
+def test_damaged_model(capfd, command, kind):
+    args = ready()[command][:-2]
+    damaged_model(kind)
+    assert "--model-name model: " in refused(capfd, command, *args, "--model-name", "model")
+
+
+def test_another_tokenizer(capfd):
+    from mdl_nbdev.chat import tiny_tokenizer
+    tok = tiny_tokenizer()
+    tok.chat_template = "{# another #}" + tok.chat_template
+    tok.save_pretrained("other")
+    make_sounds(".", 3)
+    with pytest.raises(SystemExit): cli.mdl_convert(["sounds.csv", "--model-name", "other", "--output", "converted"])
+    for args in [["--train-dataset", "converted"], ["--train-dataset", "sounds.csv", "--eval-dataset", "converted"]]:
+        message = refused(capfd, "mdl_train", *args, "--model-name", "tiny", "--output", "out")
+        assert re.match("converted: converted with another tokenizer.*convert it again", message)
+
+
+def damaged_dataset(kind):
+    make_sounds(".", 3)
+    with pytest.raises(SystemExit): cli.mdl_convert(["sounds.csv", "--model-name", "tiny", "--output", "converted"])
+    shard, = Path("converted").glob("data-*.arrow")
+    if kind == "cut shard": shard.write_bytes(shard.read_bytes()[:1000])
+    if kind == "no shard": shard.unlink()
+    if kind == "no state": Path("converted/state.json").unlink()
+    if kind == "recordings": Path("converted").rename("old"), Path("sounds").rename("converted")
+
+
+@pytest.mark.parametrize("kind", ["cut shard", "no shard", "no state", "recordings"])
+def test_damaged_dataset(capfd, kind):
+    damaged_dataset(kind)
+    message = refused(capfd, "mdl_train", "--train-dataset", "converted", "--model-name", "tiny", "--output", "out")
+    assert re.match("converted.*convert", message)
+
+
+@pytest.mark.parametrize("command", ["mdl_train", "mdl_infer"])
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantization_without_bitsandbytes(capfd, command, bits, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    message = refused(capfd, command, *ready()[command], "--quantization", bits)
+    assert re.match(f"--quantization {bits}.*bitsandbytes.*pip install", message)

@@ -1,0 +1,111 @@
+"The console scripts take MDL-Toolkit's command lines, with its options, meanings and defaults"
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdl_nbdev import config
+from mdl_nbdev.config import ConvertSettings, InferSettings, InputError, TrainSettings, from_args, option_groups
+
+HALF = max(1, min(32, (os.cpu_count() or 2) // 2))
+# MDL-Toolkit's options and defaults, from its command-line reference
+SHARED = dict(from_modelscope=False, tokenizing_batch_size=8, num_workers=HALF, system_prompt=None, user_prompt=None, base_dir=None)
+TRAIN = SHARED | dict(
+    model_name="mispeech/midashenglm-7b", eval_dataset=None, lr=1e-4, lora_rank=32, lora_alpha=32, lora_dropout=0.0, train_target=["encoder", "projector", "decoder"],
+    num_epochs=1.0, warmup_steps=0, batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=True, bf16=None, quantization=None, eval_steps=500, save_steps=500,
+    eval_batch_size=None, eval_accumulation_steps=None, report_to=[], resume_from_checkpoint=None, save_total_limit=None, merge_lora=True)
+COMMANDS = {
+    "mdl_train": (TrainSettings, "--train-dataset a.csv --output out", TRAIN),
+    "mdl_convert": (ConvertSettings, "a.csv --output out", SHARED | dict(model_name="mispeech/midashenglm-7b")),
+    "mdl_infer": (InferSettings, "a.csv --output out.csv --model-name m", SHARED | dict(batch_size=32, max_length=128)),
+}
+
+
+def help_of(prog): return subprocess.run([sys.executable, "-c", f"from mdl_nbdev.cli import {prog}; {prog}(['--help'])"], capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "1000"}).stdout
+
+
+@pytest.mark.parametrize("prog", COMMANDS)
+def test_options_have_their_defaults_and_stand_in_the_help(prog):
+    cls, line, defaults = COMMANDS[prog]
+    s, text = from_args(cls, line.split(), prog), re.sub(r"\n {20,}", "  ", help_of(prog))
+    for name, default in defaults.items():
+        assert getattr(s, name) == default, name
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else (",".join(default) or "none") if isinstance(default, list) else str(default)
+        assert re.search(rf"^ *--{name.replace('_', '-')} .*\[{re.escape(shown)}\]$", text, re.M), (name, shown)
+
+
+@pytest.mark.parametrize("prog", ["mdl_train", "mdl_convert", "mdl_infer", "mdl_merge", "mdl_check", "mdl_eval", "mdl_demo"])
+def test_every_option_is_explained(prog):
+    text = help_of(prog)
+    cls = {p: getattr(config, p[4:].capitalize() + "Settings") for p in [prog]}[prog]
+    for group in option_groups(cls).values():
+        for name, what in group.items(): assert what and what in text, name
+
+
+LINES = {
+    "convert": ("mdl_convert path/to/input.csv --output path/to/output/", ConvertSettings, dict(input=Path("path/to/input.csv"), output=Path("path/to/output"))),
+    "train": ("mdl_train --train-dataset path/to/converted/train/ --eval-dataset path/to/converted/eval/ --output path/to/output/", TrainSettings, dict(eval_dataset=Path("path/to/converted/eval"))),
+    "train, tuned": ("mdl_train --lr 1e-4 --lora-rank 32 --train-dataset t --output o --train-target encoder --train-target lm_head --quantization 4bit --bf16 true --eval-steps 0.1 --save-steps 100 "
+                     "--merge-lora false --resume-from-checkpoint true --report-to wandb --report-to tensorboard --num-epochs 0.5 --user-prompt null",
+                     TrainSettings, dict(train_target=["encoder", "lm_head"], quantization="4bit", bf16=True, eval_steps=0.1, save_steps=100, merge_lora=False, resume_from_checkpoint=True,
+                                         report_to=["wandb", "tensorboard"], num_epochs=0.5, user_prompt=None)),
+    "train, resumed at a path": ("mdl_train --train-dataset t --output o --resume-from-checkpoint o/checkpoint-5", TrainSettings, dict(resume_from_checkpoint=Path("o/checkpoint-5"))),
+    "infer": ("mdl_infer path/to/input.csv --output path/to/output.csv --model-name model_name_or_path --max-length 128", InferSettings, dict(model_name="model_name_or_path", max_length=128)),
+    "underscores and =": ("mdl_train --train_dataset=t --output=o --lora_rank=8 --train-target=encoder,decoder", TrainSettings, dict(lora_rank=8, train_target=["encoder", "decoder"])),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_command_lines_of_mdl_toolkit(case):
+    line, cls, want = LINES[case]
+    s = from_args(cls, line.split()[1:], line.split()[0])
+    assert {k: getattr(s, k) for k in want} == want
+
+
+BAD = {
+    "unknown option": ("--train-dataset t --output o --lora-rnk 8", "unknown option --lora-rnk; did you mean --lora-rank?"),
+    "abbreviation": ("--train-dataset t --output o --lora-ran 8", "unknown option --lora-ran; did you mean --lora-rank?"),
+    "no value": ("--train-dataset t --output", "argument --output: expected one argument"),
+    "boolean": ("--train-dataset t --output o --bf16 yes", "--bf16: got 'yes', expected true|false or null"),
+    "choice": ("--train-dataset t --output o --train-target head", "--train-target: got ['head'], expected encoder|projector|decoder|embed_tokens|lm_head"),
+    "range": ("--train-dataset t --output o --lora-rank 0", "--lora-rank: got 0, expected at least 1"),
+    "steps": ("--train-dataset t --output o --eval-steps 2.5", "--eval-steps: got 2.5, expected a whole number of steps, or a fraction below 1"),
+    "infinite": ("--train-dataset t --output o --lr inf", "--lr: got 'inf', expected a number"),
+    "missing": ("--output o", "missing: --train-dataset"),
+    "extra": ("t --train-dataset t --output o", "unexpected argument 't'"),
+    "config": ("--config nowhere.yaml", "nowhere.yaml: cannot read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_lines_name_what_is_wrong(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line, why = BAD[case]
+    with pytest.raises(InputError) as e: from_args(TrainSettings, line.split(), "mdl_train")
+    assert why in str(e.value)
+
+
+CONFIGS = {
+    "key": ("lora-rnk: 8", "unknown setting lora_rnk; did you mean lora_rank?"),
+    "type": ("lora_rank: [8]", "--lora-rank: got [8], expected a whole number"),
+    "boolean": ("bf16: 1", "--bf16: got 1, expected true|false or null"),
+    "syntax": ("a: [", "not valid YAML or JSON"),
+    "shape": ("- lora_rank", "expected settings"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_bad_configuration_files(case, tmp_path):
+    text, why = CONFIGS[case]
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError) as e: from_args(TrainSettings, ["--config", str(tmp_path / "c.yaml"), "--train-dataset", "t", "--output", "o"])
+    assert why in str(e.value)
+
+
+def test_options_win_over_the_configuration_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("train-dataset: t.csv\noutput: o\nlr: 1e-3\nlora_rank: 8\ntrain_target: [encoder]\nbf16: null\n")
+    s = from_args(TrainSettings, ["--config", str(tmp_path / "c.yaml"), "--lora-rank", "4"])
+    assert (s.lr, s.lora_rank, s.train_target, s.bf16, s.train_dataset) == (1e-3, 4, ["encoder"], None, Path("t.csv"))

@@ -1,0 +1,139 @@
+"The figures of an evaluation against a slow Levenshtein distance, and the pairing of two files"
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdl_nbdev.cli import mdl_eval
+from mdl_nbdev.config import EvalSettings, InputError
+from mdl_nbdev.evaluate import evaluate, score
+
+
+def distance(a, b):
+    "Levenshtein's distance between two sequences, by its definition"
+    table = np.zeros((len(a) + 1, len(b) + 1), int)
+    table[:, 0], table[0] = range(len(a) + 1), range(len(b) + 1)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b): table[i+1, j+1] = min(table[i, j+1] + 1, table[i+1, j] + 1, table[i, j] + (x != y))
+    return table[-1, -1]
+
+
+text = st.text(st.sampled_from("abB ' \n\t\u00a0\u3000é日👋🏽\x1c"), max_size=10)
+pairs = st.lists(st.tuples(text.filter(str.strip), text), min_size=1, max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pairs)
+def test_distances(pairs):
+    refs, preds = map(list, zip(*pairs))
+    s, tidy = score(refs, preds), [(r.split(), p.split()) for r, p in pairs]
+    words = [distance(r, p) for r, p in tidy]
+    chars = [distance(" ".join(r), " ".join(p)) for r, p in tidy]
+    assert s.word_edits.tolist() == words
+    assert s.char_edits.tolist() == chars
+    assert s.wer == pytest.approx(sum(words) / sum(len(r) for r, _ in tidy))
+    assert s.cer == pytest.approx(sum(chars) / sum(len(" ".join(r)) for r, _ in tidy))
+    assert s.exact == pytest.approx(np.mean([r.strip() == p.strip() for r, p in pairs]))
+    assert s.empty.tolist() == [not p.strip() for p in preds]
+
+
+def test_many_rows():
+    refs = [f"row {i} of many" for i in range(25_000)]
+    s = score(refs, [r.replace("of", "off") if i % 2 else r for i, r in enumerate(refs)])
+    assert (s.exact, s.wer) == (0.5, 0.125)
+    assert s.word_edits.tolist() == [0, 1] * 12_500
+
+
+def write(path, rows, columns=("audio", "prediction")):
+    with open(path, "w", newline="", encoding="utf-8") as f: csv.writer(f, lineterminator="\n").writerows([columns, *rows])
+    return path
+
+
+def report(tmp_path, refs, preds, **kwargs):
+    clips = [f"{i}.wav" for i in range(len(refs))]
+    given = write(tmp_path/"in.csv", zip(clips, refs))
+    return evaluate(EvalSettings(input=write(tmp_path/"out.csv", zip(clips, preds)), reference=given, **kwargs))
+
+
+@pytest.mark.parametrize("refs, preds, kwargs", [
+    (["yes", "no"] * 50, ["yes", ""] * 50, {}),
+    ([f"label {i % 40}" for i in range(200)], ["<b>&"] * 200, dict(max_labels=5)),
+    ([f"a sentence about {i}" for i in range(100)], [f"a  sentence of {i} <i>" for i in range(100)], dict(max_labels=7)),
+    (["yes"] * 4, ["yes"] * 4, {}), (["one", "two"], ["one", "two"], {}), (["a", "a", "b"], ["", "", ""], dict(max_labels=0)),
+    (["line\nend\r", "x"], ["a\n\nb", " x "], {}), (["x" * 500] * 2, ["y" * 500, "\x1b[31m"], {}),
+], ids=["two labels", "many labels", "transcripts", "one label", "all right", "no table", "line ends", "long"])
+def test_displays(tmp_path, refs, preds, kwargs):
+    r = report(tmp_path, refs, preds, **kwargs)
+    d = json.loads(json.dumps(r.to_dict(), allow_nan=False))
+    lines = str(r).splitlines()
+    assert f"{d['exact']:.2%} ({d['correct']:,} of {len(refs):,} rows)" in lines[1]
+    assert max(map(len, lines)) < 300
+    assert "\x1b" not in str(r)
+    assert len(lines) <= 6 + max(3 * r.most, 1)
+    shown = r._repr_html_()
+    assert "<b>&" not in shown and "<i>" not in shown
+    for tag in ["table", "tr", "td", "div"]: assert len(re.findall(f"<{tag}[ >]", shown)) == shown.count(f"</{tag}>")
+    if "labels" in d: assert sum(x["rows"] for x in d["labels"]) == d["rows"] and sum(x["exact"] for x in d["labels"]) == d["correct"]
+    else: assert len(d["worst"]) <= r.most
+
+
+def test_order_of_labels_and_rows(tmp_path):
+    r = report(tmp_path, list("bbbaaac"), list("bxxaaa") + [""])
+    assert [(x["label"], x["rows"], x["exact"], x["wrong"], x["wrong_rows"]) for x in r.label_table()] == [("a", 3, 3, None, 0), ("b", 3, 1, "x", 2), ("c", 1, 0, "", 1)]
+    r = report(tmp_path, ["a b c d", "e f", "g", "h i j k"], ["a b c", "e", "g", "h i x y"])
+    assert (r.worst(), r.by_label) == ([3, 1, 0], False)
+
+
+clips = ["a.wav", "b.wav", "c.wav"]
+faults = {
+    "fewer rows": ([clips, ["x"] * 3], [clips[:2], ["x"] * 2], "out.csv: 2 rows, and .*in.csv has 3: .*run it again"),
+    "more rows": ([clips[:2], ["x"] * 2], [clips, ["x"] * 3], "out.csv: 3 rows, and .*in.csv has 2: "),
+    "another order": ([clips, ["x"] * 3], [clips[::-1], ["x"] * 3], r"out.csv:2: audio is 'c.wav', and .*in.csv:2 has 'a.wav' \(2 of 3 rows differ\); .*another order"),
+    "other clips": ([clips, ["x"] * 3], [["a.wav", "b.wav", "d.wav"], ["x"] * 3], r"out.csv:4: audio is 'd.wav', and .*in.csv:4 has 'c.wav' \(1 of 3"),
+    "no answers": ([clips, ["", "null", "  "]], [clips, ["x"] * 3], "3 bad rows:\n.*in.csv:2: .*\n.*in.csv:3: .*\n.*in.csv:4: "),
+}
+
+
+@pytest.mark.parametrize("name", faults)
+def test_faults(tmp_path, capsys, name):
+    refs, rows, message = faults[name]
+    given, answers = write(tmp_path/"in.csv", zip(*refs)), write(tmp_path/"out.csv", zip(*rows))
+    with pytest.raises(SystemExit) as e: mdl_eval([str(answers), "--reference", str(given), "--output", str(tmp_path/"f.json")])
+    out, err = capsys.readouterr()
+    assert (e.value.code, out) == (2, "")
+    assert re.match(f"mdl_eval: .*{message}", err, re.S)
+    assert not (tmp_path/"f.json").exists()
+
+
+def test_missing_columns_and_broken_rows(tmp_path):
+    given = write(tmp_path/"in.csv", [("a.wav", "x")])
+    other = write(tmp_path/"out.csv", [("a.wav", "x")], ("audio", "answer"))
+    with pytest.raises(InputError, match="out.csv:1: no column prediction"): evaluate(EvalSettings(input=other, reference=given))
+    other.write_text("audio,prediction\na.wav,x,y\nb.wav\n")
+    with pytest.raises(InputError, match="2 bad rows"): evaluate(EvalSettings(input=other, reference=given))
+
+
+def test_command(tmp_path, capsys):
+    "Other columns and TSV don't matter; an empty prediction is wrong and counted; the figures go to a file that is not replaced"
+    given = tmp_path/"in.tsv"
+    given.write_text("id\taudio\tprediction\r\n1\ta.wav\tyes\r\n2\tb.wav\tno\r\n", encoding="utf-8-sig", newline="")
+    answers = write(tmp_path/"out.csv", [("a.wav", "yes", 1), ("b.wav", "", 2)], ("audio", "prediction", "x"))
+    figures = tmp_path/"deep"/"f.json"
+    args = [str(answers), "--reference", str(given), "--output", str(figures)]
+    with pytest.raises(SystemExit) as e: mdl_eval(args)
+    assert not e.value.code
+    assert "exact match: 50.00% (1 of 2 rows), without a prediction: 1" in capsys.readouterr().out
+    before = figures.read_bytes()
+    assert json.loads(before)["empty"] == 1
+    assert [p.name for p in figures.parent.iterdir()] == ["f.json"]
+    with pytest.raises(SystemExit) as e: mdl_eval(args)
+    assert e.value.code == 2
+    assert figures.read_bytes() == before
+    for bad in [tmp_path/"out.csv"/"f.json", "/proc/f.json"]:
+        with pytest.raises(SystemExit) as e: mdl_eval([*args[:-1], str(bad)])
+        assert e.value.code == 2
+        assert "cannot write here" in capsys.readouterr().err
