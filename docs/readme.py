@@ -14,10 +14,12 @@ def readme(
 )->str: # Markdown without hidden cells and directives
     "Render `notebook` as the README"
     nb = nbformat.read(notebook, 4)
+    nb.metadata.language_info = {"name": "python"}
     nb.cells = [c for c in nb.cells if not re.search(r"^#\| *(hide|default_exp)\b", c.source, re.M)]
     for c in nb.cells: c.source = re.sub(r"^#\| .*\n?", "", c.source, flags=re.M) if c.cell_type == "code" else c.source
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources["outputs"]: raise SystemExit(f"{notebook}: the README can't carry images yet, show text or a table")
+    text = text.replace("](images/", "](nbs/images/")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

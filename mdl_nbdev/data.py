@@ -132,10 +132,10 @@ def _shorten(text, most=60):
 class CsvFile:
     "A CSV or TSV file: its columns at once, its rows when they are asked for"
     def __init__(self,
-        path:str|Path, # CSV file in UTF-8; TSV if the name ends in `.tsv`
+        path:str|Path, # CSV file in UTF-8; TSV if the name ends in `.tsv`, or in `.tsv.part` while it is being written
         needs:tuple[str,...]=("audio",), # Columns that the file must have
     ):
-        self.path, self.delimiter = Path(path), "\t" if str(path).lower().endswith(".tsv") else ","
+        self.path, self.delimiter = Path(path), "\t" if str(path).lower().removesuffix(".part").endswith(".tsv") else ","
         if os.path.exists(path) and not os.path.isfile(path):
             raise InputError(f"{path}: is {'a folder' if os.path.isdir(path) else 'not a regular file'}; give the path of a CSV file")
         try: line, self.columns, fault = next(_records(path, self.delimiter), (0, None, None))

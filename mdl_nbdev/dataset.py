@@ -220,9 +220,11 @@ def new_output(
     path:str|Path, # Where a command will write
     overwrite:bool=False, # May it replace what is there?
     marker:str|None=None, # Pattern of a file that a folder must hold to be replaced; null: the output is a file
+    inputs:tuple=(), # Files that the command reads, so that it must not replace them
 )->None:
     "Refuse an output that exists, unless it may be replaced and is what the command writes"
     if not os.path.lexists(path): return
+    if any(os.path.exists(p) and os.path.exists(path) and os.path.samefile(p, path) for p in inputs): raise InputError(f"{path}: is an input; choose another --output")
     if not overwrite: raise InputError(f"{path}: the output exists already; choose another --output, or replace it with --overwrite true")
     alike = not os.path.islink(path) and any(Path(path).glob(marker)) if marker else os.path.isfile(path)
     if not alike: raise InputError(f"{path}: is not replaced, since it is not {f'a folder with {marker} in it' if marker else 'a file'}, as this command writes; choose another --output")

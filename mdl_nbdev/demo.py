@@ -9,6 +9,8 @@ __all__ = ['TINY_LORA', 'DemoReport', 'demo']
 import json, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
+from fastcore.basics import patch
+from .audio import SAMPLE_RATE, load_audio
 from .config import DemoSettings, EvalSettings, InferSettings, InputError, TrainSettings
 from .sounds import SOUND_LABELS, make_sounds
 
@@ -37,23 +39,43 @@ Right answers on clips it had not heard: {self.before:.1%} before, {self.after:.
   sounds/train.csv, test.csv   the clips and their labels: open one, or listen
   run/final/                   the trained model; run/metrics.jsonl tells how it went
   before.csv, after.csv        the answers
+  demo.png                     all this as a picture
 
 Now with your own clips: write a CSV with the columns audio and prediction, and then
   mdl_check mine.csv
   mdl_train --train-dataset mine.csv --output runs/mine"""
 
-# %% ../nbs/09a_demo.ipynb #c9
-from fastcore.basics import patch
-
-@patch
-def _repr_html_(self:DemoReport):
-    "The curve, the answers with players, and the table of labels"
-    from base64 import b64encode
-    curve = b64encode(self.train._repr_png_()).decode()
-    return (f"<p>{self.before:.1%} right before training, <b>{self.after:.1%}</b> after.</p><img src='data:image/png;base64,{curve}'>"
-            f"{self.answers._repr_html_()}{self.evaluation._repr_html_()}")
+# %% ../nbs/09a_demo.ipynb #c10
+def _clip_panel(ax, q):
+    "A clip's spectrogram under the model's answer"
+    right = q.answer.strip() == q.row.prediction.strip()
+    ax.specgram(load_audio(q.conversation.clips[0]), NFFT=512, noverlap=384, Fs=SAMPLE_RATE, scale='dB', vmin=-120, cmap='magma')
+    ax.set_title(f"{q.answer[:20]} {'✓' if right else '✗ ' + q.row.prediction}", color='#2d6a4f' if right else '#b00020', fontsize=11)
+    ax.set(xticks=[], yticks=[])
 
 # %% ../nbs/09a_demo.ipynb #c11
+@patch
+def figure(self:DemoReport): # A matplotlib figure
+    "Clips with their answers, the loss, and the share of right answers"
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(10, 4.4), layout='constrained')
+    top, bottom = fig.subfigures(2, 1, height_ratios=[1, 1.2])
+    for ax,q in zip(top.subplots(1, len(self.answers.sample)), self.answers.sample): _clip_panel(ax, q)
+    curve, bars = bottom.subplots(1, 2, width_ratios=[2, 1])
+    self.train.plot(curve)
+    b = bars.barh(['after', 'before'], [self.after, self.before], color=['#2d6a4f', '#94a3b8'])
+    bars.bar_label(b, fmt='{:.1%}', padding=3)
+    bars.set(xlim=(0, 1.2), xticks=[], title=f"right answers on {self.answers.rows} held-out clips")
+    bars.spines[['top', 'right', 'bottom']].set_visible(False)
+    return fig
+
+@patch
+def _repr_png_(self:DemoReport):
+    from io import BytesIO
+    self.figure().savefig(b := BytesIO(), dpi=80)
+    return b.getvalue()
+
+# %% ../nbs/09a_demo.ipynb #c13
 def _fresh(s):
     "An empty folder for the demo"
     out, mark = Path(s.output), Path(s.output)/'demo.json'
@@ -65,7 +87,7 @@ def _fresh(s):
     mark.write_text(json.dumps(dict(seed=s.seed)))
     return out
 
-# %% ../nbs/09a_demo.ipynb #c12
+# %% ../nbs/09a_demo.ipynb #c14
 def _say(n, text, command=''): print(f"\n{n}. {text}" + (f"\n   $ {command}" if command else ''), flush=True)
 
 def _answers(s, out, name, model):
@@ -76,7 +98,7 @@ def _answers(s, out, name, model):
     answered = infer(InferSettings(input=test, base_dir=test.parent, output=out/f'{name}.csv', model_name=str(model), max_new_tokens=24, batch_size=50))
     return answered, evaluate(EvalSettings(input=answered.output, reference=test))
 
-# %% ../nbs/09a_demo.ipynb #c13
+# %% ../nbs/09a_demo.ipynb #c15
 def demo(
     s:DemoSettings, # Where to write, and the seed
     clips:int=800, # Clips to train on
@@ -95,4 +117,6 @@ def demo(
     report = train(_settings(out, train_csv, s.seed, epochs))
     _say(4, "The test clips again, now with the trained model:", f"mdl_infer {test_csv} --base-dir {test_csv.parent} --output {out}/after.csv --model-name {report.final} --max-new-tokens 24")
     answers, after = _answers(s, out, 'after', report.final)
-    return DemoReport(out, before.scores.exact, after.scores.exact, report, answers, after, time.perf_counter()-start)
+    result = DemoReport(out, before.scores.exact, after.scores.exact, report, answers, after, time.perf_counter()-start)
+    (out/'demo.png').write_bytes(result._repr_png_())
+    return result

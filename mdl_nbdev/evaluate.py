@@ -265,7 +265,7 @@ def evaluate(
     s:EvalSettings, # Settings: the two files, where the figures go
 )->EvalReport: # Figures, and a table by label or of the worst rows
     "Compare the predictions of one file with those of another"
-    if s.output: new_output(s.output, s.overwrite)
+    if s.output: new_output(s.output, s.overwrite, inputs=(s.input, s.reference))
     rows, refs = _paired(s.input, s.reference)
     right, said = ([(r.prediction or '').strip() for r in x] for x in (refs, rows))
     report = EvalReport(str(s.input), str(s.reference), score(right, said), right, said, [r.line for r in rows], s.max_labels)

@@ -111,10 +111,16 @@ class _Output:
         return (*row.cells[:at], answer, *row.cells[at+1:])
 
 # %% ../nbs/08_infer.ipynb #c15
+def _write_whole(path, text):
+    "Write a file so that it is never there in part"
+    new = Path(f'{path}.new')
+    new.write_text(text, encoding='utf-8', newline='')
+    os.replace(new, path)
+
+# %% ../nbs/08_infer.ipynb #c16
 def _identity(s):
     "What the answers of a run depend on"
-    st = os.stat(s.input)
-    return {k:v for k,v in to_dict(s).items() if k not in ('output', 'overwrite', 'num_workers', 'on_error', 'tokenizing_batch_size')} | dict(input_size=st.st_size, input_changed=st.st_mtime_ns)
+    return {k:v for k,v in to_dict(s).items() if k not in ('output', 'overwrite', 'num_workers', 'on_error', 'tokenizing_batch_size')}
 
 @patch
 def begin(self:_Output, s):
@@ -125,11 +131,13 @@ def begin(self:_Output, s):
         diff = [f"{k} was {have.get(k)!r}, is {v!r}" for k,v in want.items() if have.get(k) != v]
         if not diff: return
         raise InputError(f"{self.part}: an unfinished run with other settings ({'; '.join(diff)}); finish it with those, or start again with --overwrite true")
-    self.rejects.unlink(missing_ok=True)
-    self.part.write_text(format_row(self.header, _delimiter(self.path)), encoding='utf-8', newline='')
-    self.state.write_text(json.dumps(want, indent=2), encoding='utf-8') # last: with it there, the part has its header
+    try:
+        self.rejects.unlink(missing_ok=True)
+        self.part.write_text(format_row(self.header, _delimiter(self.path)), encoding='utf-8', newline='')
+        _write_whole(self.state, json.dumps(want, indent=2)) # last: with it there, the part has its header
+    except OSError as e: raise InputError(f"{self.part}: cannot write here: {e.strerror}; choose another --output") from None
 
-# %% ../nbs/08_infer.ipynb #c17
+# %% ../nbs/08_infer.ipynb #c18
 @patch
 def resume(self:_Output, source, window):
     "Number of rows that are done; the part file is cut back to them"
@@ -150,7 +158,7 @@ def _whole_rows(part):
     try: yield from part.rows(on_bad=stop)
     except InputError: return
 
-# %% ../nbs/08_infer.ipynb #c18
+# %% ../nbs/08_infer.ipynb #c19
 _REJECT_COLUMNS = ['row', 'line', 'audio', 'reason']
 
 @patch
@@ -163,10 +171,10 @@ def read_rejects(self:_Output):
 def _keep_rejects(self:_Output, rows):
     "Forget rejects of rows that will be asked again"
     keep = [r for r in self.read_rejects() if len(r)==4 and int(r[0]) <= rows]
-    if keep: self.rejects.write_text(''.join(map(format_row, [_REJECT_COLUMNS, *keep])), encoding='utf-8', newline='')
+    if keep: _write_whole(self.rejects, ''.join(map(format_row, [_REJECT_COLUMNS, *keep])))
     else: self.rejects.unlink(missing_ok=True)
 
-# %% ../nbs/08_infer.ipynb #c19
+# %% ../nbs/08_infer.ipynb #c20
 def _append(path, text):
     "Append to a file and see it on the disk"
     with open(path, 'a', encoding='utf-8', newline='') as f:
@@ -186,7 +194,7 @@ def finish(self:_Output):
     os.replace(self.part, self.path)
     self.state.unlink(missing_ok=True)
 
-# %% ../nbs/08_infer.ipynb #c21
+# %% ../nbs/08_infer.ipynb #c22
 @dataclass
 class InferReport:
     "What an inference run did"
@@ -207,7 +215,7 @@ class InferReport:
         if self.rejected: lines.append(f"{len(self.rejected):,} rows have no answer; {self.output}.rejects.csv lists them. The first is line {self.rejected[0][1]}: {self.rejected[0][3]}")
         return '\n'.join(lines)
 
-# %% ../nbs/08_infer.ipynb #c22
+# %% ../nbs/08_infer.ipynb #c23
 @patch
 def _repr_html_(self:InferReport):
     "The first answers with players, and a mark where a reference tells right from wrong"
@@ -217,7 +225,7 @@ def _repr_html_(self:InferReport):
         return f"<tr><td>{q.row.line}</td><td>{clip_html(q.row.audio and q.conversation.clips[0])}</td><td>{html.escape(q.answer) if q.reason is None else '<i>'+html.escape(q.reason)+'</i>'}</td><td>{mark}</td></tr>"
     return f"<p>{html.escape(str(self))}</p><table><tr><th>line</th><th>clip</th><th>answer</th><th></th></tr>{''.join(map(tr, self.sample))}</table>"
 
-# %% ../nbs/08_infer.ipynb #c23
+# %% ../nbs/08_infer.ipynb #c24
 def _load(s):
     "Model and tokenizer of a run"
     tok = load_tokenizer(s.model_name, s.from_modelscope)
@@ -226,7 +234,7 @@ def _load(s):
     if s.adapter and not s.quantization: model = merge(model) # the same numbers, and faster
     return model.eval(), tok
 
-# %% ../nbs/08_infer.ipynb #c24
+# %% ../nbs/08_infer.ipynb #c25
 def infer(
     s:InferSettings, # What to answer, with what, and where to
     listeners:list[Callable]=(), # Each is called with a window's `Question`s, the rows done and the rows in all
@@ -235,7 +243,7 @@ def infer(
     from tqdm.auto import tqdm
     source = CsvFile(s.input)
     total, out, window = source.count(), _Output(s.output, source.columns), 8*s.batch_size
-    new_output(s.output, s.overwrite)
+    new_output(s.output, s.overwrite, inputs=(s.input,))
     make_folder(s.output.parent)
     model, tok = _load(s)
     out.begin(s)
@@ -256,7 +264,7 @@ def infer(
     out.finish()
     return report
 
-# %% ../nbs/08_infer.ipynb #c25
+# %% ../nbs/08_infer.ipynb #c26
 def _check_rejects(questions, s):
     "With `--on-error raise`, stop at the first row that has no answer"
     bad = next((q for q in questions if q.reason is not None), None)

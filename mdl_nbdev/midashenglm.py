@@ -232,7 +232,31 @@ class MiDashengAudioBlock(GradientCheckpointingLayer):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 # %% ../nbs/05_midashenglm.ipynb #c36
-class MiDashengAudioEncoder(nn.Module):
+class _Chunking(nn.Module):
+    "From a spectrogram to the flat matrix of patches"
+    def embed_chunks(self, mel, plan): # Flat patch embeddings, attention layout, and the index of used patches in clip order
+        wide, dev = 4*self.span, mel.device
+        mel = F.pad(mel, (0, -mel.shape[2] % wide)).unflatten(2, (-1, wide))
+        parts, layout, base, at = [], [], torch.empty_like(plan.clip), 0
+        group = torch.where(plan.keys == self.span, 0, 1 + (plan.width - 1)//64)
+        for g in group.unique():
+            i = (group == g).nonzero().squeeze(1)
+            l = int(plan.width[i].max())
+            x = mel[plan.clip[i].to(dev), :, plan.chunk[i].to(dev), :4*l]
+            x = self.patch_embed(self.init_bn(x[:, :, None]).transpose(1, 2))
+            x = self.pos_drop(x + self.time_pos_embed[..., :l] + self.freq_pos_embed)
+            parts.append(x.flatten(2).transpose(1, 2).flatten(0, 1))
+            full = bool((plan.keys[i] == l).all())
+            mask = None if full else (torch.arange(l) < plan.keys[i, None])[:, None, None].to(dev)
+            layout.append((len(i), l, mask))
+            base[i] = at + l*torch.arange(len(i))
+            at += l*len(i)
+        used = plan.used
+        order = torch.arange(int(used.sum())) + (base - used.cumsum(0) + used).repeat_interleave(used)
+        return torch.cat(parts), layout, order
+
+# %% ../nbs/05_midashenglm.ipynb #c38
+class MiDashengAudioEncoder(_Chunking):
     "Waveforms to one vector per patch"
     def __init__(self,
         c:MiDashengAudioConfig, # Its configuration
@@ -258,28 +282,7 @@ class MiDashengAudioEncoder(nn.Module):
         for block in self.blocks: x = block(x, layout)
         return self.norm(x.index_select(0, order.to(x.device)))
 
-    def embed_chunks(self, mel, plan): # Flat patch embeddings, attention layout, and the index of used patches in clip order
-        wide, dev = 4*self.span, mel.device
-        mel = F.pad(mel, (0, -mel.shape[2] % wide)).unflatten(2, (-1, wide))
-        parts, layout, base, at = [], [], torch.empty_like(plan.clip), 0
-        group = torch.where(plan.keys == self.span, 0, 1 + (plan.width - 1)//64)
-        for g in group.unique():
-            i = (group == g).nonzero().squeeze(1)
-            l = int(plan.width[i].max())
-            x = mel[plan.clip[i].to(dev), :, plan.chunk[i].to(dev), :4*l]
-            x = self.patch_embed(self.init_bn(x[:, :, None]).transpose(1, 2))
-            x = self.pos_drop(x + self.time_pos_embed[..., :l] + self.freq_pos_embed)
-            parts.append(x.flatten(2).transpose(1, 2).flatten(0, 1))
-            full = bool((plan.keys[i] == l).all())
-            mask = None if full else (torch.arange(l) < plan.keys[i, None])[:, None, None].to(dev)
-            layout.append((len(i), l, mask))
-            base[i] = at + l*torch.arange(len(i))
-            at += l*len(i)
-        used = plan.used
-        order = torch.arange(int(used.sum())) + (base - used.cumsum(0) + used).repeat_interleave(used)
-        return torch.cat(parts), layout, order
-
-# %% ../nbs/05_midashenglm.ipynb #c40
+# %% ../nbs/05_midashenglm.ipynb #c42
 class MiDashengAudioProjector(nn.Module):
     "Fold `k` patches into one vector of the decoder's size"
     def __init__(self,
@@ -293,7 +296,7 @@ class MiDashengAudioProjector(nn.Module):
 
     def forward(self, x): return self.net(x.reshape(-1, self.k*x.shape[-1]))
 
-# %% ../nbs/05_midashenglm.ipynb #c43
+# %% ../nbs/05_midashenglm.ipynb #c45
 LOSS_LOGITS = 2**25 # Logits in one piece of the loss: 128 MiB in float32
 
 def labelled_loss(
@@ -316,7 +319,7 @@ def labelled_loss(
     if num_items is None: num_items = max(1, len(at))
     return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
 
-# %% ../nbs/05_midashenglm.ipynb #c46
+# %% ../nbs/05_midashenglm.ipynb #c48
 class MiDashengLMPreTrainedModel(PreTrainedModel):
     "What the library must know of the model"
     config_class = MiDashengLMConfig
@@ -338,7 +341,7 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
     def get_output_embeddings(self): return self.decoder.get_output_embeddings()
     def set_output_embeddings(self, value): self.decoder.set_output_embeddings(value)
 
-# %% ../nbs/05_midashenglm.ipynb #c48
+# %% ../nbs/05_midashenglm.ipynb #c50
 class _Listening:
     "Clips to embeddings, and embeddings to their places"
     def encode_audio(self,
@@ -374,7 +377,14 @@ class _Listening:
         flat = embeds.flatten(0, 1).index_copy(0, at.to(embeds.device), audio.to(embeds.device, embeds.dtype))
         return flat.view_as(embeds)
 
-# %% ../nbs/05_midashenglm.ipynb #c50
+    @torch.no_grad()
+    def generate(self, inputs=None, *args, input_ids=None, input_values=None, audio_length=None, **kwargs):
+        "New tokens for each row; takes what `GenerationMixin.generate` takes, and clips"
+        ids = inputs if input_ids is None else input_ids
+        if ids is not None: kwargs["inputs_embeds"] = self.embed(ids.to(self.device), input_values, audio_length)
+        return super().generate(None, *args, **kwargs)
+
+# %% ../nbs/05_midashenglm.ipynb #c52
 class MiDashengLMModel(_Listening, MiDashengLMPreTrainedModel, GenerationMixin):
     "MiDashengLM: an audio encoder, a projector, and a causal language model that answers"
     def __init__(self,
@@ -406,14 +416,7 @@ class MiDashengLMModel(_Listening, MiDashengLMPreTrainedModel, GenerationMixin):
             logits = self.decoder.lm_head(hidden[:, keep])
         return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
-    @torch.no_grad()
-    def generate(self, inputs=None, *args, input_ids=None, input_values=None, audio_length=None, **kwargs):
-        "New tokens for each row; takes what `GenerationMixin.generate` takes, and clips"
-        ids = inputs if input_ids is None else input_ids
-        if ids is not None: kwargs["inputs_embeds"] = self.embed(ids.to(self.device), input_values, audio_length)
-        return super().generate(None, *args, **kwargs)
-
-# %% ../nbs/05_midashenglm.ipynb #c60
+# %% ../nbs/05_midashenglm.ipynb #c62
 def _load_clip(source, sampling_rate=SAMPLE_RATE): # Path, URL or waveform -> mono float32 at `sampling_rate`
     if not isinstance(source, (str, os.PathLike)): return np.asarray(source, dtype=np.float32)
     source = os.fspath(source)
@@ -430,7 +433,22 @@ def _load_clip(source, sampling_rate=SAMPLE_RATE): # Path, URL or waveform -> mo
     except ImportError: raise ImportError(f"a clip at {rate} Hz must be resampled to {sampling_rate} Hz: pip install soxr") from None
     return soxr.resample(x, rate, sampling_rate)
 
-# %% ../nbs/05_midashenglm.ipynb #c61
+# %% ../nbs/05_midashenglm.ipynb #c64
+class _AudioTokens:
+    "Room for clips in prompts"
+    def expand_audio_tokens(self,
+        texts:list, # Prompts with one `<|AUDIO|>` a clip
+        lengths:list, # Samples of each clip, in order
+    )->list: # The same with one `<|AUDIO|>` an audio token
+        "Repeat each clip's `<|AUDIO|>` once per audio token, between bos and eos"
+        bos, audio, eos = self.audio_bos_token, self.audio_token, self.audio_eos_token
+        found = sum(t.count(audio) for t in texts)
+        if found != len(lengths): raise ValueError(f"the text has {found} {audio}, but {len(lengths)} clips were given")
+        n = iter(lengths)
+        mark = re.compile(f"({re.escape(bos)})?{re.escape(audio)}({re.escape(eos)})?")
+        return [mark.sub(lambda _: bos + audio*n_audio_tokens(next(n)) + eos, t) for t in texts]
+
+# %% ../nbs/05_midashenglm.ipynb #c66
 def _clips_of(conversations): # Sources of all audio parts, in order
     parts = [p for c in conversations for m in c if not isinstance(m["content"], str) for p in m["content"]]
     sources = [next((p[k] for k in ("audio", "path", "url") if k in p), None) for p in parts if p["type"] == "audio"]
@@ -457,8 +475,8 @@ class _ChatTemplate:
         out = self(text, [_load_clip(s) for s in _clips_of(convs)] or None, **call)
         return out if return_dict else out["input_ids"]
 
-# %% ../nbs/05_midashenglm.ipynb #c62
-class MiDashengLMProcessor(_ChatTemplate, ProcessorMixin):
+# %% ../nbs/05_midashenglm.ipynb #c68
+class MiDashengLMProcessor(_AudioTokens, _ChatTemplate, ProcessorMixin):
     "Text and clips to the model's inputs"
     def __init__(self,
         feature_extractor, # A `Wav2Vec2FeatureExtractor` that does not normalise: it records the sampling rate
@@ -473,18 +491,6 @@ class MiDashengLMProcessor(_ChatTemplate, ProcessorMixin):
 
     @property
     def model_input_names(self): return ["input_ids", "attention_mask", "input_values", "audio_length"]
-
-    def expand_audio_tokens(self,
-        texts:list, # Prompts with one `<|AUDIO|>` a clip
-        lengths:list, # Samples of each clip, in order
-    )->list: # The same with one `<|AUDIO|>` an audio token
-        "Repeat each clip's `<|AUDIO|>` once per audio token, between bos and eos"
-        bos, audio, eos = self.audio_bos_token, self.audio_token, self.audio_eos_token
-        found = sum(t.count(audio) for t in texts)
-        if found != len(lengths): raise ValueError(f"the text has {found} {audio}, but {len(lengths)} clips were given")
-        n = iter(lengths)
-        mark = re.compile(f"({re.escape(bos)})?{re.escape(audio)}({re.escape(eos)})?")
-        return [mark.sub(lambda _: bos + audio*n_audio_tokens(next(n)) + eos, t) for t in texts]
 
     def __call__(self,
         text=None, # A prompt or a list of prompts
@@ -507,7 +513,7 @@ class MiDashengLMProcessor(_ChatTemplate, ProcessorMixin):
             out.update(input_values=x, audio_length=np.array(n))
         return BatchFeature(out, tensor_type=return_tensors)
 
-# %% ../nbs/05_midashenglm.ipynb #c66
+# %% ../nbs/05_midashenglm.ipynb #c72
 MiDashengLMConfig.register_for_auto_class()
 MiDashengLMModel.register_for_auto_class("AutoModelForCausalLM")
 MiDashengLMProcessor.register_for_auto_class()

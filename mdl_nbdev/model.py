@@ -8,10 +8,12 @@ __all__ = ['tiny_config', 'tiny_model', 'pick_device', 'pick_dtype', 'load_model
 
 # %% ../nbs/06_model.ipynb #c4
 import json, logging, math, os, re, shutil, warnings
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Wav2Vec2FeatureExtractor
 from transformers.pytorch_utils import Conv1D
@@ -102,10 +104,15 @@ def load_model(
 
 # %% ../nbs/06_model.ipynb #c21
 def _from_pretrained(path, dtype, quantization, device):
-    "Load a folder or a hub id onto one device"
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={'':device},
-                                                quantization_config=_quantization(quantization, dtype))
+    "Load a folder or a hub id onto one device; every weight must be there"
+    kwargs = dict(quantization_config=_quantization(quantization, dtype)) if quantization else {}
+    try: model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={'':device}, output_loading_info=True, **kwargs)
+    except (SafetensorError, RuntimeError) as e: raise OSError(f"damaged weights: {e}") from e
+    absent = sorted(found['missing_keys'])
+    if absent: raise OSError(f"{len(absent)} weights are missing, {absent[0]} among them")
+    return model
 
+# %% ../nbs/06_model.ipynb #c22
 def _load_tiny(dtype, quantization, device):
     "The built-in model; in another type or quantised it goes through a folder, as any model does"
     if dtype == torch.float32 and not quantization: return tiny_model().to(device)
@@ -164,6 +171,8 @@ def _target_pattern(model, train_target, regex):
     return regex
 
 # %% ../nbs/06_model.ipynb #c36
+MiDashengLMModel._tied_weights_keys = {}  # its decoder says which; peft looks there only if the whole model says something
+
 def _full_modules(model, train_target):
     "Full names of the modules that are trained whole, and whether they share one matrix"
     layers = dict(embed_tokens=model.get_input_embeddings(), lm_head=model.get_output_embeddings())
@@ -173,6 +182,14 @@ def _full_modules(model, train_target):
     return [n for n, m in model.named_modules() if any(m is layers[t] for t in wanted)], bool(wanted and tied)
 
 # %% ../nbs/06_model.ipynb #c37
+@contextmanager
+def _quiet_peft():
+    "Leave out a warning that is about `peft` itself"
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.is_gradient_checkpointing. is deprecated', FutureWarning)
+        yield
+
+# %% ../nbs/06_model.ipynb #c38
 def adapt(
     model:nn.Module, # From `load_model`; it is changed
     train_target:list|tuple=_PARTS, # Parts to adapt; embed_tokens and lm_head are trained in full
@@ -186,10 +203,11 @@ def adapt(
     full, tied = _full_modules(model, train_target)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type='CAUSAL_LM', ensure_weight_tying=tied,
                         target_modules=_target_pattern(model, train_target, lora_target_modules), modules_to_save=full or None)
-    try: return _without_hub(get_peft_model(model, config))
+    try:
+        with _quiet_peft(): return _without_hub(get_peft_model(model, config))
     except ValueError as e: raise InputError(f"--lora-target-modules {lora_target_modules}: {' '.join(str(e).split())[:300]}") from e
 
-# %% ../nbs/06_model.ipynb #c39
+# %% ../nbs/06_model.ipynb #c40
 def _without_hub(model):
     "Let a `PeftModel` save without asking the hub"
     save = model.save_pretrained
@@ -197,7 +215,7 @@ def _without_hub(model):
     model.save_pretrained = save_pretrained
     return model
 
-# %% ../nbs/06_model.ipynb #c41
+# %% ../nbs/06_model.ipynb #c42
 class Trainable:
     "What of a model is trained, part by part"
     def __init__(self,
@@ -219,7 +237,7 @@ class Trainable:
                        for name, (a, b, c) in [*self.parts.items(), ('all', (self.layers, self.trainable, self.total))])
         return f"<table><tr><th>part</th><th>adapted layers</th><th>trainable</th><th>parameters</th><th>share</th></tr>{rows}</table>"
 
-# %% ../nbs/06_model.ipynb #c46
+# %% ../nbs/06_model.ipynb #c47
 def save_model(
     model:nn.Module, # A model, or an adapted one
     processor, # From `load_processor`
@@ -231,7 +249,7 @@ def save_model(
     processor.save_pretrained(folder)
     return folder
 
-# %% ../nbs/06_model.ipynb #c49
+# %% ../nbs/06_model.ipynb #c50
 def _adapter_config(folder):
     "The configuration of the adapter in a folder"
     path = Path(folder)/'adapter_config.json'
@@ -248,13 +266,13 @@ def load_adapter(
     from peft import PeftModel
     _adapter_config(folder)
     try:
-        with warnings.catch_warnings():
+        with _quiet_peft():
             warnings.filterwarnings('error', 'Found missing adapter keys')
             return _without_hub(PeftModel.from_pretrained(model, str(folder)))
-    except (OSError, ValueError, RuntimeError, UserWarning) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as e:
         raise InputError(f"{folder}: this adapter does not fit {model.name_or_path}, or is damaged: {' '.join(str(e).split())[:300]}") from e
 
-# %% ../nbs/06_model.ipynb #c51
+# %% ../nbs/06_model.ipynb #c52
 def merge(
     model, # A `PeftModel`; use it no more
     from_modelscope:bool=False, # Where a quantised model's base is fetched from again
@@ -273,13 +291,13 @@ def _merge_folder(adapter, name, from_modelscope, dtype):
         raise InputError(f"--model-name {name}: these weights are quantised, and a merged model needs weights of 16 or 32 bits; give the model that they were made from")
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True)
 
-# %% ../nbs/06_model.ipynb #c55
+# %% ../nbs/06_model.ipynb #c56
 def merge_adapter(
     s:MergeSettings, # Adapter, base model and output
 )->Path: # The output folder
     "Merge the adapter in a folder into its base model"
     out, config = Path(s.output), _adapter_config(s.adapter)
-    new_output(out, s.overwrite)
+    new_output(out, s.overwrite, marker='config.json')
     name = s.model_name or config.get('base_model_name_or_path')
     if not name: raise InputError(f"{s.adapter}: this adapter does not say what its base model is; give it as --model-name")
     dtype = 'auto' if s.bf16 is None else pick_dtype(s.bf16)

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
+from .model import Trainable, adapt, load_model, load_processor, merge, pick_dtype, save_model # before Trainer: it quietens bitsandbytes
 from transformers import SchedulerType, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 from .chat import load_tokenizer
 from .config import InputError, TrainSettings, save_config, to_dict
 from .dataset import AudioDataset, Collator, LengthBatchSampler, make_folder, open_dataset, padding_waste
-from .model import Trainable, adapt, load_model, load_processor, merge, pick_dtype, save_model
 
 # %% ../nbs/07_train.ipynb #c6
 def last_checkpoint(
@@ -172,18 +173,23 @@ class TrainReport:
 
 # %% ../nbs/07_train.ipynb #c22
 @patch
-def figure(self:TrainReport): # A matplotlib figure
+def plot(self:TrainReport,
+    ax, # Matplotlib axes to draw on
+):
     "The loss over the steps"
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 2.6), layout='constrained')
-    ax = fig.subplots()
     for name,style in [('loss', '-'), ('eval_loss', 'o-')]:
         points = [(m['step'], m[name]) for m in self.metrics if name in m]
         if points: ax.plot(*zip(*points), style, ms=4, lw=1.2, label=name.replace('_', ' '))
-    ax.set(xlabel='step', ylabel='loss per token')
-    ax.set_yscale('log')
+    ax.set(xlabel='step', ylabel='loss per token', yscale='log')
     ax.grid(alpha=.3)
     ax.legend()
+
+@patch
+def figure(self:TrainReport): # A matplotlib figure
+    "The loss over the steps, as a figure"
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(6, 2.6), layout='constrained')
+    self.plot(fig.subplots())
     return fig
 
 @patch
@@ -242,6 +248,8 @@ def _arguments(s, dtype, device, eval_dataset):
     "The settings as transformers' `TrainingArguments`"
     known = [t.value for t in SchedulerType]
     if s.lr_scheduler_type not in known: raise InputError(f"--lr-scheduler-type {s.lr_scheduler_type}: no such schedule; there are {', '.join(known)}")
+    unknown = set(s.report_to) - {'all', 'none', *(trackers := get_available_reporting_integrations())}
+    if unknown: raise InputError(f"--report-to {min(unknown)}: not installed, or no such tracker; installed are: {', '.join(trackers) or 'none'}")
     cuda = device.type=='cuda'
     args = TrainingArguments(output_dir=str(s.output), per_device_train_batch_size=s.batch_size, per_device_eval_batch_size=s.eval_batch_size or s.batch_size,
         gradient_accumulation_steps=s.gradient_accumulation_steps, eval_accumulation_steps=s.eval_accumulation_steps, learning_rate=s.lr,

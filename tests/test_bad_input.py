@@ -1,5 +1,6 @@
 "Whatever is wrong with the input: one clear message, exit code 2, no traceback, and nothing lost"
 import csv
+import functools
 import hashlib
 import http.server
 import os
@@ -16,7 +17,6 @@ import soundfile as sf
 
 from mdl_nbdev import audio, cli
 from mdl_nbdev.sounds import make_sounds
-
 
 # --- How a command ends
 
@@ -475,3 +475,55 @@ def test_quantization_without_bitsandbytes(capfd, command, bits, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     message = refused(capfd, command, *ready()[command], "--quantization", bits)
     assert re.match(f"--quantization {bits}.*bitsandbytes.*pip install", message)
+
+
+def test_a_mended_table_goes_on(capfd):
+    "Rows that were answered before the stop are not asked again after their file was mended further down"
+    make_sounds(".", 12)
+    lines = Path("sounds.csv").read_text().splitlines()
+    Path("rows.csv").write_text("\n".join([*lines[:10], "lost.wav,tone", *lines[10:]]) + "\n")
+    args = [*given("infer", "rows.csv"), "--batch-size", "1", "--on-error", "raise"]
+    refused(capfd, *args)
+    assert len(read("out.csv.part")) == 1 + 8
+    Path("rows.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(SystemExit) as e: cli.mdl_infer(args[1:])
+    assert not e.value.code
+    assert "8 of them answered before" in capfd.readouterr().out
+    assert [r[0] for r in read("out.csv")] == [line.split(",")[0] for line in lines]
+
+
+# --- Merging
+
+@pytest.fixture
+def adapted():
+    "A saved tiny model and an adapter for it"
+    from mdl_nbdev.model import adapt, load_model, load_processor, save_model
+    model = load_model("tiny", device="cpu")
+    save_model(model, load_processor("tiny"), "base")
+    save_model(adapt(load_model("base", device="cpu"), ["projector"], rank=2), load_processor("tiny"), "adapter")
+
+
+def test_merge(capfd, adapted):
+    merge = functools.partial(refused, capfd, "mdl_merge")
+    assert re.match("nowhere: no LoRA adapter here", merge("nowhere", "--output", "out"))
+    assert re.match("base: no LoRA adapter here", merge("base", "--output", "out"))
+    assert re.match("--model-name nobody/nothing: ", merge("adapter", "--output", "out", "--model-name", "nobody/nothing"))
+    assert re.match("/proc/new.*: cannot ", merge("adapter", "--output", "/proc/new"))
+    assert re.match("base: the output exists already", merge("adapter", "--output", "base"))
+    Path("recordings").mkdir()
+    wav("recordings/a.wav")
+    for output in ["adapter", "base", "recordings", "recordings/a.wav", "."]:
+        assert re.match(f"{output}: is (an input|not replaced)", merge("adapter", "--output", output, "--overwrite", "true"))
+    Path("adapter/adapter_config.json").write_text("{")
+    assert re.match("adapter/adapter_config.json: not valid JSON", merge("adapter", "--output", "out"))
+
+
+def test_damaged_adapter(capfd, adapted):
+    "It is refused by merging and by inference"
+    make_sounds(".", 3)
+    weights = Path("adapter/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:999])
+    for args in [["mdl_merge", "adapter"], ["mdl_infer", "sounds.csv", "--model-name", "base", "--adapter", "adapter"]]:
+        assert re.match("adapter: this adapter does not fit base, or is damaged", refused(capfd, *args, "--output", "out"))
+    assert "no LoRA adapter here" in refused(capfd, "mdl_infer", "sounds.csv", "--model-name", "base", "--adapter", "nowhere", "--output", "out")
+    assert not Path("out").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from fastcore.docments import docments
+from IPython.core.inputtransformer2 import TransformerManager
 
 root = Path(__file__).parent.parent
 package = root/"mdl_nbdev"
@@ -25,12 +26,10 @@ def read(path): return nbformat.read(path, 4).cells
 def code_cells(path): return [c for c in read(path) if c.cell_type == "code"]
 def directive(cell, *names): return re.search(rf"^#\| *({'|'.join(names)})\b", cell.source, re.M)
 def exported(cell): return directive(cell, "export", "exporti", "exports")
-def number(path): return (m := re.match(r"(\d+)([a-z]?)_", path.name)) and (int(m[1]), m[2])
+def number(path): return path.parent.name == "nbs" and (m := re.match(r"(\d+)([a-z]?)_", path.name)) and (int(m[1]), m[2])
 
 
-def tree(cell):
-    "The syntax tree of a cell, its shell commands and magics left out"
-    return ast.parse("\n".join("pass" if re.match(r"[!%]", line) else line for line in cell.source.splitlines()))
+def tree(cell): return ast.parse(TransformerManager().transform_cell(cell.source)) # magics and shell commands become calls
 
 
 def imported(cell):

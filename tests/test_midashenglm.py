@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference_midashenglm as reference
 import soundfile
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import reference_midashenglm as reference
 from mdl_nbdev import midashenglm as mdl
 from mdl_nbdev.midashenglm import MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor, n_audio_tokens
 
@@ -343,7 +342,7 @@ def test_gradient_checkpointing_changes_no_gradient(rows):
         if on: model.gradient_checkpointing_enable({"use_reentrant": False})
         model.decoder.model.embed_tokens.requires_grad_(False)
         calls = []
-        model.audio_encoder.blocks[0].mlp.register_forward_hook(lambda *a: calls.append(1))
+        model.audio_encoder.blocks[0].mlp.register_forward_hook(lambda *a, calls=calls: calls.append(1))
         model(**batch).loss.backward()
         assert len(calls) == 1 + on
         found.append({k: p.grad for k, p in model.named_parameters() if p.requires_grad})
