@@ -15,7 +15,7 @@ from .config import DemoSettings, EvalSettings, InferSettings, InputError, Train
 from .sounds import SOUND_LABELS, make_sounds
 
 # %% ../nbs/09a_demo.ipynb #c6
-TINY_LORA = dict(model_name='tiny', lr=1e-3, lr_scheduler_type='cosine', warmup_steps=.1, batch_size=16, gradient_checkpointing=False)
+TINY_LORA = dict(model_name='tiny', lr=2e-3, lr_scheduler_type='cosine', warmup_steps=.1, batch_size=16, gradient_checkpointing=False)
 
 def _settings(out, csv, seed, epochs): # Of the training run
     return TrainSettings(train_dataset=csv, base_dir=csv.parent, output=out/'run', num_epochs=epochs, save_steps=1., seed=seed, logging_steps=5, **TINY_LORA)

@@ -297,9 +297,9 @@ def merge_adapter(
 )->Path: # The output folder
     "Merge the adapter in a folder into its base model"
     out, config = Path(s.output), _adapter_config(s.adapter)
-    new_output(out, s.overwrite, marker='config.json')
     name = s.model_name or config.get('base_model_name_or_path')
     if not name: raise InputError(f"{s.adapter}: this adapter does not say what its base model is; give it as --model-name")
+    new_output(out, s.overwrite, 'model*.safetensors', (s.adapter, name))
     dtype = 'auto' if s.bf16 is None else pick_dtype(s.bf16)
     part = make_folder(f"{out}.part")
     save_model(_merge_folder(s.adapter, name, s.from_modelscope, dtype), load_processor(name, s.from_modelscope), part)

@@ -509,9 +509,9 @@ def test_merge(capfd, adapted):
     assert re.match("base: no LoRA adapter here", merge("base", "--output", "out"))
     assert re.match("--model-name nobody/nothing: ", merge("adapter", "--output", "out", "--model-name", "nobody/nothing"))
     assert re.match("/proc/new.*: cannot ", merge("adapter", "--output", "/proc/new"))
-    assert re.match("base: the output exists already", merge("adapter", "--output", "base"))
     Path("recordings").mkdir()
     wav("recordings/a.wav")
+    assert re.match("recordings: the output exists already", merge("adapter", "--output", "recordings"))
     for output in ["adapter", "base", "recordings", "recordings/a.wav", "."]:
         assert re.match(f"{output}: is (an input|not replaced)", merge("adapter", "--output", output, "--overwrite", "true"))
     Path("adapter/adapter_config.json").write_text("{")
@@ -526,4 +526,7 @@ def test_damaged_adapter(capfd, adapted):
     for args in [["mdl_merge", "adapter"], ["mdl_infer", "sounds.csv", "--model-name", "base", "--adapter", "adapter"]]:
         assert re.match("adapter: this adapter does not fit base, or is damaged", refused(capfd, *args, "--output", "out"))
     assert "no LoRA adapter here" in refused(capfd, "mdl_infer", "sounds.csv", "--model-name", "base", "--adapter", "nowhere", "--output", "out")
+    weights = Path("base/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:99999])
+    assert "--model-name base: this folder cannot be loaded" in refused(capfd, "mdl_infer", "sounds.csv", "--model-name", "base", "--output", "out")
     assert not Path("out").exists()

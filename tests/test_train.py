@@ -1,0 +1,150 @@
+"Training runs: exact losses, what is trained and what is not, resuming, and what a run leaves behind"
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mdl_nbdev.chat import tiny_tokenizer
+from mdl_nbdev.config import InputError, TrainSettings, from_args
+from mdl_nbdev.dataset import AudioDataset, Collator
+from mdl_nbdev.model import load_adapter, load_model, tiny_model
+from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.train import last_checkpoint, read_metrics, train
+
+TOK = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory): return make_sounds(tmp_path_factory.mktemp("sounds"), 24, seed=5)
+
+
+def settings(csv, out, **kw):
+    return TrainSettings(**dict(train_dataset=csv, base_dir=csv.parent, output=out, model_name="tiny", lr=2e-3, batch_size=8, logging_steps=1, lora_rank=8) | kw)
+
+
+def losses(metrics): return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics if "loss" in m]
+
+
+@pytest.fixture(scope="module")
+def run(csv, tmp_path_factory):
+    "A short run with an evaluation, whose checkpoints are kept"
+    return train(settings(csv, tmp_path_factory.mktemp("runs") / "run", eval_dataset=csv, num_epochs=2.0, eval_steps=3, save_steps=2))
+
+
+def test_evaluation_is_the_mean_over_all_tokens(run):
+    "Against one row at a time, logits of all positions, in float64"
+    model, ds = load_model(str(run.final)).double(), AudioDataset(run.output / "data" / "eval")
+    total = n = 0
+    for i in range(len(ds)):
+        batch = Collator(TOK.pad_token_id)([ds[i]])
+        labels = batch.pop("labels")[0, 1:]
+        with torch.no_grad(): logits = model(**batch).logits[0, :-1]
+        for at in range(len(labels)):
+            if labels[at] >= 0:
+                total -= float(logits[at].log_softmax(-1)[labels[at]])
+                n += 1
+    assert run.last("eval_loss") == pytest.approx(total / n, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch, steps", [(2, 4), (4, 2), (1, 8)])
+def test_accumulated_batches_are_one_batch(csv, tmp_path, batch, steps):
+    "Eight rows in one optimizer step, however they are cut: same loss, same gradient"
+    rows = csv.read_text().splitlines()[:9]
+    (tmp_path / "eight.csv").write_text("\n".join(rows))
+    args = dict(train_dataset=tmp_path / "eight.csv", base_dir=csv.parent, max_steps=1)
+    whole = train(settings(csv, tmp_path / "whole", **args))
+    cut = train(settings(csv, tmp_path / "cut", batch_size=batch, gradient_accumulation_steps=steps, **args))
+    (_, loss, norm), (_, loss2, norm2) = losses(whole.metrics)[0], losses(cut.metrics)[0]
+    assert loss2 == pytest.approx(loss, rel=1e-5) and norm2 == pytest.approx(norm, rel=1e-4)
+
+
+def test_only_the_adapters_have_changed(run):
+    merged, base = load_file(run.final / "model.safetensors"), tiny_model().state_dict()
+    assert set(merged) == set(base)
+    changed = {k for k in base if not torch.equal(merged[k], base[k])}
+    linear = {k for k in base if k.endswith(".weight") and ("blocks" in k or ".net." in k or "layers" in k) and "norm" not in k}
+    assert changed == linear
+
+
+def test_the_run_folder_repeats_the_run(run, tmp_path):
+    s = from_args(TrainSettings, ["--config", str(run.output / "config.json"), "--output", str(tmp_path / "again"), "--max-steps", "3"])
+    again = train(s)
+    assert losses(again.metrics)[:1] == losses(run.metrics)[:1]
+    s = replace(s, output=tmp_path / "third")
+    assert losses(train(s).metrics) == losses(again.metrics)
+    a, b = (load_file(tmp_path / d / "final" / "model.safetensors") for d in ("again", "third"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_resumed_run_ends_as_the_undisturbed_one(run, csv, tmp_path):
+    shutil.copytree(run.output, tmp_path / "run")
+    for step in (6, 4): shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
+    s = from_args(TrainSettings, ["--config", str(run.output / "config.json"), "--output", str(tmp_path / "run"), "--resume-from-checkpoint", "true"])
+    again = train(s)
+    assert losses(again.metrics) == losses(run.metrics)
+    assert [m["step"] for m in again.metrics if "eval_loss" in m] == [m["step"] for m in run.metrics if "eval_loss" in m] == [3, 6]
+    a, b = (load_file(r.final / "model.safetensors") for r in (run, again))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_incomplete_checkpoints_are_named_and_passed_over(run, tmp_path, capsys):
+    shutil.copytree(run.output, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert "checkpoint-6: incomplete" in capsys.readouterr().out
+
+
+def test_adapter_only(csv, tmp_path, run):
+    "`--merge-lora false` leaves the adapter; on top of the base model it gives the merged model's logits"
+    s = settings(csv, tmp_path / "a", merge_lora=False, max_steps=2, train_target=["decoder", "lm_head"])
+    adapter, merged = train(s), train(replace(s, output=tmp_path / "m", merge_lora=True))
+    assert (adapter.final / "adapter_model.safetensors").exists() and not (adapter.final / "model.safetensors").exists()
+    batch = {k: v for k, v in Collator(TOK.pad_token_id)([AudioDataset(s.output / "data" / "train")[i] for i in range(3)]).items() if k != "labels"}
+    with torch.no_grad(): a, b = load_adapter(load_model("tiny"), adapter.final)(**batch).logits, load_model(str(merged.final))(**batch).logits
+    assert torch.allclose(a, b, atol=1e-5)
+    assert not torch.equal(load_file(merged.final / "model.safetensors")["decoder.lm_head.weight"], tiny_model().state_dict()["decoder.lm_head.weight"])
+
+
+def test_checkpoints_and_files(csv, tmp_path):
+    r = train(settings(csv, tmp_path / "r", max_steps=5, save_steps=0.2, save_total_limit=2))
+    assert sorted(p.name for p in r.output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert r.steps == 5 and json.loads((r.output / "config.json").read_text())["max_steps"] == 5
+    card = (r.final / "README.md").read_text()
+    assert "24 rows" in card and "`lora_rank` | `8`" in card and "mdl_infer" in card
+
+
+def test_half_an_epoch(csv, tmp_path): assert train(settings(csv, tmp_path / "r", num_epochs=0.5, batch_size=4)).steps == 3
+
+
+BAD = {
+    "schedule": (dict(lr_scheduler_type="steps"), "--lr-scheduler-type steps: no such schedule"),
+    "tracker": (dict(report_to=["nowhere"]), "--report-to"),
+    "checkpoint": (dict(resume_from_checkpoint="nowhere/checkpoint-3"), "nowhere/checkpoint-3: not a complete checkpoint"),
+    "diverged": (dict(lr=1e8, max_grad_norm=0.0, max_steps=30), "the run has diverged"),
+    "target": (dict(lora_target_modules="nothing"), "no module"),
+    "dataset": (dict(train_dataset="nowhere.csv"), "nowhere.csv"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings_are_one_message(csv, tmp_path, case):
+    kw, why = BAD[case]
+    with pytest.raises(InputError, match=why): train(settings(csv, tmp_path / "r", **kw))
+
+
+def test_a_finished_run_is_not_written_over(run, csv):
+    before = {p: p.stat().st_mtime_ns for p in run.output.rglob("*")}
+    with pytest.raises(InputError, match="holds a run already"): train(settings(csv, run.output))
+    assert before == {p: p.stat().st_mtime_ns for p in run.output.rglob("*")}
+    assert read_metrics(run.output / "metrics.jsonl") == run.metrics
