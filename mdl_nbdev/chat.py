@@ -7,7 +7,7 @@ __all__ = ['AUDIO', 'AUDIO_BOS', 'AUDIO_EOS', 'CHATML', 'tiny_tokenizer', 'from_
            'n_audio_tokens', 'tokenize', 'Example', 'encode', 'LabelView']
 
 # %% ../nbs/03_chat.ipynb #c4
-import hashlib, html, json, re
+import hashlib, html, json, logging, re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,6 +50,7 @@ def from_hub(
         try: from modelscope import snapshot_download
         except ImportError: raise InputError("--from-modelscope needs the modelscope package: pip install 'mdl_nbdev[modelscope]'") from None
         load_, load = load, lambda n, **kw: load_(snapshot_download(n), **kw)
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR) # what it retries is told once, below
     try: return load(name, **kwargs)
     except (OSError, ValueError) as e:
         if isinstance(e, InputError): raise

@@ -156,7 +156,7 @@ def _conversations(s):
     for r in CsvFile(s.input, ('audio', 'prediction')).rows(bad.append):
         try: good.append(to_conversation(r, s.system_prompt, s.user_prompt, s.base_dir))
         except InputError as e: bad.append(BadRow(r.file, r.line, str(e).removeprefix(f'{r.where}: ')))
-    if bad: raise bad_rows_error(bad)
+    if bad: raise InputError(f"{bad_rows_error(bad)}\nThe clips have not been looked at yet; mdl_check finds their faults as well")
     return good
 
 # %% ../nbs/04_dataset.ipynb #c23
@@ -164,8 +164,8 @@ def _jobs(s, tok, folder):
     "The shards of the rows of `s.input`"
     rows = _conversations(s)
     size = min(4096, max(64, -(-len(rows)//64)))
-    mark = fingerprint(tok)
-    return [_Job(tuple(rows[i:i+size]), folder, i//size, s.audio_dtype, s.max_audio_seconds, s.tokenizing_batch_size, mark)
+    mark, batch = fingerprint(tok), min(s.tokenizing_batch_size, max(1, int(2**31/(SAMPLE_RATE*s.max_audio_seconds)))) # what one record batch can hold
+    return [_Job(tuple(rows[i:i+size]), folder, i//size, s.audio_dtype, s.max_audio_seconds, batch, mark)
             for i in range(0, len(rows), size)]
 
 # %% ../nbs/04_dataset.ipynb #c24

@@ -7,7 +7,9 @@ __all__ = ['TINY_LORA', 'DemoReport', 'demo']
 
 # %% ../nbs/09a_demo.ipynb #c4
 import json, shutil, time
+from base64 import b64encode
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from fastcore.basics import patch
 from .audio import SAMPLE_RATE, load_audio
@@ -51,7 +53,7 @@ def _clip_panel(ax, q):
     right = q.answer.strip() == q.row.prediction.strip()
     ax.specgram(load_audio(q.conversation.clips[0]), NFFT=512, noverlap=384, Fs=SAMPLE_RATE, scale='dB', vmin=-120, cmap='magma')
     ax.set_title(f"{q.answer[:20]} {'✓' if right else '✗ ' + q.row.prediction}", color='#2d6a4f' if right else '#b00020', fontsize=11)
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], ylim=(0, 4000))
 
 # %% ../nbs/09a_demo.ipynb #c11
 @patch
@@ -70,10 +72,10 @@ def figure(self:DemoReport): # A matplotlib figure
     return fig
 
 @patch
-def _repr_png_(self:DemoReport):
-    from io import BytesIO
-    self.figure().savefig(b := BytesIO(), dpi=80)
-    return b.getvalue()
+def _repr_html_(self:DemoReport):
+    "The picture, and the answers with players"
+    self.figure().savefig(b := BytesIO(), dpi=70, format='jpg')
+    return f"<img src='data:image/jpeg;base64,{b64encode(b.getvalue()).decode()}'>{self.answers._repr_html_()}"
 
 # %% ../nbs/09a_demo.ipynb #c13
 def _fresh(s):
@@ -118,5 +120,5 @@ def demo(
     _say(4, "The test clips again, now with the trained model:", f"mdl_infer {test_csv} --base-dir {test_csv.parent} --output {out}/after.csv --model-name {report.final} --max-new-tokens 24")
     answers, after = _answers(s, out, 'after', report.final)
     result = DemoReport(out, before.scores.exact, after.scores.exact, report, answers, after, time.perf_counter()-start)
-    (out/'demo.png').write_bytes(result._repr_png_())
+    result.figure().savefig(out/'demo.png', dpi=100)
     return result

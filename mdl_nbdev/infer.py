@@ -268,4 +268,4 @@ def infer(
 def _check_rejects(questions, s):
     "With `--on-error raise`, stop at the first row that has no answer"
     bad = next((q for q in questions if q.reason is not None), None)
-    if bad and s.on_error=='raise': raise InputError(f"{bad.row.where}: {bad.reason}. {s.output}.part keeps the rows before; mend this one and run again")
+    if bad and s.on_error=='raise': raise InputError(f"{bad.row.where}: {bad.reason}. Mend this row and run again: what is in {s.output}.part is kept")

@@ -169,7 +169,7 @@ class TrainReport:
         return next((m[name] for m in reversed(self.metrics) if name in m), None)
     def __str__(self):
         parts = [f"{k.replace('_', ' ')} {v:.4f}" for k in ('loss', 'eval_loss') if (v := self.last(k)) is not None]
-        return f"{self.steps} steps, {', '.join(parts)}; {self.trainable:,} of {self.parameters:,} parameters trained; the model is in {self.final}"
+        return f"{', '.join([f'{self.steps} steps', *parts])}; {self.trainable:,} of {self.parameters:,} parameters trained; the model is in {self.final}"
 
 # %% ../nbs/07_train.ipynb #c22
 @patch
