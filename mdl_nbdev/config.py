@@ -279,7 +279,7 @@ def parser(
                 epilog="Booleans take true or false. Options that take several values may be repeated. --lora_rank is the same as --lora-rank.")
     fields = {f.name:f for f in dataclasses.fields(cls)}
     for title, opts in option_groups(cls).items():
-        group = p.add_argument_group(title if title != cls.__doc__ else 'this command')
+        group = p.add_argument_group(title if title != cls.__doc__ else 'This command')
         for name, text in opts.items():
             f = fields[name]
             kw = dict(help=(text + _default_text(f)).replace('%', '%%'))

@@ -257,7 +257,8 @@ def _arguments(s, dtype, device, eval_dataset):
         weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
         eval_strategy='steps' if eval_dataset else 'no', eval_steps=s.eval_steps, save_steps=s.save_steps, save_total_limit=s.save_total_limit, logging_steps=s.logging_steps,
         report_to=s.report_to or 'none', seed=s.seed, bf16=dtype==torch.bfloat16, use_cpu=not cuda, dataloader_num_workers=s.num_workers if cuda else 0,
-        dataloader_pin_memory=cuda, disable_tqdm=True, logging_nan_inf_filter=False, prediction_loss_only=True, remove_unused_columns=False)
+        dataloader_pin_memory=cuda, disable_tqdm=True, logging_nan_inf_filter=False, prediction_loss_only=True, remove_unused_columns=False,
+        ddp_find_unused_parameters=False)
     args.device
     args._n_gpu = min(args._n_gpu, 1) # without a launcher: one GPU, not torch's DataParallel over all
     return args

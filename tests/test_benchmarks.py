@@ -11,7 +11,7 @@ def run(script, *args): subprocess.run([sys.executable, benchmarks/script, *map(
 
 
 def test_against_mdl_toolkit(tmp_path):
-    run("against_mdl_toolkit.py", "--out", tmp_path/"r", "--clips", 16, "--seconds", 0.5, 1, "--repeats", 1, "--epochs", 0.5, 1)
+    run("against_mdl_toolkit.py", "--out", tmp_path/"r", "--clips", 8, "--seconds", 0.5, 1, "--repeats", 1, "--epochs", 1, 2)
     runs = json.loads((tmp_path/"r.json").read_text())["runs"]
     assert set(runs) == {"help", "convert", "train short", "train long", "infer"}
     assert all(r["peak_bytes"] > 2**20 for task, of in runs.items() if task != "help" for rs in of.values() for r in rs)
