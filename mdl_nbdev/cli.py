@@ -6,13 +6,14 @@
 __all__ = ['mdl_check', 'mdl_convert', 'mdl_train', 'mdl_merge', 'mdl_infer', 'mdl_eval', 'mdl_demo']
 
 # %% ../nbs/10_cli.ipynb #c4
-import importlib, sys
+import importlib, os, sys
 from . import config
 from .config import InputError, from_args
 
 # %% ../nbs/10_cli.ipynb #c6
 def _main(prog, module, function, settings, argv):
     "Run `module.function` with settings read from `argv`, and exit"
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     try:
         s = from_args(getattr(config, settings), argv, prog)
         report = getattr(importlib.import_module(f'mdl_nbdev.{module}'), function)(s)
