@@ -59,19 +59,29 @@ def from_hub(
         raise InputError(f"--model-name {name}: no such folder, and it cannot be fetched from the hub (offline, misspelt, or access not granted). "
             f"Give a folder that holds the model, a hub id that this machine can reach, or `tiny`. The hub said: {why[:200]}") from e
 
-# %% ../nbs/03_chat.ipynb #c11
+# %% ../nbs/03_chat.ipynb #c12
+def _load_tokenizer(path): # Folder or hub id
+    "The tokenizer in a folder or on the hub, without running code from there"
+    import transformers
+    from transformers.utils import cached_file
+    def read(name):
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        return json.loads(Path(found).read_text(encoding='utf-8')) if found else {}
+    cls = transformers.AutoTokenizer if read('config.json').get('model_type') != 'midashenglm' else getattr(transformers, read('tokenizer_config.json')['tokenizer_class'])
+    return cls.from_pretrained(path)
+
+# %% ../nbs/03_chat.ipynb #c13
 def load_tokenizer(
     name:str, # `tiny`, a folder or a hub id
     from_modelscope:bool=False, # Fetch from ModelScope?
 ): # A transformers tokenizer
     "The tokenizer of a model"
     if name == 'tiny': return tiny_tokenizer()
-    from transformers import AutoTokenizer
-    tok = from_hub(AutoTokenizer.from_pretrained, name, from_modelscope)
+    tok = from_hub(_load_tokenizer, name, from_modelscope)
     if tok.chat_template is None: raise InputError(f"--model-name {name}: its tokenizer has no chat template, so there is no telling how it wants to be asked")
     return tok
 
-# %% ../nbs/03_chat.ipynb #c15
+# %% ../nbs/03_chat.ipynb #c17
 def fingerprint(
     tok, # A tokenizer
 )->str: # 16 hexadecimal digits
@@ -79,7 +89,7 @@ def fingerprint(
     backend = json.loads(tok.backend_tokenizer.to_str()) | dict(padding=None, truncation=None)
     return hashlib.sha256(json.dumps([backend, tok.chat_template], sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/03_chat.ipynb #c18
+# %% ../nbs/03_chat.ipynb #c20
 _mark = '\ue000{}\ue001'
 _rx_mark = re.compile('\ue000(\\d+)\ue001')
 
@@ -87,7 +97,7 @@ def _shape(messages): # Roles and part types; hashable
     "The shape of a conversation"
     return tuple((m['role'], tuple(p['type'] for p in m['content'])) for m in messages)
 
-# %% ../nbs/03_chat.ipynb #c19
+# %% ../nbs/03_chat.ipynb #c21
 def _render(tok, shape, **kwargs):
     "The chat template's text for a shape, with markers in the place of texts"
     n = iter(range(10**6))
@@ -98,7 +108,7 @@ def _render(tok, shape, **kwargs):
         messages = [m | {'content':''.join(p['text'] for p in m['content'])} for m in messages]
     return tok.apply_chat_template(messages, tokenize=False, enable_thinking=False, **kwargs)
 
-# %% ../nbs/03_chat.ipynb #c21
+# %% ../nbs/03_chat.ipynb #c23
 def _template_text(tok, shape):
     "The text of a shape; ends where an answer begins when no assistant has the last word"
     if shape[-1][0] != 'assistant': return _render(tok, shape, add_generation_prompt=True)
@@ -109,14 +119,14 @@ def _template_text(tok, shape):
                          f"asked: {asked[-60:]!r}, trained: {text[:len(asked)+20][-80:]!r}")
     return text
 
-# %% ../nbs/03_chat.ipynb #c23
+# %% ../nbs/03_chat.ipynb #c25
 @dataclass(frozen=True)
 class _Piece:
     "A control token, or a run of template text and the texts whose numbers stand in it"
     kind:str   # 'control', 'run', 'answer' or 'audio'
     value:object # Token id, or a list of template text (str) and text numbers (int)
 
-# %% ../nbs/03_chat.ipynb #c24
+# %% ../nbs/03_chat.ipynb #c26
 def _split(tok, text, answers):
     "Pieces of rendered text; `answers` are the numbers of the assistant's texts"
     control = {t.content:i for i,t in tok.added_tokens_decoder.items() if t.special}
@@ -135,7 +145,7 @@ def _split(tok, text, answers):
     flush()
     return pieces
 
-# %% ../nbs/03_chat.ipynb #c25
+# %% ../nbs/03_chat.ipynb #c27
 @lru_cache(maxsize=256)
 def _pieces(tok, shape):
     "The checked pieces of a conversation's shape"
@@ -151,14 +161,14 @@ def _pieces(tok, shape):
         if a.kind=='answer' and (b is None or b.kind!='control'): raise InputError("the chat template does not end an answer with a control token, so the model could not learn when to stop")
     return tuple(pieces)
 
-# %% ../nbs/03_chat.ipynb #c29
+# %% ../nbs/03_chat.ipynb #c31
 def n_audio_tokens(
     n_samples:int, # Length of a clip at 16 kHz
 )->int: # Number of `<|AUDIO|>` tokens
     "How many tokens a clip becomes"
     return max(1, (1 + n_samples//160)//4//5)
 
-# %% ../nbs/03_chat.ipynb #c31
+# %% ../nbs/03_chat.ipynb #c33
 def _audio_ids(tok, pieces, i, n):
     "The ids of clip piece `i`: one for each embedding, in brackets unless the template already wrote them"
     vocab = tok.get_vocab()
@@ -167,7 +177,7 @@ def _audio_ids(tok, pieces, i, n):
     ids = [pieces[i].value]*n
     return ids if wrapped else [bos, *ids, eos]
 
-# %% ../nbs/03_chat.ipynb #c33
+# %% ../nbs/03_chat.ipynb #c35
 def tokenize(
     conversations:list[Conversation], # Of any shapes
     n_samples:list[list[int]], # For each conversation, the lengths of its clips at 16 kHz
@@ -181,7 +191,7 @@ def tokenize(
     encoded = iter(tok(runs, add_special_tokens=False, split_special_tokens=True).input_ids if runs else [])
     return [_assemble(tok, plan, encoded, iter(n)) for plan,n in zip(plans, n_samples)]
 
-# %% ../nbs/03_chat.ipynb #c34
+# %% ../nbs/03_chat.ipynb #c36
 def _assemble(tok, plan, encoded, n_samples):
     "One conversation's ids and labels from its pieces, its encoded runs and its clips' lengths"
     ids, labels, answering = [], [], False
@@ -193,7 +203,7 @@ def _assemble(tok, plan, encoded, n_samples):
         answering = p.kind=='answer'  # the control token after an answer ends it
     return np.array(ids, np.int32), np.array(labels, np.int32)
 
-# %% ../nbs/03_chat.ipynb #c41
+# %% ../nbs/03_chat.ipynb #c43
 @dataclass(slots=True)
 class Example:
     "A conversation that is ready for the model"
@@ -203,7 +213,7 @@ class Example:
     file:str=''          # File that it came from
     line:int=0           # Line in that file
 
-# %% ../nbs/03_chat.ipynb #c42
+# %% ../nbs/03_chat.ipynb #c44
 def encode(
     conversation:Conversation, # As `to_conversation` makes it
     tok, # The model's tokenizer
@@ -214,14 +224,14 @@ def encode(
     (ids, labels), = tokenize([conversation], [[len(c) for c in clips]], tok)
     return Example(ids, labels, clips, conversation.file, conversation.line)
 
-# %% ../nbs/03_chat.ipynb #c44
+# %% ../nbs/03_chat.ipynb #c46
 def _token_html(tok, token, label, control):
     "One token as a coloured span"
     text = html.escape(tok.decode([token])).replace('\n', '↵<br>')
     colour = '#b7e4c7' if label >= 0 else '#e5e7eb' if token in control else 'none'
     return f'<span style="background:{colour};color:{"#111" if colour!="none" else "inherit"};border-radius:2px" title="{token}">{text}</span>'
 
-# %% ../nbs/03_chat.ipynb #c45
+# %% ../nbs/03_chat.ipynb #c47
 class LabelView:
     "An example as coloured tokens beside its clips, for a notebook"
     def __init__(self,

@@ -7,7 +7,7 @@ __all__ = ['META', 'end_with_parent', 'ConvertReport', 'convert', 'new_output', 
            'LengthBatchSampler', 'padding_waste', 'Batch', 'Collator', 'open_dataset']
 
 # %% ../nbs/04_dataset.ipynb #c4
-import hashlib, json, multiprocessing, multiprocessing.connection, os, shutil, sys, threading
+import hashlib, json, mmap, multiprocessing, multiprocessing.connection, os, shutil, sys, threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -38,17 +38,17 @@ def _list_array(arrays, # 1-d arrays of one dtype
     "Arrays as one Arrow list column, without going through Python objects"
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
     if offsets[-1] >= 2**31: raise ValueError("a record batch holds at most 2**31 - 1 samples")
-    flat = np.concatenate(arrays) if arrays else np.array([])
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(flat, type=dtype))
+    wrap = lambda a, t: pa.Array.from_buffers(t, len(a), [None, pa.py_buffer(a)])
+    flat = np.concatenate([np.zeros(0, dtype.to_pandas_dtype()), *arrays], dtype=dtype.to_pandas_dtype())
+    return pa.ListArray.from_arrays(wrap(offsets.astype(np.int32), pa.int32()), wrap(flat, dtype))
 
 # %% ../nbs/04_dataset.ipynb #c9
 def _record_batch(examples, schema):
     "Examples as one Arrow record batch"
     col = lambda name, arrays: _list_array(arrays, schema.field(name).type.value_type)
-    none = np.zeros(0, schema.field('audio').type.value_type.to_pandas_dtype())
     return pa.record_batch([
         col('input_ids', [e.input_ids for e in examples]), col('labels', [e.labels for e in examples]),
-        col('audio', [np.concatenate([none, *e.clips]) for e in examples]),
+        col('audio', [np.concatenate([*e.clips, e.clips[0][:0]]) if e.clips else np.zeros(0) for e in examples]),
         col('audio_lengths', [np.array([len(c) for c in e.clips], np.int32) for e in examples]),
         pa.array([e.line for e in examples], pa.int32())], schema=schema)
 
@@ -239,6 +239,19 @@ def make_folder(
     return Path(path)
 
 # %% ../nbs/04_dataset.ipynb #c33
+class _ArrowFile:
+    "The record batches of an Arrow file, mapped into memory"
+    def __init__(self, path):
+        with open(path, 'rb') as f: self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self.batches = pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(self.map))).read_all().to_batches()
+    def row(self, batch, i):
+        "Row `i` of a batch: {column: NumPy array, or a value}"
+        row = self.batches[batch].slice(i, 1)
+        out = {name:np.array(c.flatten()) if pa.types.is_list(c.type) or pa.types.is_large_list(c.type) else c[0].as_py() for name,c in zip(row.schema.names, row.columns)}
+        if hasattr(self.map, 'madvise'): self.map.madvise(mmap.MADV_DONTNEED)
+        return out
+
+# %% ../nbs/04_dataset.ipynb #c35
 class AudioDataset:
     "A converted dataset: `len(ds)` rows, `ds[i]` an `Example`"
     def __init__(self,
@@ -246,70 +259,71 @@ class AudioDataset:
         tokenizer:str|None=None, # Fingerprint of the tokenizer it must have been made with
     ):
         self.path = Path(path)
-        self._ds = _open(self.path).with_format('arrow')
+        self._batches = [(f, i) for f in _open(self.path) for i in range(len(f.batches))]
+        self._ends = np.cumsum([f.batches[i].num_rows for f,i in self._batches], dtype=np.int64)
+        if not len(self): raise InputError(f"{path}: this dataset has no rows")
+        self._peer = 'input_values' in self._batches[0][0].batches[0].schema.names
         self.meta = json.loads((self.path/META).read_text(encoding='utf-8')) if (self.path/META).exists() else {}
-        self._peer = 'input_values' in self._ds.column_names
         made = self.meta.get('tokenizer')
         if tokenizer and made and tokenizer != made:
             raise InputError(f"{path}: converted with another tokenizer ({self.meta['model_name']}, {made}) than the model's ({tokenizer}); convert it again for this model")
-        if not len(self): raise InputError(f"{path}: this dataset has no rows")
-    def __len__(self): return len(self._ds)
+    def __len__(self): return int(self._ends[-1]) if len(self._ends) else 0
+    def __reduce__(self): return AudioDataset, (self.path,)
 
-# %% ../nbs/04_dataset.ipynb #c34
+# %% ../nbs/04_dataset.ipynb #c36
 def _open(path):
-    "The `datasets` object of a folder, or an error that says what the folder lacks"
-    from datasets import load_from_disk
+    "The Arrow files of a folder, or an error that says what the folder lacks"
     if not path.exists(): raise InputError(f"{path}: no such file or folder")
-    try: ds = load_from_disk(str(path))
+    try: files = [_ArrowFile(path/f['filename']) for f in json.loads((path/'state.json').read_text(encoding='utf-8'))['_data_files']]
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as e:
-        raise InputError(f"{path}: not a converted dataset ({' '.join(str(e).split())[:200]}); give a CSV or TSV file, or a folder that mdl_convert wrote") from None
-    want = {'input_ids', 'labels', 'attention_mask', 'input_values'} if 'input_values' in getattr(ds, 'column_names', []) else {'input_ids', 'labels', 'audio', 'audio_lengths'}
-    missing = want - set(getattr(ds, 'column_names', []))
+        raise InputError(f"{path}: not a converted dataset, or a damaged one ({' '.join(str(e).split())[:200]}); give a CSV or TSV file, or a folder that mdl_convert wrote") from None
+    names = {n for f in files for b in f.batches for n in b.schema.names}
+    want = {'input_ids', 'labels', 'attention_mask', 'input_values'} if 'input_values' in names else {'input_ids', 'labels', 'audio', 'audio_lengths'}
+    missing = want - names if names else set()
     if missing: raise InputError(f"{path}: this dataset lacks the columns {', '.join(sorted(missing))}; convert the CSV with mdl_convert")
-    return ds
+    return files
 
-# %% ../nbs/04_dataset.ipynb #c35
+# %% ../nbs/04_dataset.ipynb #c37
 from fastcore.basics import patch
 
 @patch
 def __getitem__(self:AudioDataset, i:int)->Example:
-    "Row `i`, its samples mapped from disk"
+    "Row `i`, read from disk"
     if not -len(self) <= i < len(self): raise IndexError(i)
-    row = self._ds[int(i) % len(self)]
-    col = lambda name: row[name].chunk(0).flatten().to_numpy(zero_copy_only=False)
-    if self._peer: return self._peer_row(row, col)
-    lengths = col('audio_lengths')
-    line = row['line'][0].as_py() if 'line' in row.column_names else 0
-    return Example(col('input_ids'), col('labels'), np.split(col('audio'), np.cumsum(lengths))[:len(lengths)], self.meta.get('source', str(self.path)), line)
+    i = int(i) % len(self)
+    b = int(np.searchsorted(self._ends, i, 'right'))
+    file, batch = self._batches[b]
+    row = file.row(batch, i - int(self._ends[b]) + file.batches[batch].num_rows)
+    if self._peer: return self._peer_row(row)
+    n = row['audio_lengths']
+    return Example(row['input_ids'], row['labels'], np.split(row['audio'], np.cumsum(n))[:len(n)], self.meta.get('source', str(self.path)), row.get('line', 0))
 
-# %% ../nbs/04_dataset.ipynb #c36
+# %% ../nbs/04_dataset.ipynb #c38
 @patch
-def _peer_row(self:AudioDataset, row, col):
+def _peer_row(self:AudioDataset, row):
     "A row of a folder that MDL-Toolkit wrote"
-    keep = col('attention_mask').astype(bool)
-    samples = col('input_values').astype(np.float32)
-    n = row['audio_length'][0].as_py() if 'audio_length' in row.column_names else len(samples)
-    return Example(col('input_ids')[keep].astype(np.int32), col('labels')[keep].astype(np.int32), [samples[:n]], str(self.path), 0)
+    keep, samples = row['attention_mask'].astype(bool), row['input_values'].astype(np.float32)
+    return Example(row['input_ids'][keep].astype(np.int32), row['labels'][keep].astype(np.int32), [samples[:row.get('audio_length', len(samples))]], str(self.path), 0)
 
-# %% ../nbs/04_dataset.ipynb #c37
+# %% ../nbs/04_dataset.ipynb #c39
+@patch
+def _column(self:AudioDataset, name, read):
+    "`read` of a column in every batch, as one array"
+    return np.concatenate([read(f.batches[i].column(name)) for f,i in self._batches]).astype(np.int64)
+
 @patch(as_prop=True)
 def n_tokens(self:AudioDataset): # int64 [rows]
     "Tokens of each row"
-    if self._peer: return np.array([sum(x) for x in self._ds.with_format(None)['attention_mask']])
-    return self._lengths('input_ids')
+    masks = lambda c: np.array([sum(x) for x in c.to_pylist()])
+    return self._column('attention_mask', masks) if self._peer else self._column('input_ids', lambda c: pc.list_value_length(c).to_numpy())
 
 @patch(as_prop=True)
 def n_samples(self:AudioDataset): # int64 [rows]
     "Audio samples of each row"
-    if self._peer and 'audio_length' in self._ds.column_names: return np.array(self._ds.with_format(None)['audio_length'])
-    return self._lengths('input_values' if self._peer else 'audio')
+    if self._peer and 'audio_length' in self._batches[0][0].batches[0].schema.names: return self._column('audio_length', lambda c: c.to_numpy())
+    return self._column('input_values' if self._peer else 'audio', lambda c: pc.list_value_length(c).to_numpy())
 
-@patch
-def _lengths(self:AudioDataset, name):
-    "Lengths of the lists in a column, from their offsets"
-    return pc.list_value_length(self._ds.data.column(name)).to_numpy().astype(np.int64)
-
-# %% ../nbs/04_dataset.ipynb #c38
+# %% ../nbs/04_dataset.ipynb #c40
 @patch
 def _repr_html_(self:AudioDataset, most=3):
     "The first rows with players, and what all rows hold"
@@ -318,7 +332,7 @@ def _repr_html_(self:AudioDataset, most=3):
     return (f"<table><caption>{len(self):,} rows, {self.n_samples.sum()/SAMPLE_RATE/3600:.3f} hours of audio, {self.n_tokens.sum():,} tokens</caption>"
             f"<tr><th>line</th><th>clips</th><th>tokens</th><th>with loss</th></tr>{rows}</table>")
 
-# %% ../nbs/04_dataset.ipynb #c43
+# %% ../nbs/04_dataset.ipynb #c45
 class LengthBatchSampler:
     "Batches of row numbers of like lengths, in an order that `seed` and `epoch` alone decide"
     def __init__(self,
@@ -333,7 +347,7 @@ class LengthBatchSampler:
     def __len__(self): return -(-len(self.lengths)//self.batch_size)
     def set_epoch(self, epoch): self.epoch = epoch
 
-# %% ../nbs/04_dataset.ipynb #c44
+# %% ../nbs/04_dataset.ipynb #c46
 @patch
 def order(self:LengthBatchSampler,
     epoch:int, # Which pass over the data
@@ -351,7 +365,7 @@ def order(self:LengthBatchSampler,
 @patch
 def __iter__(self:LengthBatchSampler): return (b.tolist() for b in self.order(self.epoch))
 
-# %% ../nbs/04_dataset.ipynb #c46
+# %% ../nbs/04_dataset.ipynb #c48
 def padding_waste(
     lengths:np.ndarray, # [rows]
     batches:list, # Row numbers of each batch
@@ -360,7 +374,7 @@ def padding_waste(
     padded = sum(len(b)*lengths[b].max() for b in batches)
     return 1 - lengths[np.concatenate(batches)].sum()/padded
 
-# %% ../nbs/04_dataset.ipynb #c49
+# %% ../nbs/04_dataset.ipynb #c51
 class Batch(dict):
     "A batch of tensors, by the names of the model's arguments"
     def _repr_html_(self):
@@ -371,7 +385,7 @@ class Batch(dict):
             for r in zip(self['attention_mask'][:, :300].tolist(), self['labels'][:, :300].tolist()))
         return f"<div>{len(self['input_ids'])} rows of {self['input_ids'].shape[1]} tokens ({1-real/self['input_ids'].numel():.0%} padding){audio}<br>{shades}<small>green: loss, grey: context, white: padding</small></div>"
 
-# %% ../nbs/04_dataset.ipynb #c50
+# %% ../nbs/04_dataset.ipynb #c52
 class Collator:
     "Examples to a padded batch"
     def __init__(self,
@@ -390,7 +404,7 @@ class Collator:
         batch = dict(input_ids=ids, attention_mask=mask, labels=labels, **_pad_clips([c for e in examples for c in e.clips]))
         return Batch({k:torch.from_numpy(v) for k,v in batch.items()})
 
-# %% ../nbs/04_dataset.ipynb #c51
+# %% ../nbs/04_dataset.ipynb #c53
 def _pad_clips(clips):
     "Waveforms as one zero-padded array with their lengths; nothing when there are none"
     if not clips: return {}
@@ -400,7 +414,7 @@ def _pad_clips(clips):
     for v,c in zip(values, clips): v[:len(c)] = c
     return dict(input_values=values, audio_length=lengths)
 
-# %% ../nbs/04_dataset.ipynb #c54
+# %% ../nbs/04_dataset.ipynb #c56
 def open_dataset(
     path:str|Path, # CSV or TSV file, or a converted folder
     tok, # The model's tokenizer

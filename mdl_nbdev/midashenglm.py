@@ -277,7 +277,8 @@ class MiDashengAudioEncoder(_Chunking):
         n_samples:torch.Tensor, # [clips] int64 on the CPU, each at least 3200
     )->torch.Tensor: # [patches of all clips, features]
         "Encode the patches that make up tokens, clip after clip"
-        mel = log_mel(waveform, n_samples.to(waveform.device), self.config)
+        few = max(1, 2**21 // waveform.shape[1]) # clips at a time: a spectrogram takes many times the memory of its waveform
+        mel = torch.cat([log_mel(w, n, self.config) for w, n in zip(waveform.split(few), n_samples.to(waveform.device).split(few))])
         x, layout, order = self.embed_chunks(mel, plan_chunks(n_samples, self.span, self.fold))
         for block in self.blocks: x = block(x, layout)
         return self.norm(x.index_select(0, order.to(x.device)))
@@ -326,6 +327,7 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = accepts_loss_kwargs = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ["MiDashengAudioBlock"]
+    _tied_weights_keys = {}  # its decoder says which; peft looks there only if the whole model says something
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["running_mean", "running_var"]
 

@@ -171,8 +171,6 @@ def _target_pattern(model, train_target, regex):
     return regex
 
 # %% ../nbs/06_model.ipynb #c36
-MiDashengLMModel._tied_weights_keys = {}  # its decoder says which; peft looks there only if the whole model says something
-
 def _full_modules(model, train_target):
     "Full names of the modules that are trained whole, and whether they share one matrix"
     layers = dict(embed_tokens=model.get_input_embeddings(), lm_head=model.get_output_embeddings())
@@ -301,6 +299,7 @@ def merge_adapter(
     if not name: raise InputError(f"{s.adapter}: this adapter does not say what its base model is; give it as --model-name")
     new_output(out, s.overwrite, 'model*.safetensors', (s.adapter, name))
     dtype = 'auto' if s.bf16 is None else pick_dtype(s.bf16)
+    shutil.rmtree(f"{out}.part", ignore_errors=True)
     part = make_folder(f"{out}.part")
     save_model(_merge_folder(s.adapter, name, s.from_modelscope, dtype), load_processor(name, s.from_modelscope), part)
     if out.exists(): shutil.rmtree(out)
