@@ -13,7 +13,7 @@ from .config import InputError, from_args
 # %% ../nbs/10_cli.ipynb #c6
 def _main(prog, module, function, settings, argv):
     "Run `module.function` with settings read from `argv`, and exit"
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    for name,value in dict(OMP_WAIT_POLICY='PASSIVE', ONEDNN_PRIMITIVE_CACHE_CAPACITY='0').items(): os.environ.setdefault(name, value)
     try:
         s = from_args(getattr(config, settings), argv, prog)
         report = getattr(importlib.import_module(f'mdl_nbdev.{module}'), function)(s)
