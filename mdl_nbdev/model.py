@@ -198,6 +198,8 @@ def adapt(
 ): # A `PeftModel`: only adapters, and what is trained in full, require gradients
     "Add LoRA adapters; their first weights come from torch's random state"
     from peft import LoraConfig, get_peft_model
+    for m in model.modules():
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False # else an evaluation repacks 4-bit weights, and training cannot go on with them
     full, tied = _full_modules(model, train_target)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, task_type='CAUSAL_LM', ensure_weight_tying=tied,
                         target_modules=_target_pattern(model, train_target, lora_target_modules), modules_to_save=full or None)

@@ -116,6 +116,15 @@ def test_adapter_only(csv, tmp_path, run):
     assert not torch.equal(load_file(merged.final / "model.safetensors")["decoder.lm_head.weight"], tiny_model().state_dict()["decoder.lm_head.weight"])
 
 
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_run_goes_on_after_an_evaluation(csv, tmp_path, bits):
+    "The same steps with and without an evaluation between them; the result is merged into the float base"
+    s = settings(csv, tmp_path / "with", quantization=bits, eval_dataset=csv, eval_steps=1, max_steps=4)
+    evaluated, plain = train(s), train(replace(s, output=tmp_path / "without", eval_dataset=None))
+    assert [l for _, l, _ in losses(evaluated.metrics)] == pytest.approx([l for _, l, _ in losses(plain.metrics)], rel=1e-3)
+    assert load_model(str(evaluated.final)).dtype == torch.float32
+
+
 def test_checkpoints_and_files(csv, tmp_path):
     r = train(settings(csv, tmp_path / "r", max_steps=5, save_steps=0.2, save_total_limit=2))
     assert sorted(p.name for p in r.output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
