@@ -121,7 +121,8 @@ def test_a_quantised_run_goes_on_after_an_evaluation(csv, tmp_path, bits):
     "The same steps with and without an evaluation between them; the result is merged into the float base"
     s = settings(csv, tmp_path / "with", quantization=bits, eval_dataset=csv, eval_steps=1, max_steps=4)
     evaluated, plain = train(s), train(replace(s, output=tmp_path / "without", eval_dataset=None))
-    assert [l for _, l, _ in losses(evaluated.metrics)] == pytest.approx([l for _, l, _ in losses(plain.metrics)], rel=1e-3)
+    step_losses = lambda run: [loss for _, loss, _ in losses(run.metrics)]
+    assert step_losses(evaluated) == pytest.approx(step_losses(plain), rel=1e-3)
     assert load_model(str(evaluated.final)).dtype == torch.float32
 
 
