@@ -91,6 +91,8 @@ def test_conversion(tmp_path):
     for i in range(n):
         sf.write(tmp_path/f"{i}.flac", noise.normal(0, .1, int(44100*noise.uniform(.5, 2))), 44100)
         lines.append(f"{i}.flac,answer {i}")
+    sf.write(tmp_path/"long.flac", noise.normal(0, .1, 44100*60), 44100)
+    lines += [f"long.flac,long answer {i}" for i in range(16)] # the kills come before these are done
     (tmp_path/"rows.csv").write_text("\n".join(lines) + "\n")
     args = ["mdl_convert", "rows.csv", "--model-name", "tiny", "--num-workers", "2", "--output"]
     finish(start(tmp_path, *args, "whole"))
