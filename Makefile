@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lab test
+.PHONY: help install demo lab test test-slow
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,3 +36,8 @@ test: install  ## Run every check: sync, lint, notebooks, pytest
 	ruff check tests benchmarks docs setup.py
 	OMP_NUM_THREADS=1 nbdev_test --flags slow --n_workers 2 --do_print --timing
 	OMP_NUM_THREADS=2 python -m pytest tests -q --durations=10
+
+test-slow: export HF_HUB_OFFLINE := 1
+test-slow: export TOKENIZERS_PARALLELISM := false
+test-slow: install  ## Run the tests that take long
+	OMP_NUM_THREADS=2 python -m pytest tests -q --slow -m slow --durations=0

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mdl_nbdev.midashenglm import MiDashengLMConfig, n_audio_tokens
+from mdl_nbdev.config import TuneSettings
 from mdl_nbdev.model import adapt, tiny_config
 
 RATE = 16_000
@@ -33,7 +34,7 @@ def build(small, device):
 
 def adapted(model):
     "`model`, LoRA of rank 32 put into every linear layer of its encoder, projector and decoder"
-    return adapt(model, rank=32).get_base_model()
+    return adapt(model, TuneSettings(lora_rank=32)).get_base_model()
 
 
 def batch(model, clips, seconds, answer=True):

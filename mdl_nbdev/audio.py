@@ -104,11 +104,11 @@ def _open(src):
             f = files.enter_context(_Stream(path))
             if f.format == 'MP3': f = files.enter_context(_Stream(files.enter_context(_Endless(path))))
             elif f.format.startswith('WAV') and not f.frames and (whole := _unfinished_wav(path)): f = files.enter_context(_Stream(whole))
-        except sf.LibsndfileError as e: raise AudioError(f'{src}: not readable as audio ({e.error_string}) save it as wav, flac, ogg or mp3') from None
+        except sf.LibsndfileError as e: raise AudioError(f'{src}: not readable as audio ({e.error_string}): save it as wav, flac, ogg or mp3') from None
         _check_whole(f, path, src)
         if not f.frames: raise AudioError(f'{src}: holds no sound (0 frames): record or export it again')
         try: yield f
-        except sf.LibsndfileError as e: raise AudioError(f'{src}: damaged or cut short ({e.error_string}) copy or download it again') from None
+        except sf.LibsndfileError as e: raise AudioError(f'{src}: damaged or cut short ({e.error_string}): copy or download it again') from None
 
 # %% ../nbs/01_audio.ipynb #c24
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from .config import InputError, from_args
 # %% ../nbs/10_cli.ipynb #c6
 def _main(prog, module, function, settings, argv):
     "Run `module.function` with settings read from `argv`, and exit"
-    for name,value in dict(OMP_WAIT_POLICY='PASSIVE', ONEDNN_PRIMITIVE_CACHE_CAPACITY='0').items(): os.environ.setdefault(name, value)
+    for name,value in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='1500', ONEDNN_PRIMITIVE_CACHE_CAPACITY='0').items(): os.environ.setdefault(name, value)
     try:
         s = from_args(getattr(config, settings), argv, prog)
         report = getattr(importlib.import_module(f'mdl_nbdev.{module}'), function)(s)
@@ -21,8 +21,8 @@ def _main(prog, module, function, settings, argv):
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; what was finished is kept", file=sys.stderr)
         sys.exit(130)
-    print(report)
-    sys.exit(2 if getattr(report, 'failed', False) else 0)
+    if os.environ.get('RANK', '0')=='0': print(report) # under a launcher, one process speaks for all
+    sys.exit(getattr(report, 'exit_code', 2 if getattr(report, 'failed', False) else 0))
 
 def _complain(prog, e):
     "Say what is wrong; returns the exit code"
@@ -33,21 +33,21 @@ def _complain(prog, e):
 def mdl_check(
     argv:list[str]=None, # Arguments; else the process's own
 ):
-    "Check a CSV without a model"
-    _main('mdl_check', 'data', 'check', 'CheckSettings', argv)
+    "Check a file of rows without a model"
+    _main('mdl_check', 'check', 'check', 'CheckSettings', argv)
 
 # %% ../nbs/10_cli.ipynb #c9
 def mdl_convert(
     argv:list[str]=None, # Arguments; else the process's own
 ):
-    "Convert a CSV into a dataset that training opens at once"
+    "Convert a file of rows into a dataset that training opens at once"
     _main('mdl_convert', 'dataset', 'convert', 'ConvertSettings', argv)
 
 # %% ../nbs/10_cli.ipynb #c10
 def mdl_train(
     argv:list[str]=None, # Arguments; else the process's own
 ):
-    "Fine-tune a model with LoRA"
+    "Fine-tune a model"
     _main('mdl_train', 'train', 'train', 'TrainSettings', argv)
 
 # %% ../nbs/10_cli.ipynb #c11
@@ -61,7 +61,7 @@ def mdl_merge(
 def mdl_infer(
     argv:list[str]=None, # Arguments; else the process's own
 ):
-    "Answer every row of a CSV with a model"
+    "Answer every row of a file with a model"
     _main('mdl_infer', 'infer', 'infer', 'InferSettings', argv)
 
 # %% ../nbs/10_cli.ipynb #c13

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import chunked, patch
 from .config import EvalSettings, InputError
-from .data import BadRow, CsvFile, bad_rows_error
+from .data import BadRow, bad_rows_error
 from .dataset import new_output
+from .records import Record, open_rows
 
 # %% ../nbs/08a_evaluate.ipynb #c7
 @dataclass(repr=False)
@@ -78,25 +79,37 @@ def __repr__(self:Scores): return '\n'.join(_rates(self))
 # %% ../nbs/08a_evaluate.ipynb #c16
 def _read(path):
     "The rows of a file; broken ones raise one error for all"
-    f, bad = CsvFile(path, ('audio', 'prediction')), []
+    f, bad = open_rows(path), []
     rows = list(f.rows(bad.append))
     if bad: raise bad_rows_error(bad)
     return rows
 
 # %% ../nbs/08a_evaluate.ipynb #c17
+def _asked(row):
+    "What a row is about: its clips, or the words of its questions if it has none; and which of them"
+    parts = [p for m in row.messages if m["role"] in ("user", "text") for p in m["content"]]
+    clips = ', '.join(p["audio"] for p in parts if p["type"]=="audio")
+    return ("audio", clips) if clips else ("question", '\n'.join(p["text"] for p in parts))
+
+# %% ../nbs/08a_evaluate.ipynb #c18
 def _mismatch(rows, refs):
     "How two lists of rows differ, or `None`"
     n, m = len(rows), len(refs)
     if n != m: return f"{rows[0].file}: {n:,} rows, and {refs[0].file} has {m:,}: compare the output of mdl_infer with the file it was made from" + "; if the run was stopped, run it again to go on"*(n < m)
-    pairs = [(a, b) for a, b in zip(rows, refs) if a.audio != b.audio]
+    asked, expected = ([_asked(r) for r in x] for x in (rows, refs))
+    pairs = [i for i in range(n) if asked[i] != expected[i]]
     if not pairs: return
-    a, b = pairs[0]
-    remedy = ("the same clips stand in another order: sort one file like the other" if Counter(r.audio for r in rows)==Counter(r.audio for r in refs) else
+    i = pairs[0]
+    (what, a), (_, b) = asked[i], expected[i]
+    remedy = ("the same rows stand in another order: sort one file like the other" if Counter(asked)==Counter(expected) else
               "rows are compared by position: compare the output of mdl_infer with the file it was made from")
-    return f"{a.where}: audio is {a.audio!r}, and {b.where} has {b.audio!r} ({len(pairs):,} of {n:,} rows differ); {remedy}"
+    return f"{rows[i].where}: {what} is {_short(a, 100)!r}, and {refs[i].where} has {_short(b, 100)!r} ({len(pairs):,} of {n:,} rows differ); {remedy}"
 
-# %% ../nbs/08a_evaluate.ipynb #c18
-_no_reference = "the reference has no prediction; write the right answer, or remove the row from both files"
+# %% ../nbs/08a_evaluate.ipynb #c20
+def _reference_faults(row):
+    "Why a row can't be a reference"
+    if not (row.prediction or '').strip(): return ["the reference has no prediction; write the right answer, or remove the row from both files"]
+    return row.faults() if isinstance(row, Record) else []
 
 def _paired(input, reference):
     "The rows of both files, checked"
@@ -105,11 +118,11 @@ def _paired(input, reference):
     rows, refs = _read(input), _read(reference)
     fault = _mismatch(rows, refs)
     if fault: raise InputError(fault)
-    bad = [BadRow(r.file, r.line, _no_reference) for r in refs if not (r.prediction or '').strip()]
+    bad = [BadRow(r.file, r.line, fault) for r in refs for fault in _reference_faults(r)]
     if bad: raise bad_rows_error(bad)
     return rows, refs
 
-# %% ../nbs/08a_evaluate.ipynb #c20
+# %% ../nbs/08a_evaluate.ipynb #c22
 @dataclass(repr=False)
 class EvalReport:
     "The comparison of a file of answers with a reference"
@@ -130,7 +143,7 @@ class EvalReport:
         "Do answers repeat, as labels do?"
         return 2*len(set(self.references)) <= len(self.references)
 
-# %% ../nbs/08a_evaluate.ipynb #c21
+# %% ../nbs/08a_evaluate.ipynb #c23
 @patch
 def confusion(self:EvalReport
 )->dict[str, Counter]: # Right answer -> {prediction: rows}
@@ -139,7 +152,7 @@ def confusion(self:EvalReport
     for r, p in zip(self.references, self.predictions): out[r][p] += 1
     return out
 
-# %% ../nbs/08a_evaluate.ipynb #c22
+# %% ../nbs/08a_evaluate.ipynb #c24
 @patch
 def label_table(self:EvalReport
 )->list[dict]: # `label`, `rows`, `exact` (rows), `wrong`: the most frequent wrong prediction or None, `wrong_rows`
@@ -149,7 +162,7 @@ def label_table(self:EvalReport
         return dict(label=label, rows=got.total(), exact=got[label], wrong=wrong, wrong_rows=n)
     return [record(*x) for x in self.confusion().items()]
 
-# %% ../nbs/08a_evaluate.ipynb #c23
+# %% ../nbs/08a_evaluate.ipynb #c25
 @patch
 def worst(self:EvalReport
 )->list[int]: # Numbers of rows
@@ -158,13 +171,13 @@ def worst(self:EvalReport
     order = np.lexsort([-s.word_edits, -s.word_edits/s.words])[:self.most]
     return [int(i) for i in order if s.word_edits[i]]
 
-# %% ../nbs/08a_evaluate.ipynb #c25
+# %% ../nbs/08a_evaluate.ipynb #c27
 def _short(text, most):
     "`text` on one line, at most `most` characters and all of them visible; a sign for an empty one"
     text = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in ' '.join(text.split())) or '(empty)'
     return text if len(text) <= most else text[:most-3] + '...'
 
-# %% ../nbs/08a_evaluate.ipynb #c26
+# %% ../nbs/08a_evaluate.ipynb #c28
 def _label_lines(records, most):
     "The table by label as lines of text"
     shown = records[:most]
@@ -174,7 +187,7 @@ def _label_lines(records, most):
     more = [f"  ({len(records)-most:,} more labels, {sum(r['exact'] for r in records[most:]):,} of {sum(r['rows'] for r in records[most:]):,} rows right)"] if len(records) > most else []
     return ["by label: rows right, and the most frequent wrong prediction", *(l.rstrip() for l in lines), *more]
 
-# %% ../nbs/08a_evaluate.ipynb #c27
+# %% ../nbs/08a_evaluate.ipynb #c29
 @patch
 def _worst_lines(self:EvalReport):
     "The worst rows as lines of text"
@@ -184,13 +197,13 @@ def _worst_lines(self:EvalReport):
     wrong = int((s.word_edits > 0).sum())
     return [f"the worst rows ({len(rows):,} of {wrong:,} that are wrong)", *sum(lines, [])] if rows else []
 
-# %% ../nbs/08a_evaluate.ipynb #c28
+# %% ../nbs/08a_evaluate.ipynb #c30
 @patch
 def __repr__(self:EvalReport):
     table = _label_lines(self.label_table(), self.most) if self.by_label else self._worst_lines()
     return '\n'.join([f"{self.input}, compared with {self.reference}", *(f"  {l}" for l in _rates(self.scores)), *([''] + table if table and self.most else [])])
 
-# %% ../nbs/08a_evaluate.ipynb #c30
+# %% ../nbs/08a_evaluate.ipynb #c32
 def _html_table(rows, head):
     "An HTML table of HTML cells"
     row = lambda tag, cells: '<tr>' + ''.join(f'<{tag} style="text-align:left">{c}</{tag}>' for c in cells) + '</tr>'
@@ -200,7 +213,7 @@ def _shade(n, of, right):
     "A count on a background that is the darker the greater its share is; green for right and red for wrong"
     return f'<div style="background:rgba({"44,160,44" if right else "214,39,40"},{n/of*.8:.2f});text-align:center">{n or ""}</div>'
 
-# %% ../nbs/08a_evaluate.ipynb #c31
+# %% ../nbs/08a_evaluate.ipynb #c33
 @patch
 def _confusion_html(self:EvalReport):
     "The confusion matrix: a row for each right answer, a column for each prediction"
@@ -212,7 +225,7 @@ def _confusion_html(self:EvalReport):
         return [f"<b>{esc(label)}</b>", *(_shade(got[p], got.total(), p==label) for p in [*known, '']), _shade(other, got.total(), False), f"{got[label]/got.total():.1%}"]
     return _html_table(map(row, known), ['right \\ predicted', *map(esc, known), '(empty)', '(other)', 'exact'])
 
-# %% ../nbs/08a_evaluate.ipynb #c32
+# %% ../nbs/08a_evaluate.ipynb #c34
 @patch
 def _labels_html(self:EvalReport):
     "The table by label with bars"
@@ -220,7 +233,7 @@ def _labels_html(self:EvalReport):
     return _html_table([(html.escape(_short(r['label'], 60)), f"{r['rows']:,}", f"{r['exact']/r['rows']:.1%}", bar(r), f"{html.escape(_short(r['wrong'], 60))} ({r['wrong_rows']:,})" if r['wrong_rows'] else '')
                         for r in self.label_table()[:self.most]], ['label', 'rows', 'exact', '', 'most frequent wrong prediction'])
 
-# %% ../nbs/08a_evaluate.ipynb #c34
+# %% ../nbs/08a_evaluate.ipynb #c36
 def _corrections(reference, prediction):
     "HTML of a prediction with the edits that turn it into its reference"
     import jiwer
@@ -231,7 +244,7 @@ def _corrections(reference, prediction):
         return html.escape(' '.join(ref)) if c.type=='equal' else words('del', '#d62728', hyp) + ' '*bool(ref and hyp) + words('ins', '#2ca02c', ref)
     return ' '.join(map(part, out.alignments[0]))
 
-# %% ../nbs/08a_evaluate.ipynb #c35
+# %% ../nbs/08a_evaluate.ipynb #c37
 @patch
 def _repr_html_(self:EvalReport):
     head = '<br>'.join(map(html.escape, [f"{Path(self.input).name}, compared with {Path(self.reference).name}", *_rates(self.scores)]))
@@ -239,7 +252,7 @@ def _repr_html_(self:EvalReport):
     else: table = _html_table([(self.lines[i], f"{self.scores.word_edits[i]/self.scores.words[i]:.0%}", _corrections(self.references[i], self.predictions[i])) for i in self.worst()], ['line', 'WER', 'corrections'])
     return f"<p>{head}</p>" + table*bool(self.most)
 
-# %% ../nbs/08a_evaluate.ipynb #c37
+# %% ../nbs/08a_evaluate.ipynb #c39
 @patch
 def to_dict(self:EvalReport
 )->dict: # Plain values, ready for JSON
@@ -250,7 +263,7 @@ def to_dict(self:EvalReport
     if self.by_label: return out | dict(labels=self.label_table())
     return out | dict(worst=[dict(line=self.lines[i], wer=float(s.word_edits[i]/s.words[i]), reference=self.references[i], prediction=self.predictions[i]) for i in self.worst()])
 
-# %% ../nbs/08a_evaluate.ipynb #c38
+# %% ../nbs/08a_evaluate.ipynb #c40
 def _write_json(value, path):
     "Write a JSON file, whole or not at all"
     part = Path(f"{path}.part")
@@ -260,7 +273,7 @@ def _write_json(value, path):
         os.replace(part, path)
     except OSError as e: raise InputError(f"{path}: cannot write here: {e.strerror}; choose another --output") from None
 
-# %% ../nbs/08a_evaluate.ipynb #c40
+# %% ../nbs/08a_evaluate.ipynb #c42
 def evaluate(
     s:EvalSettings, # Settings: the two files, where the figures go
 )->EvalReport: # Figures, and a table by label or of the worst rows

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MIN_SAMPLES', 'QWEN2_7B', 'LOSS_LOGITS', 'n_audio_tokens', 'MiDashengAudioConfig', 'MiDashengLMConfig',
            'reflect_ends', 'log_mel', 'ChunkPlan', 'plan_chunks', 'MiDashengAudioBlock', 'MiDashengAudioEncoder',
-           'MiDashengAudioProjector', 'labelled_loss', 'MiDashengLMPreTrainedModel', 'MiDashengLMModel',
-           'MiDashengLMProcessor']
+           'MiDashengAudioProjector', 'weighted_sums', 'next_position', 'labelled_loss', 'MiDashengLMPreTrainedModel',
+           'MiDashengLMModel', 'MiDashengLMProcessor']
 
 # %% ../nbs/05_midashenglm.ipynb #c4
 import io, os, re
@@ -300,27 +300,50 @@ class MiDashengAudioProjector(nn.Module):
 # %% ../nbs/05_midashenglm.ipynb #c45
 LOSS_LOGITS = 2**25 # Logits in one piece of the loss: 128 MiB in float32
 
+def weighted_sums(
+    hidden:torch.Tensor, # [positions, features]
+    target:torch.Tensor, # [positions] the token that follows each
+    weights:torch.Tensor, # [..., positions] float32
+    lm_head, # Features to logits
+    vocab_size:int, # Width of the logits
+)->torch.Tensor: # [...] float32
+    "Sums of weight times cross entropy, of which no more than a piece of logits is kept at once"
+    def piece(h, t, w):
+        logits = lm_head(h)
+        losses = F.cross_entropy(logits.float(), t.to(logits.device), reduction="none")
+        return (w.to(logits.device) * losses).sum(-1)
+    n = max(1, LOSS_LOGITS // vocab_size)
+    if len(target) <= n: return piece(hidden, target, weights)
+    return sum(checkpoint(piece, *x, use_reentrant=False) for x in zip(hidden.split(n), target.split(n), weights.split(n, -1)))
+
+# %% ../nbs/05_midashenglm.ipynb #c47
+def next_position(
+    x:torch.Tensor, # [..., positions]
+    fill=0, # Comes in at the end
+)->torch.Tensor: # [..., positions]
+    "What each position's next one holds"
+    return F.pad(x, (0, 1), value=fill)[..., 1:]
+
+# %% ../nbs/05_midashenglm.ipynb #c50
 def labelled_loss(
     hidden:torch.Tensor, # [rows, positions, features]
     labels:torch.Tensor, # [rows, positions], -100 where nothing is to be learned
-    lm_head:nn.Module, # Features to logits
+    lm_head, # Features to logits
     vocab_size:int, # Width of the logits
     num_items=None, # Divide by this, as a number or a tensor, rather than by the number of labels in the batch
-)->torch.Tensor: # A float32 scalar; 0 if there is no label
+    loss_weights:torch.Tensor|None=None, # [sums, rows, positions] float32: what each label weighs in each sum; then nothing is divided
+)->torch.Tensor: # A float32 scalar, or [sums] with weights; 0 if there is no label
     "Cross entropy of the next token at labelled positions"
-    target = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(hidden.device)
+    target = next_position(labels, -100).flatten().to(hidden.device)
     at = (target != -100).nonzero().squeeze(1)
-    hidden, target = hidden.flatten(0, 1).index_select(0, at), target[at]
-    def piece(h, t):
-        logits = lm_head(h)
-        return F.cross_entropy(logits.float(), t.to(logits.device), reduction="sum")
-    rows = max(1, LOSS_LOGITS // vocab_size)
-    if len(at) <= rows: total = piece(hidden, target)
-    else: total = sum(checkpoint(piece, h, t, use_reentrant=False) for h, t in zip(hidden.split(rows), target.split(rows)))
+    if loss_weights is None: weights = torch.ones(len(at), device=at.device)
+    else: weights = next_position(loss_weights).flatten(1).to(at.device).index_select(1, at)
+    total = weighted_sums(hidden.flatten(0, 1).index_select(0, at), target[at], weights, lm_head, vocab_size)
+    if loss_weights is not None: return total
     if num_items is None: num_items = max(1, len(at))
     return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
 
-# %% ../nbs/05_midashenglm.ipynb #c48
+# %% ../nbs/05_midashenglm.ipynb #c55
 class MiDashengLMPreTrainedModel(PreTrainedModel):
     "What the library must know of the model"
     config_class = MiDashengLMConfig
@@ -343,7 +366,7 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
     def get_output_embeddings(self): return self.decoder.get_output_embeddings()
     def set_output_embeddings(self, value): self.decoder.set_output_embeddings(value)
 
-# %% ../nbs/05_midashenglm.ipynb #c50
+# %% ../nbs/05_midashenglm.ipynb #c57
 class _Listening:
     "Clips to embeddings, and embeddings to their places"
     def encode_audio(self,
@@ -386,7 +409,7 @@ class _Listening:
         if ids is not None: kwargs["inputs_embeds"] = self.embed(ids.to(self.device), input_values, audio_length)
         return super().generate(None, *args, **kwargs)
 
-# %% ../nbs/05_midashenglm.ipynb #c52
+# %% ../nbs/05_midashenglm.ipynb #c59
 class MiDashengLMModel(_Listening, MiDashengLMPreTrainedModel, GenerationMixin):
     "MiDashengLM: an audio encoder, a projector, and a causal language model that answers"
     def __init__(self,
@@ -401,8 +424,8 @@ class MiDashengLMModel(_Listening, MiDashengLMPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, input_values=None, audio_length=None, labels=None, position_ids=None,
-                past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None, num_items_in_batch=None, **kwargs):
-        "Loss or logits of the rows [rows, positions] with their clips [clips, samples]; `num_items_in_batch` divides the loss"
+                past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None, num_items_in_batch=None, loss_weights=None, **kwargs):
+        "Loss or logits of the rows [rows, positions] with their clips [clips, samples]; `labelled_loss` says what the last two named arguments do"
         if inputs_embeds is None:
             later = past_key_values is not None and past_key_values.get_seq_length() > 0 and input_values is None
             inputs_embeds = self.get_input_embeddings()(input_ids) if later else self.embed(input_ids, input_values, audio_length)
@@ -412,13 +435,13 @@ class MiDashengLMModel(_Listening, MiDashengLMPreTrainedModel, GenerationMixin):
                                  past_key_values=past_key_values, use_cache=use_cache if labels is None else False, **kwargs)
         hidden, loss, logits = out.last_hidden_state, None, None
         if labels is not None:
-            loss = labelled_loss(hidden, labels, self.decoder.lm_head, self.config.text_config.vocab_size, num_items_in_batch)
+            loss = labelled_loss(hidden, labels, self.decoder.lm_head, self.config.text_config.vocab_size, num_items_in_batch, loss_weights)
         if labels is None or logits_to_keep is not None:
             keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(-(logits_to_keep or 0), None)
             logits = self.decoder.lm_head(hidden[:, keep])
         return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
 
-# %% ../nbs/05_midashenglm.ipynb #c62
+# %% ../nbs/05_midashenglm.ipynb #c69
 def _load_clip(source, sampling_rate=SAMPLE_RATE): # Path, URL or waveform -> mono float32 at `sampling_rate`
     if not isinstance(source, (str, os.PathLike)): return np.asarray(source, dtype=np.float32)
     source = os.fspath(source)
@@ -435,7 +458,7 @@ def _load_clip(source, sampling_rate=SAMPLE_RATE): # Path, URL or waveform -> mo
     except ImportError: raise ImportError(f"a clip at {rate} Hz must be resampled to {sampling_rate} Hz: pip install soxr") from None
     return soxr.resample(x, rate, sampling_rate)
 
-# %% ../nbs/05_midashenglm.ipynb #c64
+# %% ../nbs/05_midashenglm.ipynb #c71
 class _AudioTokens:
     "Room for clips in prompts"
     def expand_audio_tokens(self,
@@ -450,7 +473,7 @@ class _AudioTokens:
         mark = re.compile(f"({re.escape(bos)})?{re.escape(audio)}({re.escape(eos)})?")
         return [mark.sub(lambda _: bos + audio*n_audio_tokens(next(n)) + eos, t) for t in texts]
 
-# %% ../nbs/05_midashenglm.ipynb #c66
+# %% ../nbs/05_midashenglm.ipynb #c73
 def _clips_of(conversations): # Sources of all audio parts, in order
     parts = [p for c in conversations for m in c if not isinstance(m["content"], str) for p in m["content"]]
     sources = [next((p[k] for k in ("audio", "path", "url") if k in p), None) for p in parts if p["type"] == "audio"]
@@ -477,7 +500,7 @@ class _ChatTemplate:
         out = self(text, [_load_clip(s) for s in _clips_of(convs)] or None, **call)
         return out if return_dict else out["input_ids"]
 
-# %% ../nbs/05_midashenglm.ipynb #c68
+# %% ../nbs/05_midashenglm.ipynb #c75
 class MiDashengLMProcessor(_AudioTokens, _ChatTemplate, ProcessorMixin):
     "Text and clips to the model's inputs"
     def __init__(self,
@@ -515,7 +538,7 @@ class MiDashengLMProcessor(_AudioTokens, _ChatTemplate, ProcessorMixin):
             out.update(input_values=x, audio_length=np.array(n))
         return BatchFeature(out, tensor_type=return_tensors)
 
-# %% ../nbs/05_midashenglm.ipynb #c72
+# %% ../nbs/05_midashenglm.ipynb #c79
 MiDashengLMConfig.register_for_auto_class()
 MiDashengLMModel.register_for_auto_class("AutoModelForCausalLM")
 MiDashengLMProcessor.register_for_auto_class()

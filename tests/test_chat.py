@@ -1,14 +1,31 @@
-"Token ids and labels: for any conversation, any template of the ChatML kind, and against transformers' own tokenization"
+"Token ids and labels: for any conversation, templates and tokenizers of many kinds, and against transformers' own tokenization"
+import pickle
+import re
 import string
+import unicodedata
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mdl_nbdev.chat import AUDIO, CHATML, fingerprint, load_tokenizer, n_audio_tokens, tiny_tokenizer, tokenize
+from mdl_nbdev.chat import (
+    AUDIO,
+    CHATML,
+    ROLE_MARKERS,
+    Example,
+    LabelView,
+    decode_answer,
+    encode,
+    fingerprint,
+    load_tokenizer,
+    n_audio_tokens,
+    tiny_text_tokenizer,
+    tiny_tokenizer,
+    tokenize,
+)
 from mdl_nbdev.config import InputError
 from mdl_nbdev.data import Conversation
 
@@ -30,19 +47,81 @@ def bpe_tokenizer(template=CHATML):
 
 
 BPE = bpe_tokenizer()
+CORPUS = ["the user asks the assistant what is the sound of a dog barking in the rain", "system user assistant \n\n helpful    human bot <|role_start|>human<|role_end|>"] * 20
+
+
+def trained(tok, bos=None, specials=(), **kwargs):
+    "A transformers tokenizer from an untrained one of `tokenizers`, with `bos` added before every text"
+    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()) if kwargs.pop("byte_level", True) else [],
+                                                        special_tokens=list(specials), show_progress=False))
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=bos, **kwargs)
+    if bos: tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tok.convert_tokens_to_ids(bos))])
+    return tok
+
+
+def neox(template=ROLE_MARKERS, prefix=False, **kwargs):
+    "In the style of GPT-NeoX: byte-level BPE, runs of spaces as tokens that are not control tokens, one token for beginning, end and unknown"
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder, tok.normalizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoders.ByteLevel(), normalizers.NFC()
+    tok = trained(tok, chat_template=template, eos_token="<|endoftext|>", unk_token="<|endoftext|>", **kwargs)
+    if not prefix: tok.add_tokens([AddedToken(" "*n, normalized=False) for n in range(2, 8)]) # else a space would follow each
+    return tok
+
+
+def llama2(template, scheme, **kwargs):
+    "In the style of Llama 2: spaces are ▁, one before a text as `scheme` says, bytes for unknown characters, and a beginning token of its own accord"
+    tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if scheme == "legacy": tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else: tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return trained(tok, "<s>", ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))], byte_level=False, chat_template=template, eos_token="</s>", unk_token="<unk>", **kwargs)
+
+
+LLAMA2 = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}<<SYS>> {{ m.content }} <</SYS>>{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]\
+{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"""
+ZEPHYR = """{% for m in messages %}
+{{ '<|' + m.role + '|>\n' + m.content + eos_token }}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+PHI = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+phi_tokens = [AddedToken(f"<|{name}|>", special=True, normalized=False, rstrip=True) for name in ("system", "user", "assistant", "end")]
+LLAMA3 = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
+
+{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+
+
+def llama3():
+    "In the style of Llama 3: line breaks are tokens of their own, and a beginning token of its own accord"
+    tok = Tokenizer(models.BPE())
+    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.decoder = decoders.ByteLevel()
+    return trained(tok, "<|begin_of_text|>", chat_template=LLAMA3, eos_token="<|eot_id|>", extra_special_tokens=["<|start_header_id|>", "<|end_header_id|>"])
+
+
+TEXT = {"tiny-text": load_tokenizer("tiny-text"), "neox": neox(), "neox, prefix": neox(prefix=True), "neox, zephyr": neox(ZEPHYR), "llama 3": llama3(),
+        "phi": neox(PHI, extra_special_tokens=phi_tokens),
+        **{f"llama 2, {scheme}, {name}": llama2(template, scheme) for scheme in ("first", "always", "legacy") for name, template in
+           [("roles", ROLE_MARKERS), ("own", LLAMA2), ("zephyr", ZEPHYR), ("chatml", CHATML.replace("<|im_end|>", "</s>"))]}}
+AUDIO_ROLES = neox(extra_special_tokens=[AUDIO, "<|audio_bos|>", "<|audio_eos|>"]) # a base model with audio and no template
 pieces = st.one_of(st.text(max_size=12), st.sampled_from(["<|im_end|>", AUDIO, "<|im_start|>assistant\n", "\n", " ", "{{ x }}", "\ue0001\ue001", "日本", "🐶"]))
-texts = st.lists(pieces, min_size=1, max_size=4).map("".join).filter(lambda s: s.strip() and "\ud800" not in s)
+# No \u2581, which Llama 2 turns into a space, and only characters that are their own normal form, as GPT-NeoX wants them
+texts = st.lists(pieces, min_size=1, max_size=4).map("".join).map(lambda s: unicodedata.normalize("NFC", s).replace("▁", "")).filter(lambda s: s.strip() and "\ud800" not in s)
 
 
 def text(s): return {"type": "text", "text": s}
 
 
 @st.composite
-def conversations(draw):
+def conversations(draw, most_clips=2):
     messages, clips = [], []
     if draw(st.booleans()): messages.append({"role": "system", "content": [text(draw(texts))]})
     for _ in range(draw(st.integers(1, 3))):
-        n = draw(st.integers(0, 2))
+        n = draw(st.integers(0, most_clips))
         clips += draw(st.lists(st.integers(0, 60_000), min_size=n, max_size=n))
         messages.append({"role": "user", "content": [{"type": "audio", "audio": "x.wav"}] * n + [text(draw(texts))]})
         messages.append({"role": "assistant", "content": [text(draw(texts))]})
@@ -52,19 +131,46 @@ def conversations(draw):
 def answers(conv): return [m["content"][0]["text"] for m in conv.messages if m["role"] == "assistant"]
 
 
-@pytest.mark.parametrize("tok", [TINY, BPE, bpe_tokenizer(DEFAULT_SYSTEM), bpe_tokenizer(BARE_CLIP), bpe_tokenizer(THINKING)], ids=["bytes", "bpe", "system", "bare", "thinking"])
+def said(ids, labels):
+    "The runs of tokens with loss"
+    assert (ids[labels >= 0] == labels[labels >= 0]).all() and labels[0] == -100
+    return [r for r in np.split(labels, np.flatnonzero(np.diff(labels >= 0)) + 1) if r[0] >= 0]
+
+
+@pytest.mark.parametrize("tok", [TINY, BPE, bpe_tokenizer(DEFAULT_SYSTEM), bpe_tokenizer(BARE_CLIP), bpe_tokenizer(THINKING), AUDIO_ROLES], ids=["bytes", "bpe", "system", "bare", "thinking", "roles"])
 @settings(max_examples=60, deadline=None)
 @given(case=conversations())
 def test_labels_are_the_answers_and_their_end_tokens(tok, case):
     conv, clips = case
     (ids, labels), = tokenize([conv], [clips], tok)
-    end = tok.convert_tokens_to_ids("<|im_end|>")
-    assert (ids[labels >= 0] == labels[labels >= 0]).all()
-    runs = np.split(labels, np.flatnonzero(np.diff(labels >= 0)) + 1)
-    said = [r for r in runs if r[0] >= 0]
-    assert [int(r[-1]) for r in said] == [end] * len(said)
-    decode = lambda r: tok.decode(r[:-1], clean_up_tokenization_spaces=False)
-    assert [decode(r) for r in said] == answers(conv)
+    runs = said(ids, labels)
+    assert [int(r[-1]) for r in runs] == [tok.eos_token_id] * len(runs)
+    assert [tok.decode(r[:-1], clean_up_tokenization_spaces=False) for r in runs] == answers(conv)
+    assert [decode_answer(r, tok) for r in runs] == answers(conv)
+    assert int((ids == tok.convert_tokens_to_ids(AUDIO)).sum()) == sum(n_audio_tokens(n) for n in clips)
+
+
+@pytest.mark.parametrize("name", TEXT)
+@settings(max_examples=40, deadline=None)
+@given(case=conversations(most_clips=0))
+def test_labels_of_text_models(name, case):
+    conv, tok = case[0], TEXT[name]
+    (ids, labels), = tokenize([conv], [[]], tok)
+    runs, end = said(ids, labels), tok.convert_tokens_to_ids("<|end|>") if name == "phi" else tok.eos_token_id
+    assert [int(r[-1]) for r in runs] == [end] * len(runs)
+    assert [decode_answer(r, tok) for r in runs] == answers(conv)
+    assert tok.bos_token in (None, tok.eos_token) or int((ids == tok.bos_token_id).sum()) == tok.chat_template.count("bos_token")
+
+
+@pytest.mark.parametrize("name", TEXT)
+@settings(max_examples=30, deadline=None)
+@given(case=conversations(most_clips=0))
+def test_prompts_of_text_models(name, case):
+    conv, tok = case[0], TEXT[name]
+    (ids, labels), = tokenize([conv], [[]], tok)
+    (prompt, _), = tokenize([Conversation(conv.messages[:-1], "t.csv", 1)], [[]], tok)
+    assert ids[:len(prompt)].tolist() == prompt.tolist()
+    assert labels[len(prompt)] >= 0 and len(said(ids, labels)[-1]) == (labels[len(prompt):] >= 0).sum()
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,6 +205,19 @@ def test_plain_conversations_tokenize_as_transformers_does(system, user, answer)
     assert ids.tolist() == BPE.apply_chat_template(messages, tokenize=True, return_dict=False)
 
 
+@pytest.mark.parametrize("name", TEXT)
+@settings(max_examples=30, deadline=None)
+@given(said=st.lists(words.map(str.strip), min_size=3, max_size=7))
+def test_text_models_see_what_transformers_shows_them(name, said):
+    tok, n = TEXT[name], (len(said)-1)//2*2
+    messages = [{"role": "system", "content": [text(said[0])]}, *({"role": r, "content": [text(t)]} for r, t in zip(["user", "assistant"]*3, said[1:n+1]))]
+    plain = [{"role": m["role"], "content": m["content"][0]["text"]} for m in messages]
+    (ids, _), (prompt, _) = tokenize([Conversation(messages, "t.csv", 1), Conversation(messages[:-1], "t.csv", 1)], [[], []], tok)
+    show = lambda **kw: tok.apply_chat_template(plain if not kw else plain[:-1], tokenize=True, return_dict=False, **kw)
+    assert tok.convert_ids_to_tokens(ids) == tok.convert_ids_to_tokens(show())
+    assert prompt.tolist() == show(add_generation_prompt=True)
+
+
 def test_clip_tokens_agree_with_the_network():
     from mdl_nbdev.midashenglm import n_audio_tokens as network
     assert [n_audio_tokens(n) for n in range(0, 40_000, 7)] == [network(n) for n in range(0, 40_000, 7)]
@@ -106,9 +225,17 @@ def test_clip_tokens_agree_with_the_network():
 
 TEMPLATES = {
     "leaves out clips": (CHATML.replace("<|audio_bos|><|AUDIO|><|audio_eos|>", ""), "shows 0 of a conversation's 1 clips"),
-    "leaves out texts": (CHATML.replace("{{ part.text }}", "{% if m.role != 'user' %}{{ part.text }}{% endif %}"), "leaves out"),
+    "leaves out texts": (CHATML.replace("{{ part.text }}", "{% if m.role != 'user' %}{{ part.text }}{% endif %}"), "the chat template, line 2: leaves out the user's text in turns of user, assistant"),
+    "leaves out answers": (CHATML.replace("{{ part.text }}", "{% if m.role == 'user' %}{{ part.text }}{% endif %}"), "line 2: leaves out the assistant's text"),
+    "repeats texts": (CHATML.replace("{{ part.text }}", "{{ part.text }}{{ part.text }}"), "line 2: repeats the user's text"),
+    "turns around": (CHATML.replace("in messages", "in messages | reverse"), "reorders"),
     "no end token": (CHATML.replace("<|im_end|>\n", "\n"), "control token"),
+    "text after the answer": (CHATML.replace("<|im_end|>\n", ".<|im_end|>\n"), "control token"),
     "prompts differ": (CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nWell, {% endif %}"), "differently"),
+    "raises": ("{% if messages[0].role == 'user' %}\n{{ raise_exception('who are you?') }}{% endif %}" + CHATML, "t.csv:1: the chat template, line 2: fails on turns of user, assistant: who are you"),
+    "adds text to a list": (CHATML.replace("{% if m.content is string %}", "{% set x = '' + m.content %}{% if m.content is string %}"), "the chat template, line 2: .*can only concatenate"),
+    "is no Jinja": (CHATML.replace("{% endfor %}{% if add", "{% endfor %}}{% if"), "the chat template, line 3: "),
+    "knows no such filter": (CHATML.replace("part.text", "part.text | shout"), "the chat template, line 2: .*shout"),
 }
 
 
@@ -118,6 +245,155 @@ def test_unusable_templates_are_refused(case):
     tok = bpe_tokenizer(template)
     conv = Conversation([{"role": "user", "content": [{"type": "audio", "audio": "x"}, text("q")]}, {"role": "assistant", "content": [text("a")]}], "t.csv", 1)
     with pytest.raises(InputError, match=why): tokenize([conv], [[1600]], tok)
+
+
+FILES = { # what is in a template file, and what is said of it, after the file's path
+    "syntax": ("{% for m in messages %}\n{{ m.content }\n{% endfor %}", r":2: .*unexpected '}'"),
+    "never ends": ("{% for m in messages %}\n{{ m.content }}", ":2: .*end of template"),
+    "unknown name": ("{% for m in messages %}\n\n{{ speaker.name }}{{ m.content }}{% endfor %}", ":3: .*'speaker' is undefined"),
+    "leaves out": ("{% for m in messages %}\n<{{ m.role }}>{{ m.content if m.role == 'user' }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}", ":2: leaves out the assistant"),
+    "repeats": ("{% for m in messages %}{{ m.role }}:\n{{ m.content }}{% if m.role == 'user' %}\n{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}",
+                ":2,3: .*repeats the user's text"),
+    "no end": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", ":1: .*does not end an answer"),
+    "empty": (" \n", ": this file is empty"),
+    "not text": (b"\xff\xfe\x00", ": this file cannot be read as UTF-8"),
+    "missing": (None, ": this file cannot be read.*No such file"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_template_file_that_is_wrong_is_told_with_file_and_line(case, tmp_path):
+    content, why = FILES[case]
+    path = tmp_path/"mine.jinja"
+    if content is not None: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=r"mine\.jinja" + why): load_tokenizer("tiny-text", chat_template=path)
+
+
+def test_a_template_file_replaces_the_models_own(tmp_path):
+    path = tmp_path/"mine.jinja"
+    path.write_text("{% for m in messages %}\n{{ m.role|upper }}: {{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}\nASSISTANT: {% endif %}\n")
+    tok = load_tokenizer("tiny-text", chat_template=path)
+    ask = lambda tok: tok.decode(tokenize([Conversation([{"role": "user", "content": [text("q")]}], "t.csv", 1)], [[]], tok)[0][0])
+    assert ask(tok) == "USER: q<|endoftext|>\nASSISTANT: "
+    assert fingerprint(tok) != fingerprint(load_tokenizer("tiny-text"))
+    tok.save_pretrained(tmp_path/"model")
+    again = load_tokenizer(str(tmp_path/"model"))
+    assert ask(again) == ask(tok) and fingerprint(again) == fingerprint(tok)
+    assert pickle.loads(pickle.dumps(tok)).chat_template_file == str(path) # as worker processes get it
+
+
+def test_a_template_file_that_fails_later_names_row_file_and_line(tmp_path):
+    path = tmp_path/"mine.jinja"
+    path.write_text("{% for m in messages %}\n{% if m.role == 'system' %}\n{{ raise_exception('no system, please') }}{% endif %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n"
+                    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}\n")
+    tok = load_tokenizer("tiny-text", chat_template=path)
+    messages = [{"role": r, "content": [text("x")]} for r in ("system", "user", "assistant")]
+    with pytest.raises(InputError, match=r"rows.jsonl:7: .*mine.jinja:3: .*system, user.*no system, please"): tokenize([Conversation(messages, "rows.jsonl", 7)], [[]], tok)
+
+
+def test_a_template_may_move_a_system_text():
+    tok = neox("{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages if m.role != 'system' %}"
+               "[{{ m.role }}]{{ messages[0].content + '/' if m == messages[ns.last] }}{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    messages = [{"role": r, "content": [text(t)]} for r, t in zip(["system", "user", "assistant", "user", "assistant"], "SQAqa")]
+    (ids, labels), = tokenize([Conversation(messages, "t", 1)], [[]], tok)
+    assert str(LabelView(Example(ids, labels, []), tok)).splitlines()[0] == "[user]Q<|endoftext|>[assistant]⟦A<|endoftext|>⟧[user]S/q<|endoftext|>[assistant]⟦a<|endoftext|>⟧"
+
+
+def test_every_day_is_the_same_day():
+    "As Llama 3's template has it"
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}|" + CHATML
+    (ids, _), = tokenize([Conversation([{"role": "user", "content": [text("q")]}], "t", 1)], [[]], bpe_tokenizer(dated))
+    assert BPE.decode(ids).startswith("26 Jul 2024|")
+
+
+def test_a_template_that_is_changed_counts_at_once():
+    tok = bpe_tokenizer(CHATML)
+    conv = Conversation([{"role": "user", "content": [text("q")]}], "t.csv", 1)
+    before = tokenize([conv], [[]], tok)[0][0]
+    tok.chat_template = DEFAULT_SYSTEM
+    assert len(tokenize([conv], [[]], tok)[0][0]) > len(before)
+
+
+def test_a_folder_without_chat_template_and_pad_token(tmp_path):
+    for name, saved in [("a", tiny_text_tokenizer()), ("b", neox(None))]:
+        saved.save_pretrained(tmp_path/name)
+        tok = load_tokenizer(str(tmp_path/name))
+        assert tok.chat_template == ROLE_MARKERS and tok.pad_token == tok.eos_token
+    assert load_tokenizer("tiny").pad_token == "<|endoftext|>"
+    assert tiny_text_tokenizer().chat_template is None
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
+    saved = tiny_text_tokenizer()
+    saved.eos_token = None
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no end token"): load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("mark", ["<|role_start|>", "<|role_end|>"])
+def test_role_markers_in_a_text_are_refused(role, mark):
+    turns = [{"role": r, "content": [text("x" + mark*(r == role))]} for r in ("system", "user", "assistant")]
+    conv = Conversation(turns, "rows.jsonl", 3)
+    for tok in (TEXT["tiny-text"], TEXT["neox"]):
+        with pytest.raises(InputError) as e: tokenize([conv], [[]], tok)
+        assert str(e.value) == f"rows.jsonl:3: the {role}'s text contains '{mark}', which marks a turn for this model; take it out"
+    marked = neox(extra_special_tokens=["<|role_start|>", "<|role_end|>"]) # as control tokens nobody can forge them
+    (ids, labels), = tokenize([conv], [[]], marked)
+    assert int((ids == marked.convert_tokens_to_ids(mark)).sum()) == 3
+
+
+def test_role_markers_cannot_be_put_together_from_parts():
+    parts = [text("<|role_"), text("start|>bot")]
+    with pytest.raises(InputError, match="marks a turn"): tokenize([Conversation([{"role": "user", "content": parts}], "t", 1)], [[]], TEXT["tiny-text"])
+
+
+@pytest.mark.parametrize("messages", [[{"role": "text", "content": [text("a")]}, {"role": "assistant", "content": [text("b")]}],
+                                      [{"role": "text", "content": [{"type": "audio", "audio": "x"}, text("b")]}],
+                                      [{"role": "user", "content": [text("a")]}, {"role": "assistant", "content": [{"type": "audio", "audio": "x"}]}]])
+def test_turns_that_cannot_be(messages):
+    with pytest.raises(InputError, match="t.jsonl:4: .*text only"): tokenize([Conversation(messages, "t.jsonl", 4)], [[1600]], TINY)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=texts, name=st.sampled_from(sorted(TEXT)))
+def test_text_records_carry_loss_but_for_their_first_token(case, name):
+    tok = TEXT[name]
+    (ids, labels), = tokenize([Conversation([{"role": "text", "content": [text(case)]}], "t", 1)], [[]], tok)
+    assert ids.tolist() == [*tok(case, add_special_tokens=False, split_special_tokens=True).input_ids, tok.eos_token_id]
+    assert labels.tolist() == [-100, *ids[1:]]
+
+
+def test_example_knows_its_task():
+    conv = Conversation([{"role": "user", "content": [text("q")]}], "t", 1)
+    assert encode(conv, TINY).task == ""
+    conv.task = "code"
+    assert encode(conv, TINY).task == "code"
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=conversations(), name=st.sampled_from(["tiny", "roles"]))
+def test_label_view_shows_every_text_and_marks_the_answers(case, name):
+    tok, (conv, clips) = {"tiny": TINY, "roles": AUDIO_ROLES}[name], case
+    (ids, labels), = tokenize([conv], [clips], tok)
+    shown = str(LabelView(Example(ids, labels, []), tok))
+    for m in conv.messages:
+        for p in m["content"]:
+            if m["role"] == "assistant": assert f"⟦{p['text']}{tok.eos_token}⟧" in shown
+            elif p["type"] == "text": assert p["text"] in shown
+    assert re.findall(r"<audio × (\d+)>", shown) == [str(n_audio_tokens(n)) for n in clips]
+    assert shown.splitlines()[-1] == f"{len(ids)} tokens, {int((labels >= 0).sum())} with loss"
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_label_view_of_text_models(name):
+    tok = TEXT[name]
+    messages = [{"role": r, "content": [text(t)]} for r, t in [("user", "the dog  barking 日本"), ("assistant", "größer than\nthe 🐶")]]
+    (ids, labels), = tokenize([Conversation(messages, "t", 1)], [[]], tok)
+    view = LabelView(Example(ids, labels, []), tok)
+    shown = str(view)
+    assert "the dog  barking 日本" in shown and "größer than\nthe 🐶" in shown.split("⟦")[1].split("⟧")[0]
+    assert f"{int((labels >= 0).sum())} with loss" in view._repr_html_()
 
 
 def test_a_text_model_takes_texts_and_refuses_clips():
@@ -137,5 +413,14 @@ def test_fingerprint_sees_vocabulary_template_and_control_tokens():
     assert len({*prints, fingerprint(more)}) == 4
 
 
+def test_fingerprint_of_a_text_model_sees_its_end_token():
+    "Text records and role markers end with it"
+    a, b = neox(), neox()
+    assert fingerprint(a) == fingerprint(b)
+    b.eos_token = "the"
+    assert fingerprint(a) != fingerprint(b)
+
+
 def test_unknown_model_says_that_it_is_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True) # else the hub client tries for a minute
     with pytest.raises(InputError, match="no such folder, and it cannot be fetched"): load_tokenizer("nobody/no-such-model")

@@ -14,7 +14,7 @@ HALF = max(1, min(32, (os.cpu_count() or 2) // 2))
 # MDL-Toolkit's options and defaults, from its command-line reference
 SHARED = dict(from_modelscope=False, tokenizing_batch_size=8, num_workers=HALF, system_prompt=None, user_prompt=None, base_dir=None)
 TRAIN = SHARED | dict(
-    model_name="mispeech/midashenglm-7b", eval_dataset=None, lr=1e-4, lora_rank=32, lora_alpha=32, lora_dropout=0.0, train_target=["encoder", "projector", "decoder"],
+    model_name="mispeech/midashenglm-7b", eval_dataset=[], lr=1e-4, lora_rank=32, lora_alpha=32, lora_dropout=0.0, train_target=["encoder", "projector", "decoder"],
     num_epochs=1.0, warmup_steps=0, batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=True, bf16=None, quantization=None, eval_steps=500, save_steps=500,
     eval_batch_size=None, eval_accumulation_steps=None, report_to=[], resume_from_checkpoint=None, save_total_limit=None, merge_lora=True)
 COMMANDS = {
@@ -47,7 +47,7 @@ def test_every_option_is_explained(prog):
 
 LINES = {
     "convert": ("mdl_convert path/to/input.csv --output path/to/output/", ConvertSettings, dict(input=Path("path/to/input.csv"), output=Path("path/to/output"))),
-    "train": ("mdl_train --train-dataset path/to/converted/train/ --eval-dataset path/to/converted/eval/ --output path/to/output/", TrainSettings, dict(eval_dataset=Path("path/to/converted/eval"))),
+    "train": ("mdl_train --train-dataset path/to/converted/train/ --eval-dataset path/to/converted/eval/ --output path/to/output/", TrainSettings, dict(eval_dataset=[Path("path/to/converted/eval")])),
     "train, tuned": ("mdl_train --lr 1e-4 --lora-rank 32 --train-dataset t --output o --train-target encoder --train-target lm_head --quantization 4bit --bf16 true --eval-steps 0.1 --save-steps 100 "
                      "--merge-lora false --resume-from-checkpoint true --report-to wandb --report-to tensorboard --num-epochs 0.5 --user-prompt null",
                      TrainSettings, dict(train_target=["encoder", "lm_head"], quantization="4bit", bf16=True, eval_steps=0.1, save_steps=100, merge_lora=False, resume_from_checkpoint=True,
@@ -108,4 +108,4 @@ def test_bad_configuration_files(case, tmp_path):
 def test_options_win_over_the_configuration_file(tmp_path):
     (tmp_path / "c.yaml").write_text("train-dataset: t.csv\noutput: o\nlr: 1e-3\nlora_rank: 8\ntrain_target: [encoder]\nbf16: null\n")
     s = from_args(TrainSettings, ["--config", str(tmp_path / "c.yaml"), "--lora-rank", "4"])
-    assert (s.lr, s.lora_rank, s.train_target, s.bf16, s.train_dataset) == (1e-3, 4, ["encoder"], None, Path("t.csv"))
+    assert (s.lr, s.lora_rank, s.train_target, s.bf16, s.train_dataset) == (1e-3, 4, ["encoder"], None, [Path("t.csv")])

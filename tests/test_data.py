@@ -13,8 +13,9 @@ import soundfile as sf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mdl_nbdev.check import check
 from mdl_nbdev.config import CheckSettings, InputError
-from mdl_nbdev.data import BadRow, CsvFile, Row, check, format_row, load_rows, read_rows, to_conversation
+from mdl_nbdev.data import BadRow, CsvFile, Row, format_row, read_rows, to_conversation
 
 
 def write(folder, data, name="t.csv"):
@@ -174,7 +175,6 @@ def test_file_errors(tmp_path, name):
 def test_paths(tmp_path):
     for path, expected in [(tmp_path/"none.csv", "none.csv: No such file or directory; the working directory is"), (tmp_path, "is a folder"), ("/dev/null", "not a regular file")]:
         with pytest.raises(InputError, match=expected): read_rows(path)
-        with pytest.raises(InputError, match=expected): load_rows(path)
 
 
 row_errors = {
@@ -211,13 +211,9 @@ def test_open_quote_to_the_end(tmp_path):
 
 def test_all_bad_rows_in_one_error(tmp_path):
     path = write(tmp_path, "audio,prediction\n" + "a\nb,c\n" * 30)
-    for read in [load_rows, lambda p: CsvFile(p).count()]:
-        with pytest.raises(InputError) as e: read(path)
-        report = str(e.value).splitlines()
-        assert report[0] == "30 bad rows:" and report[20].startswith(f"{path}:40: 1 cell,") and report[-1].startswith("... and 10 more")
-    other = write(tmp_path, "audio,prediction\nx\n", "u.csv")
-    with pytest.raises(InputError) as e: load_rows([path, other])
-    assert str(e.value).startswith("31 bad rows:")
+    with pytest.raises(InputError) as e: CsvFile(path).count()
+    report = str(e.value).splitlines()
+    assert report[0] == "30 bad rows:" and report[20].startswith(f"{path}:40: 1 cell,") and report[-1].startswith("... and 10 more")
 
 
 def test_reading_does_not_hold_the_file(tmp_path):

@@ -1,5 +1,8 @@
-"Converted datasets: what lies on disk, workers, crashes, batches, and folders of MDL-Toolkit"
+"Converted datasets: what lies on disk, workers, crashes, folders of MDL-Toolkit; mixes of tasks and samples that are too long"
+import json
 import os
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,14 +10,12 @@ import datasets
 import numpy as np
 import pytest
 import soundfile as sf
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mdl_nbdev.audio import load_audio, to_int16
-from mdl_nbdev.chat import Example, fingerprint, tiny_tokenizer
+from mdl_nbdev.chat import fingerprint, n_audio_tokens, tiny_tokenizer
 from mdl_nbdev.config import ConvertSettings, InputError
 from mdl_nbdev.data import read_rows
-from mdl_nbdev.dataset import AudioDataset, Collator, LengthBatchSampler, convert, open_dataset, padding_waste
+from mdl_nbdev.dataset import AudioDataset, Mix, convert, limit_length, open_dataset, open_mix, split
 from mdl_nbdev.sounds import make_sounds
 
 TOK = tiny_tokenizer()
@@ -78,36 +79,6 @@ def test_a_changed_clip_is_converted_again(tmp_path):
     assert len(after) == 8000 and not after.any() and before.any()
 
 
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 3))
-def test_an_epoch_has_every_row_once_in_an_order_of_its_own(lengths, size, epoch):
-    s = LengthBatchSampler(lengths, size, seed=7, pool=4)
-    batches = s.order(epoch)
-    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
-    assert len(batches) == len(s) and max(map(len, batches)) <= size
-    s.set_epoch(epoch)
-    assert [b.tolist() for b in LengthBatchSampler(lengths, size, seed=7, pool=4).order(epoch)] == list(s)
-
-
-def test_batches_of_like_lengths_waste_little():
-    lengths = np.random.default_rng(0).integers(1, 3000, 5000)
-    s = LengthBatchSampler(lengths, 16)
-    assert padding_waste(lengths, s.order(0)) < 0.02 < 0.3 < padding_waste(lengths, np.split(np.arange(5000), range(16, 5000, 16)))
-    assert [b.tolist() for b in s.order(0)] != [b.tolist() for b in s.order(1)]
-
-
-def example(n, clips): return Example(np.arange(n, dtype=np.int32), np.full(n, -100, np.int32), [np.full(c, 7, np.int16) for c in clips])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(side):
-    b = Collator(99, side)([example(3, [10]), example(5, [4, 20]), example(2, [])])
-    ids = [[0, 1, 2, 99, 99], [0, 1, 2, 3, 4], [0, 1, 99, 99, 99]]
-    if side == "left": ids = [[99, 99, 0, 1, 2], ids[1], [99, 99, 99, 0, 1]]
-    assert b["input_ids"].tolist() == ids and b["attention_mask"].tolist() == [[int(x != 99) for x in r] for r in ids]
-    assert b["audio_length"].tolist() == [10, 4, 20] and b["input_values"].shape == (3, 20) and int(b["input_values"].sum()) == 7 * 34
-    assert "input_values" not in Collator(99)([example(2, [])])
-
-
 def test_a_folder_of_mdl_toolkit_opens(tmp_path):
     "Its rows are padded to their conversion batch: on the left with masked tokens, on the right with silence"
     wave = np.linspace(-1, 1, 4000, dtype=np.float32)
@@ -117,6 +88,7 @@ def test_a_folder_of_mdl_toolkit_opens(tmp_path):
     ds = AudioDataset(tmp_path / "peer", fingerprint(TOK))
     assert ds[0].input_ids.tolist() == [5, 6, 7] and ds[0].labels.tolist() == [-100, 6, 7] and np.array_equal(ds[0].clips[0], wave[:3300])
     assert ds.n_tokens.tolist() == [3, 5] and ds.n_samples.tolist() == [3300, 4000]
+    assert ds.tasks[0] == ["peer"] and ds[1].task == "peer" and len(Mix([(None, ds)]).fingerprint()) == 16
 
 
 @pytest.mark.parametrize("what", ["nothing", "a file of another kind", "an empty folder", "missing columns"])
@@ -126,3 +98,181 @@ def test_what_is_no_dataset_is_refused(tmp_path, what):
     if what == "an empty folder": path.mkdir()
     if what == "missing columns": datasets.Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]}).save_to_disk(path)
     with pytest.raises(InputError, match="x: "): AudioDataset(path)
+
+
+# Records, and mixes of tasks
+
+
+def write_records(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def spell(words, **kw): return [dict(question=w, answer="-".join(w), **kw) for w in words]
+
+
+@pytest.fixture(scope="module")
+def spoken(csv, tmp_path_factory):
+    "Records with no clip, one, and several, in a file of their own"
+    clips = [str(csv.parent / r.audio) for r in read_rows(csv)][:9]
+    user = lambda *parts: dict(role="user", content=[dict(type="audio", path=p) if p in clips else dict(type="text", text=p) for p in parts])
+    bot = lambda text: dict(role="assistant", content=text)
+    rounds = [[user(clips[0]), bot("one")], [user("before", clips[1], clips[2], "after"), bot("two"), user("and", clips[3]), bot("three")], [user("no clip"), bot("none")]]
+    more = [[user(clips[i], clips[i + 1], "Which is longer?"), bot("the first of them")] for i in range(4, 8)]
+    return write_records(tmp_path_factory.mktemp("records") / "spoken.jsonl", [dict(messages=m, data_name=f"t{i % 2}") for i, m in enumerate(rounds + more)])
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_audio_of_records_is_kept_exactly(spoken, tmp_path, dtype):
+    ds = AudioDataset(convert(ConvertSettings(input=spoken, output=tmp_path / "d", model_name="tiny", audio_dtype=dtype)).path)
+    for i, line in enumerate(spoken.read_text().splitlines()):
+        raw = json.loads(line)
+        sources = [p["path"] for m in raw["messages"] if m["role"] == "user" for p in m["content"] if p["type"] == "audio"]
+        assert len(ds[i].clips) == len(sources) and ds[i].line == i + 1 and ds[i].task == raw["data_name"]
+        for got, path in zip(ds[i].clips, sources):
+            wave, _ = sf.read(path, dtype="float32")  # these clips are 16 kHz mono
+            assert got.dtype == dtype and np.array_equal(got, wave if dtype == "float32" else np.round(wave * 32768).astype(np.int16))
+        answers = [m["content"] for m in raw["messages"] if m["role"] == "assistant"]
+        assert TOK.decode(ds[i].labels[ds[i].labels >= 0]) == "".join(a + "<|im_end|>" for a in answers)
+    assert datasets.load_from_disk(str(tmp_path / "d"))["task"] == [f"t{i % 2}" for i in range(7)]
+
+
+def test_all_records_that_the_template_cannot_show_are_named(tmp_path):
+    words = write_records(tmp_path / "w.jsonl", spell(["ab", "<|role_start|>", "cd", "x<|role_end|>"]))
+    with pytest.raises(InputError) as e: convert(ConvertSettings(input=words, output=tmp_path / "d", model_name="tiny-text"))
+    assert "w.jsonl:2: the user's text contains '<|role_start|>'" in str(e.value) and "w.jsonl:4: the user's text contains '<|role_end|>'" in str(e.value)
+
+
+def test_names_of_tasks(spoken, tmp_path):
+    "A folder of its own, else data_name, else the file; also when converted first"
+    for name, words in [("upper", ["AB", "CD"]), ("lower", ["a", "b", "c"])]:
+        for i, w in enumerate(words): write_records(tmp_path / "tasks" / name / f"{i}.jsonl", spell([w], data_name="not used"))
+    plain = write_records(tmp_path / "plain.jsonl", [*spell("xy"), *spell("z", data_name="named")])
+    mix = open_mix([tmp_path / "tasks", spoken, plain], TOK, tmp_path / "cache", model_name="tiny")
+    assert mix.task_names == ["lower", "named", "plain", "t0", "t1", "upper"]
+    assert [mix[i].task for i in range(len(mix))] == ["lower"] * 3 + ["upper"] * 2 + ["t0", "t1"] * 3 + ["t0", "plain", "plain", "named"]
+    assert [mix[i].task_id for i in range(len(mix))] == mix.task_ids.tolist()
+    assert {k: v["rows"] for k, v in mix.describe().items()} == dict(lower=3, named=1, plain=2, t0=4, t1=3, upper=2)
+    converted = convert(ConvertSettings(input=plain, output=tmp_path / "out" / "plain", model_name="tiny")).path
+    assert open_mix([converted], TOK, tmp_path / "cache2").describe() == open_mix([plain], TOK, tmp_path / "cache3", model_name="tiny").describe()
+
+
+def test_evaluation_numbers_tasks_as_training_does(csv, tmp_path):
+    for name in "abc": write_records(tmp_path / f"{name}.jsonl", spell(["x", "y"]))
+    def open_(*names, **kw): return open_mix([tmp_path / f"{n}.jsonl" for n in names], TOK, tmp_path / "_".join(names), model_name="tiny", **kw)
+    assert open_("c", "a", names=["a", "b", "c"]).task_ids.tolist() == [2, 2, 0, 0]
+    assert open_("c", "a", names=["b"]).task_ids.tolist() == [0] * 4 and open_("c", names=["b"])[0].task == "b"
+    with pytest.raises(InputError, match="has a task 'b', which is none of those trained on: a, c"): open_("a", "b", names=["a", "c"])
+
+
+def test_a_dataset_without_tasks_opens(csv, tmp_path):
+    "As they were written before there were tasks"
+    out = convert(settings(csv, tmp_path / "new")).path
+    old = datasets.load_from_disk(str(out)).remove_columns("task")
+    old.save_to_disk(tmp_path / "old")
+    shutil.copy(out / "mdl_nbdev.json", tmp_path / "old")
+    ds = AudioDataset(tmp_path / "old", fingerprint(TOK))
+    assert ds.tasks[0] == ["old"] and ds[3].task == "old" and ds[3].line == 5 and np.array_equal(ds[3].clips[0], AudioDataset(out)[3].clips[0])
+
+
+@pytest.fixture(scope="module")
+def mix(csv, spoken, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("mix")
+    words = write_records(tmp / "spell.jsonl", spell(["word" * (1 + i % 5) for i in range(21)]))
+    return open_mix([csv, words, spoken], TOK, tmp / "cache", model_name="tiny", base_dir=csv.parent)
+
+
+def test_a_mix_is_its_datasets_and_its_ghosts(mix):
+    assert len(mix) == 150 + 21 + 7 == len(list(mix))
+    for i in [0, 149, 150, 170, 171, 177]:
+        e, ghost = mix[i], mix[~i]
+        assert np.array_equal(e.input_ids, ghost.input_ids) and all(map(np.array_equal, e.clips, ghost.clips)) and (e.task, e.line) == (ghost.task, ghost.line)
+        assert (e.labels >= 0).any() and not (ghost.labels >= 0).any()
+        assert len(e.input_ids) == mix.n_tokens[i] and sum(map(len, e.clips)) == mix.n_samples[i]
+    assert [e.line for e in mix[0, 150, 171]] == [2, 1, 1]
+    with pytest.raises(IndexError): mix[178]
+    again = pickle.loads(pickle.dumps(mix))
+    assert again[160].task == "spell" and np.array_equal(again[160].input_ids, mix[160].input_ids) and len(pickle.dumps(mix)) < 30_000
+    assert mix.by_task(dict(spell=2.0), "--task-weights") == {mix.task_names.index("spell"): 2.0}
+    with pytest.raises(InputError, match="--task-weights: no task is called 'x'; there are sounds, spell, t0, t1"): mix.by_task(dict(x=1), "--task-weights")
+
+
+def test_the_fingerprint_sees_content_not_places(mix, csv, spoken, tmp_path):
+    words = write_records(tmp_path / "elsewhere" / "spell.jsonl", spell(["word" * (1 + i % 5) for i in range(21)]))
+    def open_(*paths, **kw): return open_mix(paths, TOK, tmp_path / str(kw), model_name="tiny", base_dir=csv.parent, **kw)
+    assert open_(csv, words, spoken, num_workers=2, tokenizing_batch_size=7).fingerprint() == mix.fingerprint()
+    assert mix.take(np.arange(len(mix))).fingerprint() == mix.fingerprint()
+    other = [open_(csv, spoken, words), open_(csv, words, spoken, user_prompt="What?"), mix.take(np.arange(100)), mix.take(np.arange(len(mix))[::-1])]
+    words.write_text(words.read_text().replace("w-o-r-d", "w-o-r-t", 1))
+    other.append(open_(csv, words, spoken))
+    other.append(limit_length(mix, 60, "truncate", TOK)[0])
+    assert len({m.fingerprint() for m in [mix, *other]}) == 7
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
+def test_a_split_is_by_task_and_leaves_a_row_to_training(mix, share):
+    one = mix.take(np.arange(len(mix)) != -1)
+    train, held = split(one, share, seed=3)
+    key = lambda m: list(zip(m._dataset.tolist(), m._row.tolist()))
+    assert sorted(key(train) + key(held)) == key(mix) and key(held) == key(split(mix, share, seed=3)[1])
+    for name, d in mix.describe().items():
+        n = held.describe()[name]["rows"]
+        assert n == min(d["rows"] - 1, max(1, round(share * d["rows"]))) and train.describe()[name]["rows"] == d["rows"] - n
+    if share == 0.2: assert key(held) != key(split(mix, share, seed=4)[1])
+
+
+def test_a_split_does_not_depend_on_other_tasks(mix):
+    spell_rows = mix.take(mix.task_ids == mix.task_names.index("spell"))
+    alone = Mix([("spell", mix.datasets[1])])
+    assert split(spell_rows, 0.3)[1]._row.tolist() == split(alone, 0.3)[1]._row.tolist()
+    one = alone.take(np.array([4]))
+    with pytest.raises(InputError, match="--validation-split: every task has one row"): split(one, 0.3)
+    with pytest.raises(InputError, match="--validation-split: got 1"): split(alone, 1)
+
+
+def check_cut(short, whole, limit):
+    "A shortened example is a beginning of the whole one, as long as can be, with whole clips"
+    audio, bos, eos = (TOK.convert_tokens_to_ids(t) for t in ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"))
+    n = len(short.input_ids)
+    assert 0 < n <= limit and np.array_equal(short.input_ids, whole.input_ids[:n]) and np.array_equal(short.labels, whole.labels[:n])
+    count = lambda e, t: int((e.input_ids == t).sum())
+    assert count(short, bos) == count(short, eos) == len(short.clips) and count(short, audio) == sum(n_audio_tokens(len(c)) for c in short.clips)
+    assert all(map(np.array_equal, short.clips, whole.clips))
+    if n < min(limit, len(whole.input_ids)): assert whole.input_ids[n] == bos and eos not in whole.input_ids[n:limit], "cut short only before a clip that does not fit"
+
+
+@pytest.mark.parametrize("limit", range(5, 75, 3))
+def test_a_cut_never_goes_through_a_clip(mix, limit):
+    spoken = mix.take(np.arange(171, 178))
+    longer = [i for i in range(7) if spoken.n_tokens[i] > limit]
+    can_learn = lambda e, n: (e.labels[1:n] >= 0).any()
+    try: short, report = limit_length(spoken, limit, "truncate", TOK)
+    except InputError as e:
+        assert "every row" in str(e) and len(longer) == 7
+        return
+    assert [r.line for r in report.rows] == [i + 1 for i in longer] and report.total == 7
+    rejected = {r.line for r in report.rows if r.what == "rejected"}
+    kept = [i for i in range(7) if i + 1 not in rejected]
+    assert len(short) == len(kept) and report.rejected == len(rejected)
+    for j, i in enumerate(kept):
+        check_cut(short[j], spoken[i], limit)
+        assert can_learn(short[j], None) and len(short[j].input_ids) == short.n_tokens[j] and sum(map(len, short[j].clips)) == short.n_samples[j]
+        if i in longer: assert report.rows[longer.index(i)].what == f"cut to {short.n_tokens[j]}" and report.rows[longer.index(i)].tokens == spoken.n_tokens[i]
+    # in the sixteen tokens before the limit there may be a clip, but before those nothing that could be learned is thrown away
+    for line in rejected: assert not can_learn(spoken[line - 1], limit - 16)
+
+
+def test_rejected_rows_are_listed(mix, tmp_path):
+    limit = int(np.median(mix.n_tokens))
+    short, report = limit_length(mix, limit, "reject", TOK)
+    gone = np.flatnonzero(mix.n_tokens > limit)
+    assert len(short) == len(mix) - len(gone) and short.n_tokens.max() <= limit and report.rejected == len(gone) > 10
+    report.write(tmp_path / "too_long.csv")
+    lines = (tmp_path / "too_long.csv").read_text().splitlines()
+    assert lines[0] == "file,line,tokens,what"
+    assert lines[1:] == [f"{mix[i].file},{mix[i].line},{mix.n_tokens[i]},rejected" for i in gone]
+    assert str(report) == f"{len(gone)} of 178 rows have more than {limit} tokens: {len(gone)} left out, 0 cut"
+    same, nothing = limit_length(mix, 10_000, "reject", TOK)
+    assert len(same) == 178 and not nothing.rows and same.fingerprint() == mix.fingerprint()
+    with pytest.raises(InputError, match="--seq-length 3: every row has more tokens, the shortest"): limit_length(mix, 3, "reject", TOK)

@@ -137,3 +137,54 @@ def test_command(tmp_path, capsys):
         with pytest.raises(SystemExit) as e: mdl_eval([*args[:-1], str(bad)])
         assert e.value.code == 2
         assert "cannot write here" in capsys.readouterr().err
+
+
+# Records and other kinds of files
+
+def jsonl(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def rounds(*said): return [{"role": r, "content": c} for r, c in zip(["human", "bot"] * 3, said)]
+
+
+def test_records(tmp_path):
+    "The right answer is the last bot's, the answer to judge is the prediction; an empty one is wrong even where the right one stands beside it"
+    records = [{"chat_rounds": rounds("Q", "A", "Q2", "yes")}, {"audio": ["a.wav", "b.wav"], "answer": "no"}, {"prompt": "Q", "prediction": "so"}, {"query": "Q", "answer": "yes"}]
+    given = jsonl(tmp_path/"in.jsonl", *records)
+    answers = jsonl(tmp_path/"out.jsonl", *({**r, "prediction": p} for r, p in zip(records, [" yes", "yes", "so", ""])))
+    r = evaluate(EvalSettings(input=answers, reference=given))
+    assert (r.references, r.predictions, r.lines) == (["yes", "no", "so", "yes"], ["yes", "yes", "so", ""], [1, 2, 3, 4])
+    assert (r.scores.correct.tolist(), r.scores.empty.tolist()) == ([True, False, True, False], [False, False, False, True])
+
+
+def test_kinds_of_files_compare(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = [("a.wav", "yes"), ("b.wav", "no")]
+    pq.write_table(pa.table(dict(zip(["audio", "prediction"], map(list, zip(*rows))))), tmp_path/"a.parquet")
+    files = [write(tmp_path/"a.csv", rows), tmp_path/"a.parquet", jsonl(tmp_path/"a.jsonl", *(dict(audio=a, answer=p) for a, p in rows))]
+    for a in files:
+        for b in files:
+            if a != b: assert evaluate(EvalSettings(input=a, reference=b)).scores.exact == 1
+    texts = write(tmp_path/"t.csv", [("Q1", "yes"), ("Q2", "no")], ("user_prompt", "prediction"))
+    assert evaluate(EvalSettings(input=texts, reference=jsonl(tmp_path/"t.jsonl", dict(prompt="Q1", answer="yes"), dict(prompt="Q2", answer="yes")))).scores.exact == .5
+
+
+record_faults = {
+    "another question": ([dict(prompt="Q", answer="A")], [dict(prompt="R", answer="A")], "out.jsonl:1: question is 'R', and .*in.jsonl:1 has 'Q'"),
+    "another clip": ([dict(audio=["a.wav", "b.wav"], answer="A")], [dict(audio=["a.wav", "c.wav"], prediction="A")], "out.jsonl:1: audio is 'a.wav, c.wav', and .*in.jsonl:1 has 'a.wav, b.wav'"),
+    "an earlier round": ([dict(chat_rounds=rounds("Q", "A", "R", "B"))], [dict(chat_rounds=rounds("X", "A", "R", "B"))], "question is 'X R', and .* has 'Q R'"),
+    "another order": ([dict(prompt="Q", answer="A"), dict(prompt="R", answer="A")], [dict(prompt="R", answer="A"), dict(prompt="Q", answer="A")], r"\(2 of 2 rows differ\); the same rows stand in another order"),
+    "no right answer": ([dict(prompt="Q")], [dict(prompt="Q", prediction="A")], "in.jsonl:1: the reference has no prediction"),
+    "two right answers": ([dict(prompt="Q", answer="A", prediction="P")], [dict(prompt="Q", answer="A", prediction="A")], "in.jsonl:1: the last round and prediction give two answers"),
+    "broken records": ([dict(prompt="Q", answer="A")] * 2, [dict(prompt="Q", answer=1), dict(answer="A")], "2 bad rows:\n.*out.jsonl:1: answer is a number.*\n.*out.jsonl:2: no conversation"),
+}
+
+
+@pytest.mark.parametrize("name", record_faults)
+def test_record_faults(tmp_path, name):
+    refs, answers, message = record_faults[name]
+    with pytest.raises(InputError) as e: evaluate(EvalSettings(input=jsonl(tmp_path/"out.jsonl", *answers), reference=jsonl(tmp_path/"in.jsonl", *refs)))
+    assert re.search(message, str(e.value), re.S)

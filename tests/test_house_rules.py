@@ -17,7 +17,7 @@ root = Path(__file__).parent.parent
 package = root/"mdl_nbdev"
 notebooks = sorted(p for p in (root/"nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts))
 modules = sorted(p.stem for p in package.glob("*.py") if not p.stem.startswith("_"))
-light = ["", *(f".{m}" for m in ["config", "audio", "sounds", "data", "chat", "dataset", "cli"])]
+light = ["", *(f".{m}" for m in ["config", "audio", "sounds", "data", "records", "check", "chat", "dataset", "batches", "cli"])]
 commands = [line.split("=")[0] for line in (root/"settings.ini").read_text().split("console_scripts = ")[1].split("\n\n")[0].split()]
 each_notebook = pytest.mark.parametrize("path", notebooks, ids=[str(p.relative_to(root/"nbs")) for p in notebooks])
 

@@ -1,6 +1,9 @@
 "Commands that are killed at any moment, and run again, end with the files of an undisturbed run"
+import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -59,29 +62,84 @@ def table(folder, name, n):
     return name
 
 
-def rows_of(part): return part.read_bytes().count(b"row ") if part.exists() else 0
+def records(folder, name, n):
+    "The same as conversations, every third with a history"
+    rows = [line.split(",")[0] for line in make_sounds(folder, n).read_text().splitlines()[1:]]
+    turns = lambda i, audio: [*([dict(role="human", content="hello"), dict(role="bot", content="hi 👋")] if i % 3 == 0 else []),
+                              dict(role="human", content=f"row {i}\n", audio=f"lost/{i}.wav" if i % 8 == 5 else audio)]
+    (folder/name).write_text("".join(json.dumps(dict(number=i, chat_rounds=turns(i, audio))) + "\n" for i, audio in enumerate(rows)))
+    return name
 
 
-@pytest.mark.parametrize("suffix, kills", [("csv", [(16, 48), (64, 88)]), ("tsv", [(16, 88)])])
+def windows_of(log): return log.read_bytes().count(b"\n") if log.exists() else 0
+def infer_args(name): return [name, "--model-name", "tiny", "--batch-size", "2", "--max-new-tokens", "16", "--num-workers", "2"]
+
+
+def same_files(folder, suffix, n, missing):
+    "The files of the run out.* are those of the undisturbed run whole.*"
+    whole, out = ({k.split(".", 1)[1]: v for k, v in contents(folder, f"{name}.*").items()} for name in ["whole", "out"])
+    assert sorted(whole) == [suffix, f"{suffix}.rejects.csv"]
+    assert whole[suffix].count(b"row ") == n
+    assert whole[f"{suffix}.rejects.csv"].count(b"lost/") == 2*missing
+    assert out == whole
+
+
+def resumed(out): return int(re.search(r", (\d+) of them answered before", out)[1])
+
+
+@pytest.mark.parametrize("suffix, kills", [("csv", [(1, 3), (4, 6)]), ("jsonl", [(1, 6)]), pytest.param("tsv", [(1, 6)], marks=pytest.mark.slow)])
 def test_inference(tmp_path, suffix, kills):
     n, window, rng = 120, 16, random.Random(os.urandom(8))
-    args = ["mdl_infer", table(tmp_path, f"rows.{suffix}", n), "--model-name", "tiny", "--batch-size", "2", "--max-new-tokens", "16", "--num-workers", "2", "--output"]
+    args = ["mdl_infer", *infer_args((records if suffix == "jsonl" else table)(tmp_path, f"rows.{suffix}", n)), "--output"]
     finish(start(tmp_path, *args, f"whole.{suffix}"), code=2)
-    part = tmp_path/f"out.{suffix}.part"
+    part, log = tmp_path/f"out.{suffix}.part", tmp_path/f"out.{suffix}.part.log"
     for low, high in kills:
-        process, rows = start(tmp_path, *args, f"out.{suffix}"), rng.randint(low, high)
-        wait_until(lambda least: rows_of(part) >= least, rows)
+        process, windows = start(tmp_path, *args, f"out.{suffix}"), rng.randint(low, high)
+        wait_until(lambda least: windows_of(log) >= least, windows)
         time.sleep(rng.uniform(0, .1))
         process.kill()
         process.communicate()
-        done = rows_of(part)//window*window
+        done = windows_of(log)*window
         with open(part, "ab") as f: f.write(rng.choice([b"", b'"row', b'"row 99, \xc3', b'x,y', b'"a\n"b",,,\n'])) # a row that was being written
-    assert f", {done:,} of them answered before" in finish(start(tmp_path, *args, f"out.{suffix}"), code=2)
-    whole, out = ({k.split(".", 1)[1]: v for k, v in contents(tmp_path, f"{name}.*").items()} for name in ["whole", "out"])
-    assert sorted(whole) == [suffix, f"{suffix}.rejects.csv"]
-    assert whole[suffix].count(b"row ") == n
-    assert whole[f"{suffix}.rejects.csv"].count(b"lost/") == 2*len(range(5, n, 8))
-    assert out == whole
+        with open(log, "ab") as f: f.write(rng.choice([b"", b'{"window": 99']))
+    assert resumed(finish(start(tmp_path, *args, f"out.{suffix}"), code=2)) == done
+    same_files(tmp_path, suffix, n, len(range(5, n, 8)))
+
+
+def launch(folder, world, *args):
+    "mdl_infer as so many processes under torchrun"
+    if world == 1: return start(folder, "mdl_infer", *args)
+    command = [Path(sys.executable).parent/"torchrun", "--standalone", "--nproc-per-node", str(world), "--no-python", Path(sys.executable).parent/"mdl_infer", *args]
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rank(process, number):
+    "Process id of a rank"
+    for pid in children(process):
+        try: environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError: continue
+        if f"RANK={number}".encode() in environment: return int(pid)
+
+
+def test_inference_of_several_processes(tmp_path):
+    "One of them is killed at any moment; then the run goes on with another number of them"
+    n, rng = 120, random.Random(os.urandom(8))
+    args = [*infer_args(table(tmp_path, "rows.csv", n)), "--output"]
+    finish(start(tmp_path, "mdl_infer", *args, "whole.csv"), code=2)
+    logs = [tmp_path/"out.csv.part.log", tmp_path/"out.csv.part-1.log"]
+    for world, victim, windows in [(2, rng.randint(0, 1), rng.randint(0, 3)), (2, rng.randint(0, 1), rng.randint(4, 6))]:
+        process = launch(tmp_path, world, *args, "out.csv")
+        wait_until(rank, process, victim)
+        wait_until(lambda least: sum(map(windows_of, logs)) >= least, windows)
+        time.sleep(rng.uniform(0, .1))
+        pids = children(process)
+        os.kill(rank(process, victim), signal.SIGKILL)
+        assert "exitcode  : -9" in process.communicate(timeout=60)[1]
+        assert process.returncode and ended(pids), "the launcher ends the others"
+    done = sum(json.loads(line)["rows"] for log in logs if log.exists() for line in log.read_text().splitlines())
+    out, err = launch(tmp_path, rng.choice([1, 3]), *args, "out.csv").communicate(timeout=100)
+    assert resumed(out) == done, err
+    same_files(tmp_path, "csv", n, len(range(5, n, 8)))
 
 
 def test_conversion(tmp_path):

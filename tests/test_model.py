@@ -1,7 +1,9 @@
 "Building, loading, adapting, saving and merging: what must hold of the weights, and every error a user can meet"
 import json
 import math
+import pickle
 import random
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +13,12 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
 from mdl_nbdev import model as M
 from mdl_nbdev.chat import n_audio_tokens, tiny_tokenizer
-from mdl_nbdev.config import InputError, MergeSettings
+from mdl_nbdev.config import InputError, MergeSettings, TuneSettings
 from mdl_nbdev.midashenglm import MiDashengLMModel
 
 logging.disable_progress_bar()
@@ -27,6 +29,9 @@ everything = ["encoder", "projector", "decoder", "embed_tokens", "lm_head"]
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def adapt(model, targets=everything[:3], rank=4, **kwargs): return M.adapt(model, TuneSettings(train_target=list(targets), lora_rank=rank, **kwargs))
 
 
 def batch(n_samples=(8000, 20000), seed=0):
@@ -74,8 +79,16 @@ def tied_tiny():
 
 def text_model(kind="qwen2"):
     torch.manual_seed(0)
-    if kind == "gpt2": return GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=64, n_layer=2, n_head=2, n_positions=64)).eval()
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)).eval()
+    shape = dict(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    if kind == "gpt2": model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=64, n_layer=2, n_head=2, n_positions=64))
+    if kind == "neox": model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
+    if kind == "llama": model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=1))
+    if kind == "qwen2": model = Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=1, tie_word_embeddings=True))
+    return model.eval()
+
+
+def any_model(kind): return M.tiny_model() if kind == "tiny" else text_model(kind)
+def data_of(kind): return batch() if kind == "tiny" else text_batch()
 
 
 def test_tiny_is_the_same_each_time_and_draws_from_no_shared_state():
@@ -93,12 +106,27 @@ def test_tiny_is_the_same_each_time_and_draws_from_no_shared_state():
     assert math.isclose(a.decoder.lm_head.weight.detach().double().sum(), -17.9351, abs_tol=1e-3), "adapters that were trained on tiny need these weights"
 
 
+def test_tiny_text_is_the_same_each_time():
+    before = torch.get_rng_state()
+    a = M.tiny_text_model()
+    assert torch.equal(before, torch.get_rng_state())
+    b = M.load_model("tiny-text", device="cpu")
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert a.name_or_path == b.name_or_path == "tiny-text" and type(a) is GPTNeoXForCausalLM
+    assert math.isclose(a.gpt_neox.embed_in.weight.detach().double().sum(), -31.1845, abs_tol=1e-3), "adapters that were trained on tiny-text need these weights"
+    text_tok = M.load_processor("tiny-text")
+    assert a.config.vocab_size == len(text_tok) and a.generation_config.eos_token_id == a.generation_config.pad_token_id == text_tok.eos_token_id
+    assert set(M.linear_layers(a)) == {"decoder"} and len(M.linear_layers(a)["decoder"]) == 4*4
+    half = M.load_model("tiny-text", dtype=torch.bfloat16, device="cpu")
+    assert half.lm_head.weight.dtype == torch.bfloat16 and half.name_or_path == "tiny-text"
+
+
 @pytest.mark.parametrize("targets", [everything[:3], everything, ["encoder", "lm_head"], ["decoder", "embed_tokens"]], ids=",".join)
 @pytest.mark.parametrize("make", [M.tiny_model, tied_tiny])
 def test_adapted_merged_and_reloaded_agree(make, targets, tmp_path):
     data, base = batch(), make()
     frozen = {k: v.clone() for k, v in base.state_dict().items()}
-    model = fit(M.adapt(base, targets, rank=4), data)
+    model = fit(adapt(base, targets), data)
     for name, p in model.named_parameters():
         if "lora_B" in name: assert p.abs().max() > 0, f"{name} learned nothing"
     want = logits(model, data)
@@ -124,7 +152,7 @@ def test_adapted_merged_and_reloaded_agree(make, targets, tmp_path):
 def test_an_adapter_of_a_quantised_model_merges_into_the_float_base(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     data = batch()
-    model = fit(M.adapt(M.load_model("tiny", quantization=bits, device="cpu"), [*everything[:3], "lm_head"], rank=4), data)
+    model = fit(adapt(M.load_model("tiny", quantization=bits, device="cpu"), [*everything[:3], "lm_head"]), data)
     quantised, half = type(model.get_base_model().decoder.model.layers[0].self_attn.q_proj.base_layer).__name__, logits(model, data)
     assert quantised == {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[bits]
     assert all(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
@@ -153,7 +181,7 @@ def test_a_quantised_model_answers_almost_as_before(bits):
 
 @pytest.mark.parametrize("bf16, dtype", [(None, torch.float32), (True, torch.bfloat16), (False, torch.float32)])
 def test_merge_writes_the_type_that_is_asked_for(bf16, dtype, tmp_path):
-    model = fit(M.adapt(M.tiny_model(), rank=2), batch(), 1)
+    model = fit(adapt(M.tiny_model(), rank=2), batch(), 1)
     M.save_model(model, M.load_processor("tiny"), tmp_path/"adapter")
     out = M.merge_adapter(MergeSettings(adapter=tmp_path/"adapter", output=tmp_path/"out", bf16=bf16))
     merged = M.load_model(str(out), dtype="auto", device="cpu")
@@ -166,7 +194,7 @@ def test_saving_an_adapter_asks_no_network(tmp_path, monkeypatch):
     import peft.utils.save_and_load
     def asked(*args, **kwargs): raise AssertionError("asked the hub")
     monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", asked)
-    M.adapt(M.tiny_model(), everything, rank=2).save_pretrained(tmp_path)
+    adapt(M.tiny_model(), everything, rank=2).save_pretrained(tmp_path)
     saved = json.loads((tmp_path/"adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "tiny" and len(saved["target_modules"]) < 1500
 
@@ -177,8 +205,8 @@ def test_text_only_models(kind, tmp_path):
     M.save_model(base, tok, tmp_path/"base")
     loaded = M.load_model(str(tmp_path/"base"), device="cpu")
     assert type(loaded) is type(base)
-    with pytest.raises(InputError, match="no encoder; it has decoder"): M.adapt(loaded, ["encoder", "decoder"])
-    model = fit(M.adapt(loaded, [*everything[:3], "embed_tokens"], rank=4), data)
+    with pytest.raises(InputError, match="no encoder; it has decoder"): adapt(loaded, ["encoder", "decoder"])
+    model = fit(adapt(loaded, [*everything[:3], "embed_tokens"], rank=4), data)
     assert set(M.linear_layers(base)) == {"decoder"} and "lm_head" not in str(M.linear_layers(base))
     want = logits(model, data)
     M.save_model(model, tok, tmp_path/"adapter")
@@ -187,24 +215,206 @@ def test_text_only_models(kind, tmp_path):
     close(logits(M.load_model(str(M.merge_adapter(s)), device="cpu"), data), want)
 
 
+kinds = ["tiny", "gpt2", "neox", "llama", "qwen2"]
+variants = {"plain": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=True), "pissa": dict(lora_init="pissa"),
+            "pissa rslora": dict(lora_init="pissa", use_rslora=True, lora_alpha=7), "pissa dora": dict(lora_init="pissa", use_dora=True),
+            "all": dict(lora_init="pissa", use_dora=True, use_rslora=True, lora_dropout=.1)}
+
+
+@pytest.mark.parametrize("variant", variants)
+@pytest.mark.parametrize("kind", kinds)
+def test_variants_fit_the_original_base(kind, variant, tmp_path):
+    data, before = data_of(kind), logits(any_model(kind), data_of(kind))
+    base = M.save_model(any_model(kind), M.load_processor("tiny") if kind == "tiny" else tok, tmp_path/"base")
+    torch.manual_seed(1)
+    model = adapt(M.load_model(str(base), device="cpu"), **variants[variant])
+    close(logits(model, data), before)
+    want = logits(fit(model, data), data)
+    assert (want - before).abs().max() > 1e-3
+    for folder in ("once", "twice"): M.save_model(model, tok, tmp_path/folder)
+    assert all((tmp_path/"once"/f).read_bytes() == (tmp_path/"twice"/f).read_bytes() for f in ("adapter_model.safetensors", "adapter_config.json"))
+    close(logits(M.load_adapter(M.load_model(str(base), device="cpu"), tmp_path/"once"), data), want)
+    merged = M.merge(model)
+    close(logits(merged, data), want)
+    assert type(merged) is type(any_model(kind)) and not [n for n in merged.state_dict() if "lora" in n]
+    M.save_model(merged, tok, tmp_path/"merged")
+    close(logits(M.load_model(str(tmp_path/"merged"), device="cpu"), data), want)
+    config = json.loads((tmp_path/"once"/"adapter_config.json").read_text())
+    pissa, rslora = "pissa" in variant or variant == "all", "rslora" in variant or variant == "all"
+    assert config["r"] == (8 if pissa else 4)
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if rslora else config["r"])
+    assert math.isclose(scale, variants[variant].get("lora_alpha", 32) / (2 if rslora else 4))
+
+
+def test_scales_and_magnitudes():
+    scale = lambda **kwargs: adapt(text_model(), lora_alpha=8, **kwargs).base_model.model.model.layers[0].mlp.up_proj.scaling["default"]
+    assert scale() == 2 and scale(use_rslora=True) == 4
+    layer = adapt(text_model(), use_dora=True).base_model.model.model.layers[0].mlp.up_proj
+    close(layer.lora_magnitude_vector["default"].weight, layer.base_layer.weight.norm(dim=1))
+
+
+def test_pissa_takes_the_strongest_directions():
+    base = text_model("llama")
+    g = torch.Generator().manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(64, 64, generator=g))[0], torch.linalg.qr(torch.randn(64, 64, generator=g))[0]
+    weight = u @ torch.diag(.8**torch.arange(64)) @ v
+    base.model.layers[0].self_attn.q_proj.weight.data.copy_(weight)
+    layer = adapt(base, lora_init="pissa", lora_alpha=2).base_model.model.model.layers[0].self_attn.q_proj
+    change = layer.get_delta_weight("default")
+    close(layer.base_layer.weight + change, weight)
+    close(torch.linalg.svdvals(change)[:4], .8**torch.arange(4), 1e-4)
+    assert math.isclose(torch.linalg.svdvals(layer.base_layer.weight)[0], .8**4, rel_tol=1e-3)
+
+
+@pytest.mark.parametrize("kind", kinds)
+def test_pissa_takes_a_model_apart_in_the_same_way_whatever_was_drawn_before(kind):
+    def parts(seed):
+        torch.manual_seed(seed)
+        return adapt(any_model(kind), lora_init="pissa", use_dora=True).state_dict()
+    one, two = parts(1), parts(2)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("variant", variants)
+def test_what_was_trained_goes_into_a_new_model_bit_for_bit(variant):
+    def make():
+        torch.manual_seed(3)
+        return adapt(M.tiny_model(), ["decoder", "lm_head"], **variants[variant])
+    data, model = batch(), fit(make(), batch())
+    state = {n: p.clone() for n, p in M.trainable_state(model).items()}
+    assert all("lora" in n or "modules_to_save" in n for n in state) and any("modules_to_save" in n for n in state)
+    assert sum(p.numel() for p in state.values()) == M.Trainable(model).trainable
+    again = make()
+    assert not torch.equal(logits(again, data), logits(model, data))
+    M.load_trainable_state(again, state)
+    assert torch.equal(logits(again, data), logits(model, data))
+
+
+def test_a_state_that_does_not_fit():
+    model = adapt(text_model())
+    state = dict(M.trainable_state(model))
+    first, *_, last = sorted(state)
+    for wrong in ({k: v for k, v in state.items() if k != first}, state | {"a": torch.zeros(1)}, state | {last: state[last][:1]}, state | {last: state[last].bfloat16()}):
+        with pytest.raises(InputError, match="not of this model with these settings: 1 tensors"): M.load_trainable_state(model, wrong)
+    with pytest.raises(InputError, match="not of this model"): M.load_trainable_state(adapt(text_model(), tuning="full"), state)
+
+
+def part_of(name):
+    "The part of a parameter, by hand for these models"
+    if any(s in name for s in ("embed_tokens", "embed_in", "wte")): return "embed_tokens"
+    return "lm_head" if "lm_head" in name else "encoder" if name.startswith("audio_encoder") else "projector" if name.startswith("audio_projector") else "decoder"
+
+
+@pytest.mark.parametrize("kind, targets", [*[("tiny", t) for t in (everything, everything[:3], ["encoder"], ["projector"], ["decoder"], ["lm_head"], ["embed_tokens", "encoder"])],
+                                           *[(k, t) for k in kinds[1:] for t in (everything, everything[:3], ["lm_head"], ["embed_tokens"])]])
+def test_full_tuning_trains_the_parts_that_are_named_and_nothing_else(kind, targets, tmp_path):
+    base, data = any_model(kind), data_of(kind)
+    wanted = set(targets) | ({"embed_tokens"} if kind in ("gpt2", "qwen2") and "lm_head" in targets else set())
+    names = {n for n, _ in base.named_parameters() if part_of(n) in wanted and "init_bn" not in n}
+    frozen = {k: v.clone() for k, v in base.state_dict().items()}
+    model = adapt(base, targets, tuning="full")
+    assert model is base and M.trainable_state(model).keys() == names
+    fit(model, data)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, frozen[n])}
+    assert changed <= names and len(names - changed) <= .25*len(names), "biases of keys have no gradient, and so on"
+    assert {k for k, v in model.state_dict().items() if not torch.equal(v, frozen[k])} - changed <= {"lm_head.weight"}, "a buffer or a tied matrix only"
+    assert all(torch.equal(v, frozen[k]) for k, v in model.state_dict().items() if "init_bn" in k)
+    assert M.Trainable(model).trainable == sum(frozen[n].numel() for n in names)
+    state, again = {n: p.clone() for n, p in M.trainable_state(model).items()}, adapt(any_model(kind), targets, tuning="full")
+    M.load_trainable_state(again, state)
+    want = logits(model, data)
+    assert torch.equal(logits(again, data), want)
+    M.save_model(M.merge(model), M.load_processor("tiny") if kind == "tiny" else tok, tmp_path)
+    close(logits(M.load_model(str(tmp_path), device="cpu"), data), want)
+
+
+@pytest.mark.parametrize("targets", [everything, ["encoder"], ["projector"], ["decoder"], ["lm_head"]], ids=",".join)
+def test_what_learns_in_full_is_float32_and_saved_as_it_was_loaded(targets, tmp_path):
+    base, data = M.load_model("tiny", dtype=torch.bfloat16, device="cpu"), batch()
+    types = {n: p.dtype for n, p in base.named_parameters()}
+    before = logits(base, data)
+    model = adapt(base, targets, tuning="full")
+    assert {p.dtype for p in M.trainable_state(model).values()} == {torch.float32}
+    assert {n: p.dtype for n, p in model.named_parameters() if not p.requires_grad} == {n: d for n, d in types.items() if n not in M.trainable_state(model)}
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False): # the cache would hold on to weights of the step before
+        assert torch.nn.functional.cosine_similarity(logits(model, data).flatten(), before.flatten(), dim=0) > .99
+        fit(model, data)
+        want = logits(model, data)
+    M.save_model(M.merge(model), M.load_processor("tiny"), tmp_path)
+    again = M.load_model(str(tmp_path), dtype="auto", device="cpu")
+    assert {n: p.dtype for n, p in again.named_parameters()} == types
+    assert torch.nn.functional.cosine_similarity(logits(again, data).flatten(), want.flatten(), dim=0) > .99
+
+
+def test_tunings_that_make_no_sense():
+    full = lambda model=None, targets=everything[:3], **kwargs: adapt(model or text_model(), targets, tuning="full", **kwargs)
+    with pytest.raises(InputError, match="no projector; it has decoder"): full(targets=["projector"])
+    with pytest.raises(InputError, match="nothing to train"): full(targets=[])
+    for name, value in dict(lora_init="pissa", use_rslora=True, use_dora=True, loraplus_lr_ratio=4, lora_target_modules=".*").items():
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} and --tuning full do not go together"): full(**{name: value})
+    with pytest.raises(InputError, match=r"--lora-rank 65 with --lora-init pissa: model.layers.0.self_attn.q_proj has only 64"): adapt(text_model("llama"), rank=65, lora_init="pissa", lora_target_modules=".*q_proj")
+    adapt(text_model("llama"), rank=64, lora_init="pissa", lora_target_modules=".*q_proj")
+    with pytest.raises(InputError, match="pissa: model.embed_tokens is not a linear layer"): adapt(text_model("llama"), lora_init="pissa", lora_target_modules=".*embed_tokens")
+
+
+@pytest.mark.parametrize("bits, kind", [("4bit", "dora"), ("4bit", "rslora"), ("8bit", "rslora")])
+def test_variants_of_a_quantised_model(bits, kind, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    load = lambda: M.load_model("tiny-text", quantization=bits, device="cpu")
+    data, model = text_batch(), adapt(load(), **variants[kind])
+    close(logits(model, data), logits(adapt(load()), data))
+    fit(model, data)
+    assert all(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    M.save_model(model, tok, tmp_path/"adapter")
+    want = logits(M.load_adapter(M.tiny_text_model(), tmp_path/"adapter"), data)
+    assert torch.nn.functional.cosine_similarity(logits(model, data).flatten(), want.flatten(), dim=0) > .8
+    close(logits(M.merge(model), data), want)
+    with pytest.raises(InputError, match="--tuning full and --quantization do not go"): adapt(load(), tuning="full")
+    with pytest.raises(InputError, match="--lora-init pissa and --quantization do not go"): adapt(load(), lora_init="pissa")
+    if bits == "8bit":
+        with pytest.raises(InputError, match="--use-dora and --quantization 8bit do not go"): adapt(load(), use_dora=True)
+
+
+def test_groups_of_loraplus_are_those_of_peft():
+    from peft.optimizers import create_loraplus_optimizer
+    model = adapt(M.tiny_model(), use_dora=True)
+    names = {id(p): n for n, p in model.named_parameters()}
+    rates = lambda groups: {names[id(p)]: g["lr"] for g in groups for p in g["params"] if "magnitude" not in names[id(p)]}
+    theirs = rates(create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16).param_groups)
+    ours = M.optimizer_groups(model, 1e-3, 16, .1)
+    assert rates(ours) == theirs and set(theirs.values()) == {1e-3, 1e-3*16}
+    assert rates(torch.optim.AdamW(ours, lr=5.).param_groups) == theirs
+    assert {g["lr"] for g in M.optimizer_groups(model, 1e-3)} == {1e-3}
+
+
+@pytest.mark.parametrize("kind", kinds)
+def test_matrices_decay_and_vectors_do_not(kind):
+    model = adapt(any_model(kind), everything, tuning="full")
+    groups = M.optimizer_groups(model, 1e-3, weight_decay=.1)
+    ids = {decay: {id(p) for g in groups for p in g["params"] if g["weight_decay"] == decay} for decay in (0, .1)}
+    trained = list(M.trainable_state(model))
+    assert sum(len(g["params"]) for g in groups) == len(trained) == len(ids[0]) + len(ids[.1])
+    assert all(id(p) in ids[.1 if p.ndim > 1 else 0] for p in model.parameters() if p.requires_grad)
+
+
 def test_every_linear_layer_of_a_target_is_adapted():
     parts = M.linear_layers(M.tiny_model())
     assert {k: len(v) for k, v in parts.items()} == dict(encoder=4*4, projector=2, decoder=4*7)
     for part, names in parts.items():
-        adapted = [n.removeprefix("base_model.model.").removesuffix(".lora_A") for n, _ in M.adapt(M.tiny_model(), [part], rank=2).named_modules() if n.endswith(".lora_A")]
+        adapted = [n.removeprefix("base_model.model.").removesuffix(".lora_A") for n, _ in adapt(M.tiny_model(), [part], rank=2).named_modules() if n.endswith(".lora_A")]
         assert sorted(adapted) == sorted(names)
-    model = M.adapt(M.tiny_model(), ["lm_head"], rank=2, lora_target_modules=r".*\.(q|k)_proj")
+    model = adapt(M.tiny_model(), ["lm_head"], rank=2, lora_target_modules=r".*\.(q|k)_proj")
     t = M.Trainable(model)
     assert t.layers == 8 and t.parts["lm_head"][1] == len(tok)*128
     assert "adapted layers" in t._repr_html_() and f"{t.trainable:,}" in str(t)
 
 
 def test_targets_that_fit_nothing():
-    adapt = lambda *args, **kwargs: M.adapt(M.tiny_model(), *args, **kwargs)
-    with pytest.raises(InputError, match="at least one of encoder"): adapt(["lm_head"])
-    with pytest.raises(InputError, match=r"no module of this model .* audio_encoder\.blocks\.0"): adapt(lora_target_modules="q_proj")
-    with pytest.raises(InputError, match="not a regular expression"): adapt(lora_target_modules="(")
-    with pytest.raises(InputError, match="--lora-target-modules .*norm"): adapt(lora_target_modules=r".*\.norm1")
+    tune = lambda *args, **kwargs: adapt(M.tiny_model(), *args, **kwargs)
+    with pytest.raises(InputError, match="at least one of encoder"): tune(["lm_head"])
+    with pytest.raises(InputError, match=r"no module of this model .* audio_encoder\.blocks\.0"): tune(lora_target_modules="q_proj")
+    with pytest.raises(InputError, match="not a regular expression"): tune(lora_target_modules="(")
+    with pytest.raises(InputError, match="--lora-target-modules .*norm"): tune(lora_target_modules=r".*\.norm1")
 
 
 def fake_cuda(monkeypatch, count, bf16=True):
@@ -245,7 +455,7 @@ def test_models_that_cannot_be_loaded(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no/such-model: no such folder.*hub"): load("no/such-model")
     with pytest.raises(InputError, match="no such folder"): load(tmp_path/"nowhere")
     with pytest.raises(InputError, match="cannot be loaded"): load(tmp_path)
-    M.save_model(M.adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
+    M.save_model(adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
     with pytest.raises(InputError, match="LoRA adapter, not a model.*mdl_merge"): load(tmp_path/"adapter")
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(InputError, match="pip install 'mdl_nbdev.modelscope.'"): load("some/model", from_modelscope=True)
@@ -267,17 +477,17 @@ def test_adapters_that_cannot_be_loaded(tmp_path):
     load = lambda folder: M.load_adapter(M.tiny_model(), folder)
     with pytest.raises(InputError, match="there is no such folder"): load(tmp_path/"nowhere")
     with pytest.raises(InputError, match="there is no adapter_config.json"): load(tmp_path)
-    good = M.save_model(M.adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"good")
+    good = M.save_model(adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"good")
     load(good)
     weights = good/"adapter_model.safetensors"
     saved = weights.read_bytes()
     weights.write_bytes(saved[:1000])
     with pytest.raises(InputError, match="does not fit tiny, or is damaged"): load(good)
     weights.unlink()
-    with pytest.raises(InputError, match="does not fit tiny, or is damaged"): load(good)
-    M.save_model(M.adapt(text_model(), rank=2), tok, tmp_path/"text")
+    with pytest.raises(InputError, match="good: has no weights in safetensors format"): load(good)
+    M.save_model(adapt(text_model(), rank=2), tok, tmp_path/"text")
     with pytest.raises(InputError, match="does not fit tiny"): load(tmp_path/"text")
-    only = M.save_model(M.adapt(M.tiny_model(), ["encoder"], rank=2), tok, tmp_path/"only")
+    only = M.save_model(adapt(M.tiny_model(), ["encoder"], rank=2), tok, tmp_path/"only")
     config = json.loads((only/"adapter_config.json").read_text())
     (only/"adapter_config.json").write_text(json.dumps(config | dict(target_modules=".*_proj|.*qkv")))
     with pytest.raises(InputError, match="does not fit tiny"): load(only)
@@ -286,7 +496,7 @@ def test_adapters_that_cannot_be_loaded(tmp_path):
 
 
 def test_merges_that_cannot_be_made(tmp_path):
-    adapter = M.save_model(M.adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
+    adapter = M.save_model(adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
     (tmp_path/"there").mkdir()
     (tmp_path/"there"/"notes").write_text("mine")
     with pytest.raises(InputError, match="exists already"): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"there"))
@@ -308,7 +518,7 @@ def test_merges_that_cannot_be_made(tmp_path):
 def test_a_base_that_is_stored_quantised_is_no_base_to_merge_into(tmp_path):
     pytest.importorskip("bitsandbytes")
     small = M.save_model(M.load_model("tiny", quantization="4bit", device="cpu"), M.load_processor("tiny"), tmp_path/"small")
-    adapter = M.save_model(M.adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
+    adapter = M.save_model(adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
     with pytest.raises(InputError, match="these weights are quantised"): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"out", model_name=str(small)))
 
 
@@ -335,7 +545,7 @@ print(generation[0].tolist(), len(tokenizer.batch_decode(generation, skip_specia
 
 
 def test_a_saved_model_answers_where_this_package_is_not(tmp_path):
-    model = M.merge(fit(M.adapt(M.tiny_model(), rank=4), batch(), 2))
+    model = M.merge(fit(adapt(M.tiny_model(), rank=4), batch(), 2))
     folder = M.save_model(model, M.load_processor("tiny"), tmp_path/"final")
     wav = tmp_path/"clip.wav"
     soundfile.write(wav, np.random.default_rng(0).normal(0, .1, 12000), 16000)
@@ -359,3 +569,82 @@ def test_a_saved_config_says_what_others_look_for(tmp_path):
     assert {"audio_encoder_config", "text_config", "audio_token_id", "subsample_factor"} <= config.keys()
     native = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(native) is MiDashengLMModel
+
+
+class Bomb:
+    "Creates a file when it is unpickled"
+    def __init__(self, marker): self.marker = marker
+    def __reduce__(self): return open, (str(self.marker), "w")
+
+
+@pytest.fixture(params=["pickle", "torch"])
+def bomb(request, tmp_path):
+    "`bomb(path)` writes a malicious pickle; none may have gone off by the end"
+    marker = tmp_path/"gone-off"
+    def place(path): (pickle.dump(Bomb(marker), open(path, "wb")) if request.param == "pickle" else torch.save({"weight": Bomb(marker)}, path))
+    place(tmp_path/"proof")
+    (lambda p: pickle.load(open(p, "rb")) if request.param == "pickle" else torch.load(p, weights_only=False))(tmp_path/"proof")
+    assert marker.exists()
+    marker.unlink()
+    yield place
+    assert not marker.exists()
+
+
+beside = ["pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "scaler.pt", "model.pt", "model.pth",
+          "pytorch_model-00001-of-00001.bin", "consolidated.00.pth", "vocab.pkl", "embeddings.pt"]
+
+
+def test_pickles_beside_a_model_are_left_alone(bomb, tmp_path):
+    base = M.save_model(M.tiny_model(), M.load_processor("tiny"), tmp_path/"base")
+    adapter = M.save_model(adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
+    for folder in (base, adapter):
+        for name in beside: bomb(folder/name)
+    (base/"midashenglm.py").write_text(f"open({str(tmp_path/'gone-off')!r}, 'w')")
+    (base/"pytorch_model.bin.index.json").write_text(json.dumps(dict(metadata={}, weight_map={"a": "pytorch_model-00001-of-00001.bin"})))
+    M.load_adapter(M.load_model(str(base), device="cpu"), adapter)
+    M.load_processor(str(base)), M.load_processor(str(adapter))
+    M.merge_adapter(MergeSettings(adapter=adapter, model_name=str(base), output=tmp_path/"out"))
+    assert not [p for p in (tmp_path/"out").iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "model.pt"])
+def test_a_model_in_pickles_is_refused(bomb, tmp_path, name):
+    base = M.save_model(M.tiny_text_model(), tok, tmp_path/"base")
+    (base/"model.safetensors").unlink()
+    bomb(base/name)
+    (base/"pytorch_model.bin.index.json").write_text(json.dumps(dict(metadata={}, weight_map={"a": name})))
+    with pytest.raises(InputError, match="base: has no weights in safetensors format.*convert"): M.load_model(str(base), device="cpu")
+
+
+def test_pickles_that_pass_themselves_off_as_weights(bomb, tmp_path):
+    def fresh(name):
+        base = M.save_model(M.tiny_text_model(), tok, tmp_path/name)
+        (base/"model.safetensors").unlink()
+        return base
+    refused = lambda base: pytest.raises(InputError, match=f"--model-name {base}: ")
+    disguised = fresh("disguised")
+    bomb(disguised/"model.safetensors")
+    with refused(disguised): M.load_model(str(disguised), device="cpu")
+    indexed = fresh("indexed")
+    bomb(indexed/"pytorch_model.bin")
+    (indexed/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map={"lm_head.weight": "pytorch_model.bin"})))
+    with refused(indexed): M.load_model(str(indexed), device="cpu")
+    named = fresh("named")
+    bomb(named/"adapter_model.bin")
+    config = json.loads((named/"config.json").read_text())
+    (named/"config.json").write_text(json.dumps(config | dict(transformers_weights="adapter_model.bin")))
+    with refused(named): M.load_model(str(named), device="cpu")
+    both = M.save_model(M.tiny_text_model(), tok, tmp_path/"both")
+    shutil.copy(M.save_model(adapt(M.tiny_text_model(), rank=2), tok, tmp_path/"adapter")/"adapter_config.json", both)
+    bomb(both/"adapter_model.bin")
+    with pytest.raises(InputError, match="LoRA adapter, not a model"): M.load_model(str(both), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_an_adapter_in_a_pickle_is_refused(bomb, tmp_path, name):
+    adapter = M.save_model(adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
+    (adapter/"adapter_model.safetensors").unlink()
+    bomb(adapter/name)
+    message = "adapter: has no weights in safetensors format.*convert" if name.endswith("bin") else "is damaged"
+    with pytest.raises(InputError, match=message): M.load_adapter(M.tiny_model(), adapter)
+    with pytest.raises(InputError, match=message): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"out"))

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mdl_nbdev.batches import Collator
 from mdl_nbdev.chat import tiny_tokenizer
 from mdl_nbdev.config import InputError, TrainSettings, from_args
-from mdl_nbdev.dataset import AudioDataset, Collator
+from mdl_nbdev.dataset import AudioDataset
 from mdl_nbdev.model import load_adapter, load_model, tiny_model
 from mdl_nbdev.sounds import make_sounds
-from mdl_nbdev.train import last_checkpoint, read_metrics, train
+from mdl_nbdev.train import read_metrics, train
 
 TOK = tiny_tokenizer()
 
@@ -44,7 +45,7 @@ def run(csv, tmp_path_factory):
 
 def test_evaluation_is_the_mean_over_all_tokens(run):
     "Against one row at a time, logits of all positions, in float64"
-    model, ds = load_model(str(run.final)).double(), AudioDataset(run.output / "data" / "eval")
+    model, ds = load_model(str(run.final)).double(), AudioDataset(run.output / "data" / "eval" / "0-sounds")
     total = n = 0
     for i in range(len(ds)):
         batch = Collator(TOK.pad_token_id)([ds[i]])
@@ -98,19 +99,12 @@ def test_a_resumed_run_ends_as_the_undisturbed_one(run, csv, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_incomplete_checkpoints_are_named_and_passed_over(run, tmp_path, capsys):
-    shutil.copytree(run.output, tmp_path / "run")
-    (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").unlink()
-    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
-    assert "checkpoint-6: incomplete" in capsys.readouterr().out
-
-
 def test_adapter_only(csv, tmp_path, run):
     "`--merge-lora false` leaves the adapter; on top of the base model it gives the merged model's logits"
     s = settings(csv, tmp_path / "a", merge_lora=False, max_steps=2, train_target=["decoder", "lm_head"])
     adapter, merged = train(s), train(replace(s, output=tmp_path / "m", merge_lora=True))
     assert (adapter.final / "adapter_model.safetensors").exists() and not (adapter.final / "model.safetensors").exists()
-    batch = {k: v for k, v in Collator(TOK.pad_token_id)([AudioDataset(s.output / "data" / "train")[i] for i in range(3)]).items() if k != "labels"}
+    batch = {k: v for k, v in Collator(TOK.pad_token_id)([AudioDataset(s.output / "data" / "train" / "0-sounds")[i] for i in range(3)]).items() if k != "labels"}
     with torch.no_grad(): a, b = load_adapter(load_model("tiny"), adapter.final)(**batch).logits, load_model(str(merged.final))(**batch).logits
     assert torch.allclose(a, b, atol=1e-5)
     assert not torch.equal(load_file(merged.final / "model.safetensors")["decoder.lm_head.weight"], tiny_model().state_dict()["decoder.lm_head.weight"])
@@ -140,7 +134,7 @@ def test_half_an_epoch(csv, tmp_path): assert train(settings(csv, tmp_path / "r"
 BAD = {
     "schedule": (dict(lr_scheduler_type="steps"), "--lr-scheduler-type steps: no such schedule"),
     "tracker": (dict(report_to=["nowhere"]), "--report-to"),
-    "checkpoint": (dict(resume_from_checkpoint="nowhere/checkpoint-3"), "nowhere/checkpoint-3: not a complete checkpoint"),
+    "checkpoint": (dict(resume_from_checkpoint="nowhere/checkpoint-3"), "nowhere/checkpoint-3: there is no such folder"),
     "diverged": (dict(lr=1e8, max_grad_norm=0.0, max_steps=30), "the run has diverged"),
     "target": (dict(lora_target_modules="nothing"), "no module"),
     "dataset": (dict(train_dataset="nowhere.csv"), "nowhere.csv"),

@@ -1,0 +1,62 @@
+"Training runs as processes of their own, for tests that kill, stop and compare them"
+import json
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+context = multiprocessing.get_context("forkserver") # forks of a process that has imported everything: a run starts in a second
+context.set_forkserver_preload(["mdl_nbdev.train"])
+
+
+def _train(argv, log):
+    import sys
+
+    import torch
+
+    from mdl_nbdev.cli import mdl_train
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    torch.set_num_threads(1)
+    mdl_train(argv)
+
+
+def start(argv, log):
+    "`mdl_train` with some arguments; what it prints goes to the file `log`"
+    process = context.Process(target=_train, args=([str(a) for a in argv], log))
+    process.start()
+    return process
+
+
+def finish(process, log, code=0):
+    "Wait for a run and see that it ended as it should; gives what it printed"
+    process.join(240)
+    text = Path(log).read_text()
+    assert process.exitcode == code, text[-3000:]
+    assert "Traceback" not in text, text[-3000:]
+    return text
+
+
+def wait_until(condition, process, seconds=60):
+    "Wait until something holds, or the process has ended"
+    end = time.monotonic() + seconds
+    while process.is_alive() and not condition():
+        assert time.monotonic() < end
+        time.sleep(.001)
+
+
+def kill_later(process, most):
+    "Kill -9 within some seconds"
+    process.join(random.Random(os.urandom(8)).uniform(0, most))
+    process.kill()
+    process.join()
+
+
+def history(run):
+    "What the run's metrics say, without what depends on the clock"
+    clock = ("time", "samples_per_second", "runtime", "steps_per_second")
+    lines = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if not k.endswith(clock)} for m in lines if "train_loss" not in m]
+
+
+def weights(run): return {p.name: p.read_bytes() for p in sorted((run/"final").glob("*.safetensors"))}

@@ -1,0 +1,299 @@
+"Clips of many formats, rates and channels against what they were made from; cut and odd files; downloads from a server that misbehaves"
+import http.server
+import itertools
+import struct
+import threading
+import time
+import wave
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from mdl_nbdev import audio
+from mdl_nbdev.audio import AudioError, audio_html, audio_info, fetch, from_int16, load_audio, resolve, to_int16, waveform_svg
+
+rates = [8000, 11025, 16000, 22050, 44100, 48000, 96000]
+TONES = [220., 440., 1000., 3000.] # Hz; all below half of the lowest rate
+
+
+def tones(rate, seconds=0.8, channels=1):
+    "The sound of a clip by its formula, [samples, channels]; a channel has tones of its own"
+    t = np.arange(round(seconds*rate))/rate
+    return np.stack([sum(np.sin(2*np.pi*f*t + c) for f in TONES[c%4:][:2])*.2 for c in range(channels)], 1)
+
+
+def write_wave(path, x, rate, width=2):
+    "Write samples with the standard library"
+    scaled = np.rint(x*(2**(8*width-1)-1)).astype(np.int64)
+    if width == 1: data = (scaled + 128).astype(np.uint8).tobytes()
+    else: data = scaled.astype("<i8").reshape(-1, 1).view(np.uint8)[:, :width].tobytes()
+    with wave.open(str(path), "wb") as f:
+        f.setnchannels(x.shape[1]), f.setsampwidth(width), f.setframerate(rate)
+        f.writeframes(data)
+    return scaled/2**(8*width-1)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_wav_at_16_khz_is_exact(tmp_path, channels, width):
+    stored = write_wave(tmp_path/"a.wav", tones(16000, channels=channels), 16000, width)
+    np.testing.assert_allclose(load_audio(tmp_path/"a.wav"), stored.mean(1), atol=1e-7)
+
+
+@pytest.mark.parametrize("rate", rates)
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_rates(tmp_path, rate, channels):
+    "A resampled clip is the formula at other times; its two ends lack what comes before and behind"
+    write_wave(tmp_path/"a.wav", tones(rate, channels=channels), rate)
+    w, expected = load_audio(tmp_path/"a.wav"), tones(16000, channels=channels).mean(1)
+    info = audio_info(tmp_path/"a.wav")
+    assert (info.frames, info.sample_rate, info.channels) == (round(.8*rate), rate, channels)
+    assert w.dtype == np.float32 and len(w) == info.samples == len(expected)
+    np.testing.assert_allclose(w[800:-800], expected[800:-800], atol=1e-3)
+
+
+@pytest.mark.parametrize("rate", rates)
+@pytest.mark.parametrize("n", [1, 2, 7, 100, 12345])
+def test_length_is_known_beforehand(tmp_path, rate, n):
+    sf.write(tmp_path/"a.wav", np.zeros(n), rate)
+    expected = int(n*16000/rate + .5)
+    if not expected:
+        for read in [audio_info, load_audio]:
+            with pytest.raises(AudioError, match="less than one sample"): read(tmp_path/"a.wav")
+    else: assert len(load_audio(tmp_path/"a.wav")) == audio_info(tmp_path/"a.wav").samples == expected
+
+
+formats = {"a.wav": ["PCM_16", "PCM_24", "PCM_32", "PCM_U8", "FLOAT", "DOUBLE", "ULAW", "ALAW", "IMA_ADPCM"], "a.flac": ["PCM_16", "PCM_24"], "a.ogg": ["VORBIS", "OPUS"], "a.mp3": ["MPEG_LAYER_III"], "a.aiff": ["PCM_16"], "a.au": ["PCM_16"], "a.w64": ["PCM_16"], "a.caf": ["PCM_16"]}
+kinds = [(name, sub, channels, rate) for name, subs in formats.items() for sub in subs for channels, rate in itertools.product([1, 2], [16000, 44100, 48000]) if (sub, rate) != ("OPUS", 44100)]
+
+
+@pytest.mark.parametrize("name, subtype, channels, rate", kinds)
+def test_formats(tmp_path, name, subtype, channels, rate):
+    "The strongest frequencies of a decoded clip are those it was made of, and lossless formats give the samples back"
+    x = tones(rate, channels=channels)
+    sf.write(tmp_path/name, x, rate, subtype)
+    w, info = load_audio(tmp_path/name), audio_info(tmp_path/name)
+    assert (info.channels, info.sample_rate) == (channels, rate)
+    assert abs(len(w) - info.samples) <= (2304 if name == "a.mp3" else 0)
+    assert abs(len(w) - .8*16000) <= (2304 if name == "a.mp3" or subtype == "IMA_ADPCM" else 8), "these two come in blocks"
+    spectrum = np.abs(np.fft.rfft(w[800:800+8000]*np.hanning(8000))) # bins of 2 Hz
+    peaks = {round(2*i/10)*10 for i in range(1, 4000) if spectrum[i] > .2*spectrum.max() and spectrum[i] == spectrum[max(i-5, 0):i+6].max()}
+    assert peaks == set(TONES[:2] if channels == 1 else TONES[:3])
+    lossless = subtype.startswith("PCM") or subtype in ("FLOAT", "DOUBLE")
+    if lossless and rate == 16000: np.testing.assert_allclose(w, x.mean(1), atol=2**-7 if subtype == "PCM_U8" else 2**-15)
+
+
+def test_nothing_is_folded_back(tmp_path):
+    "A tone above 8 kHz is gone at 16 kHz, instead of sounding as another"
+    t = np.arange(48000)/48000
+    sf.write(tmp_path/"a.wav", .9*np.sin(2*np.pi*10_000*t), 48000)
+    assert np.abs(load_audio(tmp_path/"a.wav"))[800:-800].max() < 1e-3
+
+
+def test_long_clips_in_pieces(tmp_path):
+    "What is decoded and resampled block by block is the whole: three minutes against the formula"
+    t = np.arange(44100*180)/44100
+    sf.write(tmp_path/"a.flac", .5*np.sin(2*np.pi*440*t), 44100)
+    w = load_audio(tmp_path/"a.flac")
+    assert len(w) == 16000*180
+    np.testing.assert_allclose(w[800:-800], .5*np.sin(2*np.pi*440*np.arange(len(w))/16000)[800:-800], atol=1e-3)
+
+
+def test_values_beyond_full_scale(tmp_path):
+    sf.write(tmp_path/"a.wav", np.array([1.5, -1.9, .5, 2.]), 16000, "FLOAT")
+    assert load_audio(tmp_path/"a.wav").tolist() == [1, -1, .5, 1]
+    for value in [2.1, -3e4, np.inf, -np.inf, np.nan]:
+        sf.write(tmp_path/"a.wav", np.array([0, value]), 16000, "DOUBLE")
+        with pytest.raises(AudioError, match="NaN or infinite|full scale is 1"): load_audio(tmp_path/"a.wav")
+
+
+def test_int16():
+    x = np.array([-2, -1, -1+2**-16, -.5, -2**-17, 0, 2**-17, .5, 1-2**-16, 1, 2], np.float32)
+    assert to_int16(x).tolist() == [-32768, -32768, -32768, -16384, 0, 0, 0, 16384, 32767, 32767, 32767]
+    every = np.arange(-32768, 32768, dtype=np.int16)
+    assert (to_int16(from_int16(every)) == every).all() and from_int16(every).min() == -1
+
+
+# Files that are cut, or odd
+
+def whole(folder, name, seconds=2, rate=16000, **kwargs):
+    sf.write(folder/name, np.random.default_rng(0).uniform(-.3, .3, seconds*rate), rate, **kwargs)
+    return (folder/name).read_bytes()
+
+
+@pytest.mark.parametrize("name, kwargs", [("a.wav", {}), ("a.flac", {}), ("a.ogg", dict(subtype="VORBIS")), ("b.ogg", dict(subtype="OPUS")), ("a.aiff", {}), ("a.w64", {})], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("share", [.1, .5, .9, .999])
+def test_a_cut_file_is_no_shorter_clip(tmp_path, name, kwargs, share):
+    data = whole(tmp_path, name, **kwargs)
+    assert len(load_audio(tmp_path/name)) == 32000
+    (tmp_path/name).write_bytes(data[:int(share*len(data))])
+    with pytest.raises(AudioError, match="cut short|damaged|not readable"): load_audio(tmp_path/name)
+
+
+def test_bytes_in_the_middle_of_a_flac(tmp_path):
+    data = whole(tmp_path, "a.flac")
+    (tmp_path/"a.flac").write_bytes(data[:20000] + bytes(3000) + data[23000:])
+    with pytest.raises(AudioError): load_audio(tmp_path/"a.flac")
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF])
+def test_a_wav_from_a_pipe(tmp_path, size):
+    "A recorder that writes to a pipe can't go back and fill in the length"
+    data = bytearray(whole(tmp_path, "a.wav"))
+    data[4:8] = data[40:44] = struct.pack("<I", size)
+    (tmp_path/"b.wav").write_bytes(data)
+    assert len(load_audio(tmp_path/"b.wav")) == audio_info(tmp_path/"b.wav").samples == 32000
+    assert (load_audio(tmp_path/"b.wav") == load_audio(tmp_path/"a.wav")).all()
+
+
+def test_chunks_around_the_sound(tmp_path):
+    data = whole(tmp_path, "a.wav")
+    tag = b"LIST" + struct.pack("<I", 6) + b"INFO\0\0"
+    odd = data[:36] + tag + data[36:] + tag
+    (tmp_path/"b.wav").write_bytes(odd[:4] + struct.pack("<I", len(odd)-8) + odd[8:])
+    assert (load_audio(tmp_path/"b.wav") == load_audio(tmp_path/"a.wav")).all()
+
+
+@pytest.mark.parametrize("name, data, message", [
+    ("a.raw", bytes(1000), "raw samples without a header"), ("a.wav", b"RIFF\0\0\0\0WAVE", "not readable"), ("a.mp3", b"ID3\x03" + bytes(50), "not readable|damaged|cut"),
+    ("a.flac", b"fLaC" + bytes(100), "not readable|damaged|holds no sound"), ("a.ogg", b"OggS" + bytes(100), "not readable|damaged"), ("a.wav", bytes(10000), "not readable")])
+def test_files_that_are_no_sound(tmp_path, name, data, message):
+    (tmp_path/name).write_bytes(data)
+    for read in [audio_info, load_audio]:
+        with pytest.raises(AudioError, match=f"{name}: .*({message}).*: (save|copy) it"): read(tmp_path/name)
+
+
+def test_a_name_does_not_matter(tmp_path):
+    data = whole(tmp_path, "a.flac")
+    (tmp_path/"b.mp3").write_bytes(data)
+    assert (load_audio(tmp_path/"b.mp3") == load_audio(tmp_path/"a.flac")).all()
+
+
+def test_the_limit_is_kept(tmp_path):
+    for name in ["a.wav", "a.ogg", "a.mp3"]:
+        whole(tmp_path, name)
+        assert len(load_audio(tmp_path/name, max_seconds=2.2)) >= 32000
+        with pytest.raises(AudioError, match="the limit is 1.9 s"): load_audio(tmp_path/name, max_seconds=1.9)
+
+
+def test_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    whole(tmp_path, "a é.wav")
+    for place in ["a é.wav", "./a é.wav", "~/a é.wav", str(tmp_path/"a é.wav"), resolve("a é.wav", tmp_path), resolve("a é.wav", "~"), resolve("~/a é.wav", "/elsewhere")]: assert len(load_audio(place)) == 32000
+
+
+# Displays
+
+def test_displays():
+    import base64
+    import io
+    w = tones(16000, seconds=3)[:, 0].astype(np.float32)
+    page = audio_html(w, max_seconds=2)
+    sound, rate = sf.read(io.BytesIO(base64.b64decode(page.split("base64,")[1].split('"')[0])))
+    assert rate == 16000 and abs(len(sound) - 32000) <= 2304 and "first 2 s of 3.0 s" in page
+    assert "first" not in audio_html(to_int16(w)) and len(page) < 60_000
+    svg = waveform_svg(np.array([0, 1, -1, 0], np.float32), width=8, height=10)
+    assert svg.count("<polygon") == 1 and ",0.0" in svg and ",10.0" in svg
+
+
+# Downloads
+
+class Server(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hits, body = {}, b""
+    def do_GET(self):
+        n = self.hits[self.path] = self.hits.get(self.path, 0) + 1
+        kind = self.path.split("/")[1]
+        if kind == "busy" and n <= 2: return self.send_error(503 if n == 1 else 429)
+        if kind == "gone": return self.send_error(410)
+        if kind == "redirect":
+            self.send_response(302)
+            self.send_header("Location", f"/ok/{n}.wav")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if kind == "loop": return self.send_redirect()
+        if kind == "slow": time.sleep(.3)
+        self.send_response(200)
+        cut = kind == "cut" and n == 1 or kind == "always-cut"
+        if kind == "drip": self.close_connection = True
+        else: self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        if kind == "drip":
+            try:
+                for _ in range(100): time.sleep(.1), self.wfile.write(b"x"), self.wfile.flush()
+            except OSError: pass
+            return
+        self.wfile.write(self.body[:len(self.body)//2] if cut else self.body)
+        if cut: self.close_connection = True
+    def send_redirect(self):
+        self.send_response(302)
+        self.send_header("Location", self.path)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+    def log_message(self, *args): pass
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    "The address of a server, with a cache of its own and a fetch of little patience"
+    monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setattr(audio.time, "sleep", lambda s, sleep=time.sleep: sleep(min(s, .3)))
+    Server.hits, Server.body = {}, whole(tmp_path, "a.wav", seconds=1)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as s:
+        s.daemon_threads, s.block_on_close = True, False
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{s.server_port}"
+        s.shutdown()
+
+
+def cached(tmp_path): return [p for p in (tmp_path/"cache").rglob("*") if p.is_file()]
+
+
+def test_a_clip_is_fetched_once(tmp_path, site):
+    for _ in range(3): assert len(load_audio(f"{site}/ok/a.wav")) == 16000
+    assert audio_info(f"{site}/ok/a.wav").samples == 16000
+    assert Server.hits == {"/ok/a.wav": 1}
+    load_audio(f"{site}/ok/a.wav?x=1")
+    assert len(cached(tmp_path)) == 2, "another address is another clip"
+
+
+@pytest.mark.parametrize("kind, hits", [("busy", 3), ("cut", 2)])
+def test_a_second_attempt(tmp_path, site, kind, hits):
+    assert fetch(f"{site}/{kind}/a.wav").read_bytes() == Server.body
+    assert Server.hits == {f"/{kind}/a.wav": hits}
+    assert len(cached(tmp_path)) == 1
+
+
+def test_redirects(site): assert fetch(f"{site}/redirect/a.wav").read_bytes() == Server.body
+
+
+@pytest.mark.parametrize("kind, kwargs, hits, message", [
+    ("gone", {}, 1, "the server answered 410 Gone: check the address"), ("always-cut", {}, 3, ".*3 times: try again later"), ("loop", {}, None, "TooManyRedirects"),
+    ("busy", dict(retries=1), 2, "the server answered 429 Too Many Requests, 2 times"), ("drip", dict(deadline=1.), 1, "not complete after 1 s"), ("ok", dict(max_bytes=1000), 1, "over the limit of 1,000 bytes")])
+def test_nothing_is_kept_of_a_failure(tmp_path, site, kind, kwargs, hits, message):
+    start = time.monotonic()
+    with pytest.raises(AudioError, match=f"{site}/{kind}/a.wav: {message}"): fetch(f"{site}/{kind}/a.wav", **kwargs)
+    assert time.monotonic() - start < 5
+    assert hits in (None, Server.hits[f"/{kind}/a.wav"])
+    if kind != "drip": assert not cached(tmp_path)
+    else: assert not [p for p in cached(tmp_path) if p.suffix != ".part"]
+
+
+def test_many_at_once(tmp_path, site):
+    "Threads that want the same clip all get all of it"
+    with ThreadPoolExecutor(8) as pool: paths = list(pool.map(lambda i: fetch(f"{site}/slow/{i%2}.wav"), range(16)))
+    assert {p.read_bytes() for p in paths} == {Server.body}
+    assert sorted(cached(tmp_path)) == sorted(set(paths)) and len(set(paths)) == 2
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, site, monkeypatch):
+    monkeypatch.setenv("MDL_CACHE", str(tmp_path/"a.wav"/"cache"))
+    with pytest.raises(AudioError, match="cannot be stored in .*set MDL_CACHE to a folder with room"): fetch(f"{site}/ok/a.wav")
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "http://host:port/a.wav", "https:///a.wav", "http://exa mple/a.wav"])
+def test_addresses_that_are_none(tmp_path, site, url):
+    with pytest.raises(AudioError, match="check|try again"): load_audio(url)

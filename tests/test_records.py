@@ -1,0 +1,510 @@
+"Every form a record may take and every way it may be broken; Parquet; the files of tasks; the check of all of them"
+import csv
+import json
+import pickle
+import re
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile as sf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mdl_nbdev.check import check
+from mdl_nbdev.config import CheckSettings, InputError
+from mdl_nbdev.data import CsvFile, format_row
+from mdl_nbdev.records import JsonlFile, ParquetFile, find_tasks, open_rows, to_conversation
+
+
+def write(folder, data, name="r.jsonl"):
+    path = folder/name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def jsonl(folder, *records, name="r.jsonl"): return write(folder, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), name)
+
+
+def told(conversation):
+    "Messages in short: role, then texts as they are and clips in a tuple"
+    return [(m["role"], *(p["text"] if p["type"] == "text" else (p["audio"],) for p in m["content"])) for m in conversation.messages]
+
+
+def rounds(*said, key="chat_rounds", **kwargs): return {key: [{"role": r, "content": c} for r, c in said], **kwargs}
+
+
+# Forms
+
+H, B = ("human", "Q"), ("bot", "A")
+QA = [("user", "Q"), ("assistant", "A")]
+forms = {
+    "rounds": (rounds(H, B), QA),
+    "round ids": ({"chat_rounds": [{"role": "human", "content": "Q", "chat_round_id": 1}, {"role": "bot", "content": "A", "chat_round_id": 1}]}, QA),
+    "system": (rounds(("system", "S"), H, B), [("system", "S"), *QA]),
+    "turns": (rounds(("system", "S"), H, B, ("human", "Q2"), ("bot", "A2")), [("system", "S"), *QA, ("user", "Q2"), ("assistant", "A2")]),
+    "role names": (rounds(("user", "Q"), ("gpt", "A"), ("human", "Q2"), ("assistant", "A2")), [*QA, ("user", "Q2"), ("assistant", "A2")]),
+    "messages": (rounds(("user", "Q"), ("assistant", "A"), key="messages"), QA),
+    "parts": (rounds(("user", [{"type": "text", "text": "Q"}]), ("assistant", [{"type": "text", "text": "A"}]), key="messages"), QA),
+    "parts in order": (rounds(("user", [{"type": "text", "text": "this "}, {"type": "audio", "audio": "a.wav"}, {"type": "text", "text": " or "}, {"type": "audio", "url": "http://x/b.wav"}]), B),
+                       [("user", "this ", ("a.wav",), " or ", ("http://x/b.wav",)), ("assistant", "A")]),
+    "split texts": (rounds(("user", [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]), ("bot", [{"type": "text", "text": "A"}, {"type": "text", "text": "B"}])), [("user", "one two"), ("assistant", "AB")]),
+    "part by path": (rounds(("user", [{"type": "audio", "path": "a.wav"}]), B), [("user", ("a.wav",)), ("assistant", "A")]),
+    "empty system": (rounds(("system", ""), H, B), QA),
+    "system beside rounds": (rounds(H, B, system="S"), [("system", "S"), *QA]),
+    "system twice the same": (rounds(("system", "S"), H, B, system="S"), [("system", "S"), *QA]),
+    **{f"{q}/{a}": ({q: "Q", a: "A"}, QA) for q, a in [("prompt", "answer"), ("prompt", "response"), ("input", "output"), ("instruction", "output"),
+        ("instruction", "response"), ("question", "response"), ("question", "answer"), ("query", "answer")]},
+    "pair and system": ({"system": "S", "query": "Q", "answer": "A"}, [("system", "S"), *QA]),
+    "columns": ({"audio": "a.wav", "system_prompt": "S", "user_prompt": "Q", "prediction": "A"}, [("system", "S"), ("user", ("a.wav",), "Q"), ("assistant", "A")]),
+    "instruction with an empty input": ({"instruction": "Q", "input": "", "output": "A"}, QA),
+    "null is nothing": ({"prompt": "Q", "answer": "A", "response": None, "system": None, "audio": None, "data_name": None, "chat_rounds": None}, QA),
+    "other keys": ({"id": [1, {"x": None}], "prompt": "Q", "score": 0.5, "answer": "A"}, QA),
+    "a question beside rounds": (rounds(H, B, question="another"), QA),
+    "text": ({"text": " To be, or not \n"}, [("text", " To be, or not \n")]),
+    "text and empty others": ({"text": "x", "prompt": "", "answer": "", "messages": []}, [("text", "x")]),
+    "audio": ({"audio": "a.wav", "prompt": "Q", "answer": "A"}, [("user", ("a.wav",), "Q"), ("assistant", "A")]),
+    "several clips": ({"audio": ["a.wav", "b.wav"], "prompt": "Q", "answer": "A"}, [("user", ("a.wav",), ("b.wav",), "Q"), ("assistant", "A")]),
+    "no clips": ({"audio": [], "prompt": "Q", "answer": "A"}, QA),
+    "audio and an answer": ({"audio": "a.wav", "answer": "A"}, [("user", ("a.wav",)), ("assistant", "A")]),
+    "audio and a prediction": ({"audio": "a.wav", "prediction": "A"}, [("user", ("a.wav",)), ("assistant", "A")]),
+    "audio, an empty question and an answer": ({"audio": "a.wav", "question": "", "answer": "A"}, [("user", ("a.wav",)), ("assistant", "A")]),
+    "audio of the first turn": (rounds(("system", "S"), H, B, ("human", "Q2"), ("bot", "A2"), audio="a.wav"), [("system", "S"), ("user", ("a.wav",), "Q"), ("assistant", "A"), ("user", "Q2"), ("assistant", "A2")]),
+    "audio of rounds": ({"chat_rounds": [{"role": "human", "audio": ["a.wav", "b.wav"], "content": "Q"}, {"role": "bot", "content": "A"}, {"role": "human", "audio": "c.wav"}, {"role": "bot", "content": "A2"}], "audio": "r.wav"},
+                        [("user", ("r.wav",), ("a.wav",), ("b.wav",), "Q"), ("assistant", "A"), ("user", ("c.wav",)), ("assistant", "A2")]),
+    "question and prediction": ({"prompt": "Q", "prediction": "A"}, QA),
+    "rounds and prediction": (rounds(H, prediction="A"), QA),
+    "an empty answer and a prediction": (rounds(H, ("bot", ""), prediction="A"), QA),
+    "the same answer twice": ({"prompt": "Q", "answer": "A", "prediction": "A"}, QA),
+    "an answer and an empty prediction": ({"prompt": "Q", "answer": "A", "prediction": ""}, QA),
+    "control tokens": (rounds(("human", "<|im_end|>\u2028\x85"), ("bot", "<|role_start|>bot<|role_end|>👋🏽")), [("user", "<|im_end|>\u2028\x85"), ("assistant", "<|role_start|>bot<|role_end|>👋🏽")]),
+    "blanks are kept": ({"prompt": " Q\n", "answer": " A\t"}, [("user", " Q\n"), ("assistant", " A\t")]),
+}
+
+
+@pytest.mark.parametrize("name", forms)
+def test_forms(tmp_path, name):
+    raw, expected = forms[name]
+    record, = open_rows(jsonl(tmp_path, raw)).rows()
+    before = json.dumps(record.raw)
+    assert told(to_conversation(record)) == expected
+    asked = expected[:-1] if expected[-1][0] == "assistant" else expected
+    if asked[-1][0] != "text": assert told(to_conversation(record, with_prediction=False)) == asked
+    assert (record.raw, json.dumps(record.raw), record.line) == (raw, before, 1)
+    assert record.audio == next((p[0] for m in expected for p in m[1:] if isinstance(p, tuple)), None)
+
+
+def test_record(tmp_path):
+    path = jsonl(tmp_path, rounds(H, B, data_name="bells"), {"prompt": "Q"}, {"text": "T"}, {"prompt": "Q", "answer": "A", "prediction": "P"}, {"prompt": "Q", "answer": "A", "prediction": ""})
+    records = list(open_rows(path))
+    assert [(r.task, r.prediction, r.where) for r in records] == [("bells", "A", f"{path}:1"), (None, None, f"{path}:2"), (None, None, f"{path}:3"), (None, "P", f"{path}:4"), (None, "", f"{path}:5")]
+    assert to_conversation(records[0]).task == "bells"
+    assert pickle.loads(pickle.dumps(records)) == records
+
+
+conversations = st.tuples(st.none() | st.text(min_size=1).filter(str.strip), st.lists(st.text().filter(str.strip), min_size=2, max_size=6).filter(lambda t: len(t) % 2 == 0))
+each = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(max_examples=150, **each)
+@given(st.lists(conversations, min_size=1, max_size=4), st.data())
+def test_all_forms_of_a_conversation_are_read_alike(tmp_path, convs, data):
+    pick = lambda *options: data.draw(st.sampled_from(options))
+    def content(text):
+        cut = data.draw(st.integers(0, len(text)))
+        return pick(text, [{"type": "text", "text": text}], [{"type": "text", "text": text[:cut]}, {"type": "text", "text": text[cut:]}])
+    def written(system, turns):
+        said = [(pick("human", "user"), content(t)) if i % 2 == 0 else (pick("bot", "assistant", "gpt"), content(t)) for i, t in enumerate(turns)]
+        if len(turns) == 2 and pick(True, False):
+            q, a = pick(("prompt", "answer"), ("instruction", "output"), ("query", "answer"))
+            return {q: turns[0], a: turns[1], **({"system": system} if system else {})}
+        if system and pick(True, False): return rounds(*said, key=pick("chat_rounds", "messages"), system=system)
+        return rounds(*([("system", content(system))] if system else []), *said, key=pick("chat_rounds", "messages"))
+    raws = [written(*c) for c in convs]
+    ascii = pick(True, False)
+    path = write(tmp_path, pick("\ufeff", "") + pick("\n", "\r\n", "\n \n").join(json.dumps(r, ensure_ascii=ascii) for r in raws) + pick("", "\n"))
+    expected = [[("system", s)] * bool(s) + [("assistant" if i % 2 else "user", t) for i, t in enumerate(turns)] for s, turns in convs]
+    records = list(open_rows(path))
+    assert [told(to_conversation(r)) for r in records] == expected
+    assert [r.raw for r in records] == raws
+    at = path.read_text("utf-8-sig").split("\n")
+    assert all(json.loads(at[r.line-1]) == r.raw for r in records)
+
+
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(), lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(), v, max_size=3), max_leaves=5)
+
+
+@settings(max_examples=150, **each)
+@given(st.dictionaries(st.sampled_from(["id", "é", "", "x y", "\u2028", "meta"]), values), st.text(), st.booleans())
+def test_what_inference_writes_is_read_back(tmp_path, other, answer, first):
+    raw = {"prediction": "old"} | other | {"prompt": "Q"} if first else other | {"prompt": "Q"}
+    f = open_rows(jsonl(tmp_path, raw))
+    line = f.header() + f.format(next(f.rows()), answer)
+    assert line.endswith("\n") and line.count("\n") == 1
+    back, = open_rows(write(tmp_path, line, "out.jsonl.part"))
+    assert list(back.raw.items()) == list({**raw, "prediction": answer}.items())
+    assert back.prediction == answer
+    assert f.format(back, answer) == line
+
+
+# What is wrong with a line
+
+bad_records = {
+    "no object": ([1], "is a list; a record is one JSON object on one line"),
+    "text alone": ("x", "is text; a record"),
+    "null": (None, "is null; a record"),
+    "empty object": ({}, r"no conversation in the keys \(none\)"),
+    "no form": ({"Prompt": "Q", "completion": "A"}, "no conversation in the keys Prompt, completion; it needs chat_rounds, messages, text"),
+    "an answer alone": ({"answer": "A"}, "no conversation in the keys answer"),
+    "two pairs": ({"prompt": "Q", "question": "Q", "answer": "A"}, "more than one conversation: prompt/answer, question/answer; keep one"),
+    "two answers": ({"prompt": "Q", "response": "A", "answer": "A"}, "more than one conversation: prompt/answer, prompt/response"),
+    "instruction with an input": ({"instruction": "Q", "input": "x", "output": "A"}, "more than one conversation: input/output, instruction/output"),
+    "rounds and a pair": (rounds(H, B, prompt="Q", answer="A"), "more than one conversation: chat_rounds, prompt/answer"),
+    "rounds and messages": ({**rounds(H, B), **rounds(H, B, key="messages")}, "more than one conversation: chat_rounds, messages"),
+    "text and a pair": ({"text": "T", "prompt": "Q", "answer": "A"}, "more than one conversation: text, prompt/answer"),
+    "text and a question": ({"text": "T", "prompt": "Q"}, "more than one conversation: text, prompt"),
+    "two questions": ({"prompt": "Q", "query": "Q"}, "more than one conversation: prompt, query"),
+    "rounds that are text": ({"chat_rounds": "x"}, "chat_rounds is text; it must be a list"),
+    "messages that are an object": ({"messages": {"role": "user"}}, "messages is an object; it must be a list"),
+    "no rounds": (rounds(), "there is no human's round"),
+    "system alone": (rounds(("system", "S")), "there is no human's round"),
+    "audio and no rounds": (rounds(audio="a.wav"), "there is no human's round"),
+    "a round that is text": ({"messages": ["Q", "A"]}, "round 1 is text; a round is an object"),
+    "no role": ({"messages": [{"content": "Q"}]}, "round 1 has the role null; the roles are system, human, user, bot, assistant, gpt"),
+    "another role": (rounds(H, ("tool", "x")), 'round 2 has the role "tool"'),
+    "a role that is a list": (rounds((["human"], "Q")), r'round 1 has the role \["human"\]'),
+    "system in the middle": (rounds(H, ("system", "S"), B), "round 2 is a system's; the system comes first or not at all"),
+    "two systems": (rounds(("system", "S"), ("system", "S"), H, B), "round 2 is a system's; the system comes first"),
+    "bot first": (rounds(B, H), "round 1 is a bot's and should be a human's"),
+    "bot behind system": (rounds(("system", "S"), B), "round 2 is a bot's and should be a human's"),
+    "two humans": (rounds(("system", "S"), H, H, B), "round 3 is a human's and should be a bot's"),
+    "two bots": (rounds(H, B, B), "round 3 is a bot's and should be a human's"),
+    "an empty question": (rounds(("human", " "), B), "round 1 is empty; write what the human asks"),
+    "an empty prompt": ({"prompt": "", "answer": "A"}, "round 1 is empty"),
+    "null asks nothing": ({"prompt": None}, "round 1 is empty"),
+    "no content": ({"messages": [{"role": "user"}]}, "round 1 is empty"),
+    "an empty answer in the middle": (rounds(H, ("bot", "\n"), H, B), "round 2 is empty; write what the bot answers"),
+    "a number for an answer": ({"prompt": "Q", "answer": 5}, "answer is a number; it must be text, in quotes"),
+    "a list for a prompt": ({"prompt": ["Q"], "answer": "A"}, "prompt is a list; it must be text"),
+    "true for a content": (rounds(("human", True), B), "the content of round 1 is true or false; it must be text"),
+    "a number for a content": (rounds(H, ("bot", 1.5)), "the content of round 2 is a number"),
+    "an object for a content": (rounds(("human", {"text": "Q"}), B), "the content of round 1 is an object"),
+    "a number for text": ({"text": 1}, "text is a number"),
+    "empty text": ({"text": " \n"}, "text is empty"),
+    "a number for system": ({"system": 1, "prompt": "Q", "answer": "A"}, "system is a number"),
+    "two different systems": (rounds(("system", "S"), H, B, system="T"), "system differs from the system's round"),
+    "a number for data_name": ({"data_name": 3, "prompt": "Q", "answer": "A"}, "data_name is a number"),
+    "a number for prediction": ({"prompt": "Q", "prediction": 3}, "prediction is a number"),
+    "a number for audio": ({"audio": 3, "prompt": "Q"}, "audio has a number in the place of a clip"),
+    "empty audio": ({"audio": "", "prompt": "Q"}, "audio has an empty text in the place of a clip"),
+    "an object for audio": ({"audio": {"path": "a.wav"}, "prompt": "Q"}, "audio has an object in the place of a clip; give a path, a URL, or a list"),
+    "null in a list of clips": ({"audio": ["a.wav", None], "prompt": "Q"}, "audio has null in the place of a clip"),
+    "audio of text": ({"audio": "a.wav", "text": "T"}, "a text has no turn for audio; .*as prediction"),
+    "audio of a bot": ({"messages": [{"role": "user", "content": "Q"}, {"role": "bot", "audio": "a.wav", "content": "A"}]}, "round 2 is a bot's and has audio; clips belong to a human's round"),
+    "audio of a system": (rounds(("system", [{"type": "audio", "audio": "a.wav"}]), H), "round 1 is a system's and has audio"),
+    "a number for a round's audio": ({"messages": [{"role": "user", "audio": [1], "content": "Q"}]}, "round 1 has a number in the place of a clip"),
+    "a part that is text": (rounds(("human", ["Q"]), B), "round 1 has text among its parts"),
+    "an image": (rounds(("human", [{"type": "image_url"}]), B), 'round 1 has a part of type "image_url"; only text and audio'),
+    "a part without type": (rounds(("human", [{"text": "Q"}]), B), "round 1 has a part of type null"),
+    "a part with a number": (rounds(("human", [{"type": "text", "text": 1}]), B), "the text of a part of round 1 is a number"),
+    "an audio part without a clip": (rounds(("human", [{"type": "audio"}]), B), "round 1 has an audio part without one clip"),
+    "an audio part with two": (rounds(("human", [{"type": "audio", "path": "a", "url": "b"}]), B), "without one clip"),
+    "an audio part with a list": (rounds(("human", [{"type": "audio", "audio": ["a", "b"]}]), B), "without one clip"),
+}
+bad_lines = {
+    "cut": (b'{"prompt": "Q", "ans', "not valid JSON: .* at column 17; a record is one JSON object on one line"),
+    "single quotes": (b"{'prompt': 'Q'}", "not valid JSON: .* at column 2"),
+    "two on a line": (b'{"prompt": "Q"} {"prompt": "Q"}', "not valid JSON: Extra data at column 17"),
+    "words": (b"prompt,answer", "not valid JSON"),
+    "latin-1": (b'{"prompt": "caf\xe9"}', "byte 0xe9 in column 16 of line 2 is not UTF-8"),
+    "NUL": (b'{"prompt": "\0"}', "NUL character in column 13 of line 2"),
+    "a key twice": (b'{"prompt": "Q", "prompt": "R"}', "the key 'prompt' stands there twice"),
+    "a key twice further in": (b'{"messages": [{"role": "user", "role": "bot"}]}', "the key 'role' stands there twice"),
+    "half a pair": (rb'{"prompt": "\ud83d"}', "half of a surrogate pair"),
+    "half a pair in a key": (rb'{"prompt": "Q", "\udc00": 1}', "half of a surrogate pair"),
+    "too deep": (b"[" * 100_000, "not readable as JSON: .*recursion"),
+    "a long number": (b'{"prompt": "Q", "n": ' + b"1" * 5000 + b"}", "not readable as JSON: .*digits"),
+    "a raw control character": (b'{"prompt": "a\tb"}', "not valid JSON: Invalid control character"),
+}
+all_bad = {**{k: (json.dumps(r).encode(), e) for k, (r, e) in bad_records.items()}, **bad_lines}
+
+
+@pytest.mark.parametrize("name", all_bad)
+def test_bad_lines(tmp_path, name):
+    data, expected = all_bad[name]
+    path = write(tmp_path, b'{"prompt": "Q"}\n' + data + b'\n{"prompt": "R"}\n')
+    rows = open_rows(path).rows()
+    assert next(rows).line == 1
+    with pytest.raises(InputError) as e: next(rows)
+    assert re.match(f"{path}:2: .*{expected}", str(e.value)) and "\n" not in str(e.value) and len(str(e.value)) < 500
+    bad = []
+    assert [r.raw["prompt"] for r in open_rows(path).rows(bad.append)] == ["Q", "R"], "the reading goes on"
+    assert [(b.file, b.line) for b in bad] == [(str(path), 2)]
+
+
+def test_all_bad_lines_in_one_error(tmp_path):
+    good = b'{"prompt": "Q"}\r\n'
+    path = write(tmp_path, b"\xef\xbb\xbf" + good + b"\n".join([data + b"\n" + b" \n" + good[:-2] for data, _ in all_bad.values()]))
+    with pytest.raises(InputError) as e: open_rows(path).count()
+    lines = str(e.value).splitlines()
+    assert lines[0] == f"{len(all_bad)} bad rows:" and lines[1].startswith(f"{path}:2: ") and lines[2].startswith(f"{path}:5: ") and lines[-1].startswith(f"... and {len(all_bad)-20} more")
+    report = check(CheckSettings(input=path, predictions=False, num_workers=1))
+    assert [b.line for b in report.bad] == [2 + 3*i for i in range(len(all_bad))] and report.rows == 2*len(all_bad) + 1
+    for b, (name, (_, expected)) in zip(report.bad, all_bad.items()): assert re.match(f".*{expected.replace('of line 2', 'of line [0-9]+')}", b.reason), name
+    assert all(str(b) in str(report) for b in report.bad)
+    report._repr_html_()
+
+
+file_errors = {
+    "empty": (b"", "r.jsonl: the file is empty; it needs records, one JSON object on a line"),
+    "blank lines": (b"\n  \r\n", "r.jsonl: the file is empty"),
+    "UTF-16": ('{"prompt": "Q"}\n'.encode("utf-16"), "r.jsonl:1: byte 0xff in column 1 of line 1 is not UTF-8.*iconv -f UTF-16"),
+    "a list of records": (b'[{"prompt": "Q"},\n{"prompt": "R"}]\n', "r.jsonl:1: not valid JSON"),
+    "a CSV": (b"audio,prediction\na.wav,x\n", "r.jsonl:1: not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", file_errors)
+def test_file_errors(tmp_path, name):
+    data, expected = file_errors[name]
+    with pytest.raises(InputError, match=expected): list(open_rows(write(tmp_path, data)))
+
+
+def test_reading_does_not_hold_the_file(tmp_path):
+    one = json.dumps({"prompt": "Q" * 1000, "answer": "A", "x": [1] * 100})
+    paths = [write(tmp_path, (one + "\n") * 10_000), tmp_path/"r.parquet"]
+    with pq.ParquetWriter(paths[1], pa.schema([("audio", pa.string()), ("prediction", pa.string())])) as w:
+        for i in range(20): w.write_table(pa.table({"audio": [f"{i}-{j}" + "Q" * 1000 for j in range(1000)], "prediction": ["A"] * 1000}))
+    for path, n in zip(paths, [10_000, 20_000]):
+        f = open_rows(path)
+        tracemalloc.start()
+        assert f.count() == n
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5e6
+        assert sum(1 for _ in f) == sum(1 for _ in f) == n, "a file can be read again"
+
+
+# What is asked, and what is trained on
+
+faults = {
+    "a question": ({"prompt": "Q"}, ["the last round is a human's"], []),
+    "an empty answer": (rounds(H, ("bot", " ")), ["the last answer is empty"], []),
+    "a null answer": ({"prompt": "Q", "answer": None}, ["the last answer is empty"], []),
+    "an empty prediction": ({"prompt": "Q", "prediction": ""}, ["the last round is a human's"], []),
+    "two answers": ({"prompt": "Q", "answer": "A", "prediction": "P"}, ["the last round and prediction give two answers, 'A' and 'P'"], []),
+    "text": ({"text": "T"}, [], ["a text asks nothing"]),
+    "a conversation": (rounds(H, B, H, B), [], []),
+}
+
+
+@pytest.mark.parametrize("name", faults)
+def test_faults(tmp_path, name):
+    raw, training, asking = faults[name]
+    record, = open_rows(jsonl(tmp_path, raw))
+    for expected, with_prediction in [(training, True), (asking, False)]:
+        found = record.faults(None, with_prediction)
+        assert len(found) == len(expected) and all(f.startswith(e) for f, e in zip(found, expected))
+        if not found: to_conversation(record, with_prediction=with_prediction)
+        else:
+            with pytest.raises(InputError, match=f"r.jsonl:1: {expected[0]}"): to_conversation(record, with_prediction=with_prediction)
+
+
+def test_prompts_and_places(tmp_path):
+    path = jsonl(tmp_path, {"audio": ["a.wav", "https://x/b.wav"], "answer": "A"}, rounds(("system", "own"), ("human", [{"type": "audio", "path": "/c.wav"}]), B, H),
+                 {"prompt": "Q", "audio": "~/d.wav", "answer": "A"}, {"text": "T"})
+    convs = [to_conversation(r, "S", "U", tmp_path/"clips", with_prediction=i != 1) for i, r in enumerate(open_rows(path))]
+    assert list(map(told, convs)) == [
+        [("system", "S"), ("user", (str(tmp_path/"clips/a.wav"),), ("https://x/b.wav",), "U"), ("assistant", "A")],
+        [("system", "own"), ("user", ("/c.wav",), "U"), ("assistant", "A"), ("user", "Q")],
+        [("system", "S"), ("user", (str(Path("~/d.wav").expanduser()),), "Q"), ("assistant", "A")],
+        [("text", "T")]]
+    assert [c.clips for c in convs][:2] == [[str(tmp_path/"clips/a.wav"), "https://x/b.wav"], ["/c.wav"]]
+    assert [c.where for c in convs] == [f"{path}:{i}" for i in range(1, 5)]
+
+
+def test_text_tables(tmp_path):
+    table = "id,user_prompt,prediction\n1,1 + 1 = ?,2\n2,,4\n"
+    pq.write_table(pa.table({"id": [1, 2], "user_prompt": ["1 + 1 = ?", None], "prediction": ["2", "4"]}), tmp_path/"t.parquet")
+    for path in [write(tmp_path, table, "t.csv"), write(tmp_path, table.replace(",", "\t"), "t.tsv"), tmp_path/"t.parquet"]:
+        a, b = open_rows(path)
+        assert told(to_conversation(a, "S")) == [("system", "S"), ("user", "1 + 1 = ?"), ("assistant", "2")]
+        assert told(to_conversation(b, user_prompt="U", with_prediction=False)) == [("user", "U")]
+        with pytest.raises(InputError, match="the user prompt is empty or null, and there is no audio"): to_conversation(b)
+    for header in ["Audio", " audio", "audios", "audio_path"]:
+        with pytest.raises(InputError, match="no column audio.*did you mean"): open_rows(write(tmp_path, f"{header},user_prompt,prediction\na,b,c\n", "t.csv"))
+    row, = open_rows(write(tmp_path, "audio,user_prompt,prediction\n,Q,A\n", "t.csv"))
+    with pytest.raises(InputError, match="the audio cell is empty"): to_conversation(row)
+
+
+# Kinds of files
+
+def test_open_rows(tmp_path):
+    pq.write_table(pa.table({"audio": ["a.wav"], "prediction": ["x"]}), tmp_path/"t.parquet")
+    written = {"t.csv": "audio,prediction\na.wav,x\n", "t.tsv": "audio\tprediction\na.wav\tx\n", "t.jsonl": '{"audio": "a.wav", "prediction": "x"}\n', "t.parquet": (tmp_path/"t.parquet").read_bytes()}
+    kinds = {"t.csv": (CsvFile, ".csv"), "t.tsv": (CsvFile, ".tsv"), "t.jsonl": (JsonlFile, ".jsonl"), "t.parquet": (ParquetFile, ".csv")}
+    for name, data in written.items():
+        for named in [name, name.upper(), f"{name}.part", f"{name}.PART"]:
+            f = open_rows(write(tmp_path, data, named))
+            assert (type(f), f.out_suffix, f.columns, f.count(), f.path) == (*kinds[name], ["audio", "prediction"], 1, tmp_path/named)
+            assert told(to_conversation(next(iter(f)))) == [("user", ("a.wav",)), ("assistant", "x")]
+    for name in ["t.txt", "t.json", "t", "t.csv.gz", ".part"]:
+        with pytest.raises(InputError, match=r"must end in .csv, .tsv, .jsonl, .parquet"): open_rows(write(tmp_path, "x", name))
+    for name in ["none.csv", "none.jsonl", "none.parquet", "none.txt"]:
+        with pytest.raises(InputError, match=f"{name}: No such file or directory; the working directory is"): open_rows(tmp_path/name)
+    for name in ["d.csv", "d.jsonl", "d.parquet", "d.txt"]:
+        (tmp_path/name).mkdir()
+        with pytest.raises(InputError, match=f"{name}: is a folder"): open_rows(tmp_path/name)
+
+
+cells = st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0") | st.sampled_from(',"\r\n\t;'), max_size=8)
+
+
+@settings(max_examples=60, **each)
+@given(st.lists(st.tuples(cells, cells, cells, st.integers(-10**12, 10**12)), min_size=1, max_size=30), st.integers(1, 10))
+def test_parquet_is_read_like_a_csv(tmp_path, rows, group):
+    names = ["audio", "x", "prediction", "id"]
+    table = pa.table([pa.array(c, pa.int64() if n == "id" else pa.string()) for n, c in zip(names, zip(*rows))], names)
+    pq.write_table(table, tmp_path/"t.parquet", row_group_size=group)
+    text = [["" if v is None else str(v) for v in r] for r in rows]
+    write(tmp_path, "".join(map(format_row, [names, *text])), "t.csv")
+    f, other = open_rows(tmp_path/"t.parquet"), open_rows(tmp_path/"t.csv")
+    short = lambda f: [(r.audio, r.prediction, r.cells) for r in f]
+    assert f.columns == other.columns and short(f) == short(other)
+    assert [r.line for r in f] == list(range(1, len(rows)+1))
+    out = write(tmp_path, f.header() + "".join(f.format(r, "ok") for r in f), "out.csv")
+    with open(out, newline="", encoding="utf-8") as g: assert list(csv.reader(g)) == [names, *([a, x, "ok", i] for a, x, _, i in text)]
+
+
+def test_parquet_types(tmp_path):
+    pd.DataFrame({"audio": pd.Categorical(["a.wav", "b.wav"]), "prediction": ["null", None], "f": [1.5, None], "b": [True, False], "l": [["é"], []],
+                  "d": pd.to_datetime(["2020-01-02", None])}).to_parquet(tmp_path/"t.parquet")
+    a, b = open_rows(tmp_path/"t.parquet")
+    assert (a.audio, a.prediction, a.cells[:5]) == ("a.wav", None, ("a.wav", "null", "1.5", "true", '["é"]'))
+    assert (b.audio, b.prediction, b.cells[1], b.cells[3], b.cells[4]) == ("b.wav", None, "", "false", "[]")
+    for column, values, message in [("audio", [b"RIFF"], r"the column audio holds binary; it must be text \(the path or URL of each clip\)"), ("audio", [{"bytes": b"", "path": "a.wav"}], "the column audio holds struct"),
+                                    ("prediction", [3], "the column prediction holds int64; it must be text"), ("x", [b"1"], "the column x holds binary")]:
+        pq.write_table(pa.table({**{"audio": ["a.wav"], "prediction": ["x"]}, column: values}), tmp_path/"t.parquet")
+        with pytest.raises(InputError, match=f"t.parquet: {message}"): open_rows(tmp_path/"t.parquet")
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], ["audio", "prediction", "audio"]), tmp_path/"t.parquet")
+    with pytest.raises(InputError, match="more than one column is called 'audio'"): open_rows(tmp_path/"t.parquet")
+    pq.write_table(pa.table({"Audio": ["a"], "prediction": ["b"]}), tmp_path/"t.parquet")
+    with pytest.raises(InputError, match="t.parquet: no column audio.*did you mean 'Audio'"): open_rows(tmp_path/"t.parquet")
+    pq.write_table(pa.table({"audio": pa.array([], pa.string()), "prediction": pa.array([], pa.string())}), tmp_path/"t.parquet")
+    with pytest.raises(InputError, match="t.parquet: columns and no rows"): open_rows(tmp_path/"t.parquet").count()
+
+
+def test_broken_parquet(tmp_path):
+    path = tmp_path/"t.parquet"
+    pq.write_table(pa.table({"audio": [f"{i}.wav" * 9 for i in range(5000)], "prediction": ["x"] * 5000}), path, row_group_size=1000, compression="zstd", use_dictionary=False)
+    data = path.read_bytes()
+    for broken in [b"", b"PAR1", b"words", data[:-100], data[:len(data)//2]]:
+        with pytest.raises(InputError, match="t.parquet: not readable as Parquet: .*write it again"): open_rows(write(tmp_path, broken, "t.parquet"))
+    for at in [len(data)//3, len(data)//2]:
+        f = open_rows(write(tmp_path, data[:at] + bytes(100) + data[at+100:], "t.parquet"))
+        with pytest.raises(InputError, match="t.parquet: damaged behind row [0-9,]+: .*write it again"): f.count()
+    bad = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"audio": bad, "prediction": ["x"]}), path)
+    with pytest.raises(InputError, match="t.parquet: damaged behind row 0: .*utf-8"): open_rows(path).count()
+
+
+# Tasks
+
+trees = {
+    "a file": (["a.csv"], ["a.csv"], [("a", "a", "a.csv")]),
+    "files": (["a.csv", "b.tsv", "c.parquet", "d.jsonl"], ["d.jsonl", "a.csv", "b.tsv", "c.parquet"], [("d", "d", "d.jsonl"), ("a", "a", "a.csv"), ("b", "b", "b.tsv"), ("c", "c", "c.parquet")]),
+    "a file that names tasks": (["a+name.jsonl"], ["a+name.jsonl"], [(None, "a+name", "a+name.jsonl")]),
+    "a task": (["t/b.jsonl", "t/a.csv", "t/notes.txt", "t/clips/a.wav", "t/.hidden/x.csv"], ["t"], [("t", "t", "t/a.csv"), ("t", "t", "t/b.jsonl")]),
+    "a task whose records name others": (["t/a+name.jsonl"], ["t"], [("t", "t", "t/a+name.jsonl")]),
+    "tasks": (["d/two/a.CSV", "d/one/a.csv", "d/one/b.csv", "d/README.md", "d/.git/x.csv"], ["d"], [("one", "one", "d/one/a.csv"), ("one", "one", "d/one/b.csv"), ("two", "two", "d/two/a.CSV")]),
+    "a dataset": (["s/state.json"], ["s"], [(None, "s", "s")]),
+    "a dataset with a dot": (["s.v1.2/state.json"], ["s.v1.2"], [(None, "s.v1.2", "s.v1.2")]),
+    "datasets and tables": (["d/s/state.json", "d/t/a.csv"], ["d"], [("s", "s", "d/s"), ("t", "t", "d/t/a.csv")]),
+    "a folder with a dot": (["d.x/a.csv"], ["d.x"], [("d.x", "d.x", "d.x/a.csv")]),
+    "folders and files": (["d/t/a.csv", "b.csv"], ["b.csv", "d"], [("b", "b", "b.csv"), ("t", "t", "d/t/a.csv")]),
+    "a missing file": ([], ["none.csv"], [("none", "none", "none.csv")]),
+}
+
+
+def plant(folder, names):
+    for name in names:
+        record = {"prompt": "Q", "answer": "A"} | ({"data_name": "x"} if "+name" in name else {})
+        write(folder, json.dumps(record if name.endswith("jsonl") else {}) + "\n", name)
+
+
+@pytest.mark.parametrize("name", trees)
+def test_tasks(tmp_path, name):
+    files, paths, expected = trees[name]
+    plant(tmp_path, files)
+    assert [(s.task, s.name, s.path.relative_to(tmp_path).as_posix()) for s in find_tasks([tmp_path/p for p in paths])] == expected
+
+
+def test_a_task_by_its_folder_when_that_is_here(tmp_path, monkeypatch):
+    plant(tmp_path, ["t/a.csv"])
+    monkeypatch.chdir(tmp_path/"t")
+    assert [(s.task, str(s.path)) for s in find_tasks([Path(".")])] == [("t", "a.csv")]
+
+
+bad_trees = {
+    "empty": (["d/README.md"], ["d"], "d: no data in this folder; it needs .csv, .tsv, .jsonl, .parquet files"),
+    "an empty task": (["d/t/a.csv", "d/u/notes.txt"], ["d"], "d/u: no data in this folder"),
+    "one level too many": (["d/x/t/a.csv"], ["d"], "d/x: no data in this folder"),
+    "mixed": (["d/a.csv", "d/t/a.csv"], ["d"], r"d: holds data itself \(a.csv\) and in a folder \(t\)"),
+    "mixed with a dataset": (["d/a.csv", "d/s/state.json"], ["d"], r"d: holds data itself \(a.csv\) and in a folder \(s\)"),
+    "mixed further in": (["d/t/a.csv", "d/t/more/b.csv"], ["d"], r"d/t: holds data itself \(a.csv\) and in a folder \(more\)"),
+    "twice": (["a.csv"], ["a.csv", "./a.csv"], "a.csv: given twice"),
+    "twice by a folder": (["d/t/a.csv"], ["d", "d/t"], "d/t/a.csv: given twice"),
+}
+
+
+@pytest.mark.parametrize("name", bad_trees)
+def test_bad_folders(tmp_path, name):
+    files, paths, message = bad_trees[name]
+    plant(tmp_path, files)
+    with pytest.raises(InputError, match=message): find_tasks([tmp_path/p for p in paths])
+
+
+# The check
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for name, seconds in dict(a=1, b=.5, long=3).items(): sf.write(folder/f"{name}.wav", np.random.default_rng(0).uniform(-.5, .5, int(seconds*16000)), 16000)
+    return folder
+
+
+def test_check_of_records(tmp_path, clips):
+    path = jsonl(tmp_path, rounds(("system", "S"), H, B, ("human", [{"type": "audio", "path": "a.wav"}, {"type": "audio", "path": "b.wav"}]), ("bot", "A2"), data_name="x", audio="a.wav"),
+        {"prompt": "Q", "answer": "A", "data_name": "x", "id": 1}, {"text": "T", "id": 2}, {"prompt": "Q", "answer": "A"}, {"prompt": "Q", "answer": "B"},
+        {"prompt": "Q"}, {"audio": ["a.wav", "none.wav", "none.wav"], "answer": "A"}, {"audio": "long.wav", "prompt": "Q", "answer": "A", "prediction": "P"}, {"answer": "A"}, [])
+    r = check(CheckSettings(input=path, base_dir=clips, max_audio_seconds=2., num_workers=2))
+    assert (r.rows, r.clips, sorted(r.seconds), r.tasks, dict(r.turns), dict(r.other)) == (10, 7, [.5, 1, 1, 1], {"x": 2}, {2: 1, 1: 6, 0: 1}, {"id": 2})
+    assert r.labels == {"A2": 1, "A": 3, "B": 1, "P": 1}
+    assert (r.repeated, r.conflicting, r.no_system_prompt, r.no_user_prompt) == (1, 1, 6, 2)
+    reasons = ["the last round is a human's", "none.wav: no such file", "long.wav: 3.0 s long", "the last round and prediction", "no conversation in the keys answer", "is a list"]
+    found = [b.reason for b in r.bad]
+    assert [b.line for b in r.bad] == [6, 7, 8, 8, 9, 10] and sorted(reasons) == sorted(next(x for x in reasons if x in f) for f in found)
+    for shown in [str(r), r._repr_html_()]: assert "tasks" in shown and "2 questions" in shown and "not used: id (2)" in shown
+    r = check(CheckSettings(input=path, base_dir=clips, max_audio_seconds=2., num_workers=2, predictions=False))
+    assert [b.line for b in r.bad] == [3, 7, 8, 9, 10], "a text asks nothing"
+
+
+def test_check_of_texts_and_parquet(tmp_path, clips):
+    r = check(CheckSettings(input=jsonl(tmp_path, {"prompt": "Q", "answer": "A"}, {"text": "T"}), num_workers=1))
+    assert not r.failed and "audio: none, the rows are text" in str(r)
+    pq.write_table(pa.table({"audio": ["a.wav", None, "none.wav"], "prediction": ["x", "y", None], "id": [1, 2, 3]}), tmp_path/"t.parquet")
+    r = check(CheckSettings(input=tmp_path/"t.parquet", base_dir=clips, num_workers=1))
+    assert [(b.line, b.reason[:9]) for b in r.bad] == [(2, "the audio"), (3, f"{clips}/none.wav"[:9]), (3, "the predi")]
+    assert (r.rows, list(r.seconds), r.other) == (3, [1.], {"id": 3})
+
+
+def test_displays_are_escaped(tmp_path):
+    f = open_rows(jsonl(tmp_path, rounds(("human", "<script>"), ("bot", "a & b"), data_name="<i>", audio="<u>.wav"), {"text": "<script>"}))
+    for shown in [f, *f, to_conversation(next(f.rows()))]:
+        page = shown._repr_html_()
+        assert not re.search("<(script|i|u)>", page) and "&lt;script&gt;" in page

@@ -1,0 +1,116 @@
+"Runs that are killed, stopped or robbed of a checkpoint, and go on: they end as the undisturbed one, bit for bit"
+import os
+import random
+import shutil
+import signal
+
+import pytest
+from runs import finish, history, kill_later, start, wait_until, weights
+
+from mdl_nbdev.config import InputError, TrainSettings, from_args
+from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.train import train
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory): return make_sounds(tmp_path_factory.mktemp("sounds"), 40, seed=3)
+
+
+def arguments(csv, **kw):
+    "A run of 20 steps with everything that has a state: dropout, early stopping, a limit, lines of the log between two checkpoints"
+    settings = dict(train_dataset=csv, eval_dataset=csv, base_dir=csv.parent, model_name="tiny", lr=2e-3, lora_rank=4, lora_dropout=.2, batch_size=4, num_epochs=2,
+                    logging_steps=3, eval_steps=4, save_steps=2, save_total_limit=3, early_stopping_patience=9, warmup_steps=3, lr_scheduler_type="cosine", min_lr=1e-4)
+    return [x for k, v in (settings | kw).items() for x in (f"--{k}", v)]
+
+
+CASES = [dict(num_workers=2, gradient_accumulation_steps=3, batch_size=2, num_epochs=3),
+         pytest.param(dict(), marks=pytest.mark.slow), pytest.param(dict(num_workers=2), marks=pytest.mark.slow),
+         pytest.param(dict(gradient_accumulation_steps=3, batch_size=2, num_epochs=3), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_five_moments(csv, tmp_path, case):
+    args, log, run = arguments(csv, **case), tmp_path/"log", tmp_path/"run"
+    finish(start([*args, "--output", tmp_path/"whole"], log), log)
+    again = [*args, "--output", run, "--resume_from_checkpoint", "true"]
+    for kill in range(5):
+        process = start(again, log)
+        before = set(run.glob("checkpoint-*"))
+        if kill == 2: # inside the write of a checkpoint
+            wait_until(lambda: any(run.glob("checkpoint-*.part/*")), process)
+            kill_later(process, .01)
+        else:
+            wait_until(lambda seen=before: set(run.glob("checkpoint-*")) - seen, process)
+            kill_later(process, .3)
+    finish(start(again, log), log)
+    assert history(run) == history(tmp_path/"whole")
+    assert weights(run) == weights(tmp_path/"whole")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_once_and_stops(csv, tmp_path, name):
+    args, log, run = arguments(csv, save_steps=1000, num_epochs=3), tmp_path/"log", tmp_path/"run"
+    process = start([*args, "--output", run], log)
+    wait_until(lambda: (run/"metrics.jsonl").exists() and history(run), process)
+    number = signal.Signals[name]
+    os.kill(process.pid, number)
+    text = finish(process, log, 128 + number)
+    assert text.count("saving after this step") == 1 and f"Stopped by {name}" in text and "--resume-from-checkpoint true" in text
+    assert len(list(run.glob("checkpoint-*"))) == 1 and not (run/"final").exists()
+    finish(start([*args, "--output", run, "--resume_from_checkpoint", "true"], log), log)
+    finish(start([*args, "--output", tmp_path/"whole"], log), log)
+    assert history(run) == history(tmp_path/"whole")
+    assert weights(run) == weights(tmp_path/"whole")
+
+
+@pytest.fixture(scope="module")
+def run(csv, tmp_path_factory):
+    "A finished run whose checkpoints are there"
+    out = tmp_path_factory.mktemp("runs")/"run"
+    train(settings(csv, output=out))
+    return out
+
+
+def settings(csv, **kw): return from_args(TrainSettings, [str(a) for a in arguments(csv, **{"eval_steps": 2, "num_epochs": 1} | kw)])
+
+
+def cut(path): path.write_bytes(path.read_bytes()[:-1])
+def flip(path): path.write_bytes(path.read_bytes()[:-9] + bytes([path.read_bytes()[-9] ^ 1]) + path.read_bytes()[-8:])
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lambda path: path.unlink(), lambda path: shutil.rmtree(path.parent) or path.parent.mkdir()], ids=["truncated", "bit", "missing", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(csv, run, tmp_path, damage, capsys):
+    shutil.copytree(run, tmp_path/"run")
+    newest = tmp_path/"run"/"checkpoint-10"
+    files = sorted(p for p in newest.iterdir() if p.name != "manifest.json")
+    damage(random.choice(files))
+    train(settings(csv, output=tmp_path/"run", resume_from_checkpoint=True))
+    out = capsys.readouterr().out
+    assert "checkpoint-10" in out
+    assert history(tmp_path/"run") == history(run)
+    assert weights(tmp_path/"run") == weights(run)
+
+
+CHANGES = {
+    "learning rate": (dict(lr=1e-3), "--lr"), "seed": (dict(seed=7), "--seed"), "batch": (dict(batch_size=2), "--batch-size"), "rank": (dict(lora_rank=8), "--lora-rank"),
+    "epochs": (dict(num_epochs=2), "--num-epochs"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_another_runs_checkpoint_is_refused(csv, run, tmp_path, case):
+    change, why = CHANGES[case]
+    shutil.copytree(run, tmp_path/"run")
+    with pytest.raises(InputError, match=f"checkpoint-10: belongs to a run with other data or settings.*{why}"):
+        train(settings(csv, output=tmp_path/"run", resume_from_checkpoint=True, **change))
+
+
+def test_changed_rows_are_refused_unless_allowed(csv, run, tmp_path):
+    shutil.copytree(run, tmp_path/"run")
+    other = csv.parent/"other.csv"
+    lines = csv.read_text().splitlines()
+    other.write_text("\n".join([lines[0], *(line + "s" for line in lines[1:])]))
+    s = settings(csv, output=tmp_path/"run", train_dataset=other, resume_from_checkpoint=True, num_epochs=2)
+    with pytest.raises(InputError, match="training rows"): train(s)
+    s.allow_changes = True
+    assert train(s).steps == 20

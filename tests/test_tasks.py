@@ -1,0 +1,158 @@
+"Runs over several tasks: the mix, the weights, the losses of each, the schedule, and when to stop"
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mdl_nbdev.config import InputError, TrainSettings
+from mdl_nbdev.model import load_adapter, load_model, merge
+from mdl_nbdev.train import train
+
+ROLE = "<|role_start|>{}<|role_end|>"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write(path, pairs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"prompt": q, "answer": a}) + "\n" for q, a in pairs))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    "Two folders of records: 24 words to copy in two files, 8 to shout"
+    folder = tmp_path_factory.mktemp("tasks")
+    words = [f"w{i:02d}x" for i in range(24)]
+    write(folder/"copy"/"a.jsonl", [(w, w) for w in words[:16]])
+    write(folder/"copy"/"b.jsonl", [(w, w) for w in words[16:]])
+    write(folder/"shout"/"a.jsonl", [(w, w.upper() + "!") for w in words[:8]])
+    return folder
+
+
+def settings(tasks, out, **kw):
+    return TrainSettings(**dict(train_dataset=[tasks], output=out, model_name="tiny-text", lr=1e-3, batch_size=8, logging_steps=1, lora_rank=8, validation_split=.25) | kw)
+
+
+@pytest.mark.parametrize("mode", ["case1", "case2", "case3", "case4", "coba"])
+def test_every_task_is_logged(tasks, tmp_path, mode):
+    r = train(settings(tasks, tmp_path/"r", loss_mode=mode, num_epochs=2, coba_warmup_steps=3, coba_window=4))
+    first = r.metrics[0]
+    assert {"loss", "loss_copy", "loss_shout"} <= set(first)
+    evaluation = [m for m in r.metrics if "eval_loss" in m][-1]
+    assert {"eval_loss_copy", "eval_loss_shout"} <= set(evaluation)
+    if mode in ("case3", "case4", "coba"):
+        assert evaluation["eval_loss"] == pytest.approx((evaluation["eval_loss_copy"] + evaluation["eval_loss_shout"])/2)
+    if mode == "coba":
+        weights = [(m["weight_copy"], m["weight_shout"]) for m in r.metrics if "weight_copy" in m]
+        assert weights[:3] == [(.5, .5)]*3 and all(sum(w) == pytest.approx(1) for w in weights) and weights[-1] != (.5, .5)
+
+
+def test_a_task_of_weight_zero_is_not_learned_from(tasks, tmp_path):
+    "The gradient is that of the other task alone"
+    s = settings(tasks, tmp_path/"a", task_weights={"shout": 0}, max_steps=1, batch_size=32, validation_split=0)
+    alone = replace(s, output=tmp_path/"b", train_dataset=[tasks/"copy"], task_weights={})
+    norm = lambda r: r.metrics[0]["grad_norm"]
+    assert norm(train(s)) == pytest.approx(norm(train(alone)), rel=1e-4)
+
+
+def test_steps_of_any_cut_are_the_same(tasks, tmp_path):
+    "case4 weighs a sample by the samples of its task in the whole step, however that is cut into batches"
+    runs = [train(settings(tasks, tmp_path/str(a), loss_mode="case4", batch_size=8//a, gradient_accumulation_steps=a, max_steps=3, validation_split=0)) for a in (1, 2, 4)]
+    for other in runs[1:]:
+        for a, b in zip(runs[0].metrics[:3], other.metrics[:3]):
+            for name in ("loss", "loss_copy", "loss_shout", "grad_norm"):
+                if name in a: assert b[name] == pytest.approx(a[name], rel=1e-4), name
+
+
+def test_packing_trains_alike(tasks, tmp_path):
+    "All rows in one step: the same loss and gradient, packed or not"
+    s = settings(tasks, tmp_path/"a", batch_size=32, max_steps=1, validation_split=0)
+    plain, packed = train(s), train(replace(s, output=tmp_path/"b", packing=True, seq_length=256))
+    for name in ("loss", "loss_copy", "loss_shout", "grad_norm"): assert packed.metrics[0][name] == pytest.approx(plain.metrics[0][name], rel=1e-4)
+
+
+def test_too_long_rows_are_listed(tasks, tmp_path):
+    r = train(settings(tasks, tmp_path/"r", seq_length=21, max_steps=1, validation_split=0))
+    listed = (r.output/"too_long.csv").read_text().splitlines()
+    assert len(listed) > 1 and "rejected" in listed[1]
+    with pytest.raises(InputError): train(settings(tasks, tmp_path/"none", seq_length=3, max_steps=1, validation_split=0))
+
+
+def test_full_tuning_of_text(tasks, tmp_path):
+    r = train(settings(tasks, tmp_path/"r", tuning="full", max_steps=2))
+    assert r.trainable <= r.parameters and load_model(str(r.final)).dtype == torch.float32
+    assert "in full" in (r.final/"README.md").read_text()
+
+
+@pytest.mark.parametrize("option", [dict(use_rslora=True), dict(use_dora=True), dict(lora_init="pissa"), dict(loraplus_lr_ratio=8.)], ids=lambda o: next(iter(o)))
+def test_variants_of_lora_train_and_merge(tasks, tmp_path, option):
+    r = train(settings(tasks, tmp_path/"r", max_steps=3, **option))
+    assert load_model(str(r.final)) and math.isfinite(r.last("loss"))
+
+
+def learning_rates(r): return [m["learning_rate"] for m in r.metrics if "learning_rate" in m]
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "polynomial", "inverse_sqrt", "constant_with_warmup"])
+def test_the_floor_of_the_learning_rate(tasks, tmp_path, shape):
+    "Below the floor only in the warm-up; elsewhere as without it"
+    s = settings(tasks, tmp_path/"a", lr_scheduler_type=shape, warmup_steps=.25, max_steps=12, validation_split=0)
+    free, floored = learning_rates(train(s)), learning_rates(train(replace(s, output=tmp_path/"b", min_lr=4e-4)))
+    assert floored[:3] == free[:3] and floored[3:] == [max(4e-4, x) for x in free[3:]]
+    assert s.lr == max(floored)
+
+
+def test_evaluation_by_steps_and_epochs(tasks, tmp_path):
+    at = lambda r: [m["step"] for m in r.metrics if "eval_loss" in m]
+    s = settings(tasks, tmp_path/"a", num_epochs=3, eval_steps=2) # 24 rows: 3 steps an epoch
+    assert at(train(s)) == [2, 4, 6, 8, 9]
+    assert at(train(replace(s, output=tmp_path/"b", eval_strategy=["epoch"]))) == [3, 6, 9]
+    assert at(train(replace(s, output=tmp_path/"c", eval_strategy=["steps", "epoch"]))) == [2, 3, 4, 6, 8, 9]
+
+
+def test_epoch_checkpoints_stay(tasks, tmp_path):
+    r = train(settings(tasks, tmp_path/"r", num_epochs=3, save_steps=2, save_total_limit=1, extra_save_by_epoch=True, validation_split=0))
+    assert sorted(p.name for p in r.output.glob("*-[0-9]*")) == ["checkpoint-12", "epoch-1", "epoch-2", "epoch-3"]
+
+
+def test_early_stopping_leaves_the_best(tasks, tmp_path):
+    "A learning rate that ruins the model from the second evaluation on"
+    r = train(settings(tasks, tmp_path/"r", num_epochs=20, eval_steps=1, lr=.05, max_grad_norm=0, early_stopping_patience=2, save_total_limit=2))
+    evaluations = [m["eval_loss"] for m in r.metrics if "eval_loss" in m]
+    best = evaluations.index(min(evaluations)) + 1
+    assert r.stopped == "early stopping" and r.steps < 60 and r.best.name == f"checkpoint-{best}"
+    merged = merge(load_adapter(load_model("tiny-text"), r.best)).state_dict()
+    final = load_model(str(r.final)).state_dict()
+    assert all(torch.equal(merged[k], final[k]) for k in merged)
+
+
+BAD = {
+    "no such task in the weights": (dict(task_weights={"sing": 2}), "--task-weights: no task is called .sing"),
+    "no such task in the mix": (dict(task_sampling={"sing": 2}), "--task-sampling: no task is called .sing"),
+    "coba without evaluation": (dict(loss_mode="coba", validation_split=0), "--loss-mode coba: needs evaluation data"),
+    "patience without evaluation": (dict(early_stopping_patience=1, validation_split=0), "--early-stopping-patience: needs evaluation data"),
+    "two evaluations": (dict(eval_dataset=["x"], validation_split=.1), "x"),
+    "quantised and full": (dict(tuning="full", quantization="4bit"), "quantization"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings(tasks, tmp_path, case):
+    kw, why = BAD[case]
+    with pytest.raises(InputError, match=why): train(settings(tasks, tmp_path/"r", **kw))
+
+
+def test_dry_run_trains_nothing(tasks, tmp_path):
+    report = train(settings(tasks, tmp_path/"r", dry_run=True, validation_split=0))
+    text = str(report)
+    assert "trainable params" in text and "the longest batch: 8 rows" in text and "Nothing was trained" in text
+    assert not (tmp_path/"r"/"metrics.jsonl").exists() and not list((tmp_path/"r").glob("checkpoint-*"))
+    assert "<" in report._repr_html_()
