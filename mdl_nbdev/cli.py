@@ -21,8 +21,13 @@ def _main(prog, module, function, settings, argv):
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; what was finished is kept", file=sys.stderr)
         sys.exit(130)
-    if os.environ.get('RANK', '0')=='0': print(report) # under a launcher, one process speaks for all
+    if os.environ.get('RANK', '0')=='0': _say(report) # under a launcher, one process speaks for all
     sys.exit(getattr(report, 'exit_code', 2 if getattr(report, 'failed', False) else 0))
+
+def _say(report):
+    "Print a report"
+    try: print(report, flush=True)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # who reads, such as `head`, has seen enough
 
 def _complain(prog, e):
     "Say what is wrong; returns the exit code"

@@ -7,7 +7,7 @@ __all__ = ['Curve', 'chart', 'Pace', 'View', 'TrainView', 'SampleAnswers', 'read
            'start_training', 'Watch', 'watch', 'InferView', 'InferRun', 'start_inference', 'SettingsForm']
 
 # %% ../nbs/09_dashboard.ipynb #c4
-import contextvars, html, json, logging, math, os, re, shlex, sys, threading, time, uuid, warnings
+import asyncio, contextvars, html, json, logging, math, os, re, shlex, sys, threading, time, uuid, warnings
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
@@ -26,7 +26,7 @@ from .chat import AUDIO, Example, decode_answer
 from .config import InferSettings, InputError, TrainSettings, coerce, option, option_groups, to_dict
 from .evaluate import score
 from .infer import infer
-from .train import _datasets, train
+from .train import train
 
 # %% ../nbs/09_dashboard.ipynb #c6
 def _join(a, b): # Buckets: first x, last x, lowest y, highest y, sum of y, number of points
@@ -90,8 +90,8 @@ def _paper(curves, width, height, top, log):
     x, y = _scale(left, right, 44, width-8), _scale(f(lo), f(hi), height-20, top)
     at = lambda px, py: (x(px), y(f(py)))
     label = lambda px, py, anchor, text: f'<text x="{px:.1f}" y="{py:.1f}" text-anchor="{anchor}">{text}</text>'
-    grid = [f'<path d="M44 {y(f(v)):.1f}H{width-8}" stroke="{_grey}" stroke-opacity=".25"/>' + label(40, y(f(v))+3, 'end', f'{v:.3g}') for v in (_log_numbers(lo, hi) if log else _round_numbers(lo, hi, 4))]
-    grid += [label(x(v), height-6, 'middle', f'{v:,.0f}') for v in _round_numbers(left, right, width//110) if v==int(v)]
+    grid = [f'<path d="M44 {y(f(v)):.1f}H{width-8}" stroke="{_grey}" stroke-opacity=".25"/>' + label(40, y(f(v))+3, 'end', f'{v:.6g}') for v in (_log_numbers(lo, hi) if log else _round_numbers(lo, hi, 4))]
+    grid += [label(x(v), height-6, 'end' if x(v) > width-24 else 'middle', f'{v:,.0f}') for v in _round_numbers(left, right, width//110) if v==int(v)]
     return at, ''.join(grid)
 
 # %% ../nbs/09_dashboard.ipynb #c13
@@ -155,7 +155,7 @@ def _table(head, rows):
 # %% ../nbs/09_dashboard.ipynb #c18
 def _box(inner):
     "The frame around a dashboard or a part of it"
-    return f'<div style="font:13px/1.45 system-ui,sans-serif;max-width:900px">{inner}</div>'
+    return f'<div style="font:13px/1.45 system-ui,sans-serif;max-width:820px">{inner}</div>'
 
 def _cut(text, most=160):
     "Text for a table cell"
@@ -207,9 +207,13 @@ class View:
         "Call `f`; an error switches the dashboard off and goes no further"
         if self.dead: return
         try: return f(*args)
-        except Exception as e:
-            self.dead = f'{type(e).__name__}: {e}'
-            print(f"The dashboard has switched itself off; the run goes on. {self.dead}", file=sys.stderr, flush=True)
+        except Exception as e: self.give_up(e)
+    def give_up(self,
+        e:Exception, # Why
+    ):
+        "Switch the dashboard off, and say so once"
+        if not self.dead: print(f"The dashboard has switched itself off; the run goes on. {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+        self.dead = f'{type(e).__name__}: {e}'
     def note(self,
         text:str, # What happened
         bad:bool=False, # Is it a warning or an error?
@@ -230,11 +234,12 @@ def _headline(self:View, text, share, cards):
 def remarks(self:View):
     "The last remarks"
     colour = lambda bad: 'color:#dc2626' if bad else 'opacity:.75'
-    return _box(''.join(f'<div style="font-size:12px;{colour(bad)}">{at} {_cut(text, 600)}</div>' for at,text,bad in self.notes))
+    return _box(''.join(f'<div style="font-size:12px;{colour(bad)}">{at} {_cut(text, 600)}</div>' for at,text,bad in list(self.notes)))
 
 @patch
 def _repr_html_(self:View):
-    return f'<div>The dashboard has switched itself off. {_cut(self.dead)}</div>' if self.dead else ''.join(getattr(self, name)() for name in self.parts)
+    parts = [n for n in self.parts if n=='result' or not self.dead] # other threads bring news at any moment: what is drawn is a copy
+    return (_box(f'The dashboard has switched itself off. {_cut(self.dead)}') if self.dead else '') + ''.join(getattr(self, n)() for n in parts)
 
 # %% ../nbs/09_dashboard.ipynb #c26
 class TrainView(View):
@@ -284,9 +289,9 @@ TrainView.memory = None # GiB, where it is not in the metrics
 @patch
 def curves(self:TrainView):
     "The losses, the learning rate and the speed"
-    pick = lambda *starts: {k.replace('_', ' '):c for k,c in sorted(self.shown.items(), key=lambda kc: (kc[0]!='loss', kc[0]!='eval_loss', kc[0])) if k.startswith(starts)}
-    small = ''.join(chart(pick(k), title, 290, 104) for k,title in (('learning_rate', ''), ('samples_per_second', '')))
-    return _box(f'<div style="display:flex;flex-wrap:wrap;gap:8px">{chart(pick("loss", "eval_loss"), "loss per token", 560, 212, log=True)}<div style="width:290px">{small}</div></div>')
+    pick = lambda *starts: {k.replace('_', ' '):c for k,c in sorted(list(self.shown.items()), key=lambda kc: (kc[0]!='loss', kc[0]!='eval_loss', kc[0])) if k.startswith(starts)}
+    small = ''.join(chart(pick(k), title, 270, 104) for k,title in (('learning_rate', ''), ('samples_per_second', '')))
+    return _box(f'<div style="display:flex;flex-wrap:wrap;gap:8px">{chart(pick("loss", "eval_loss"), "loss per token", 520, 212, log=True)}<div style="width:270px">{small}</div></div>')
 
 @patch
 def answers(self:TrainView):
@@ -303,14 +308,14 @@ def result(self:TrainView):
     if not self.report: return ''
     r = self.report
     places = [(k, p) for k,p in (('model', r.final if r.whole else None), ('newest checkpoint', r.checkpoint), ('best checkpoint', r.best), ('metrics', r.output/'metrics.jsonl')) if p and p.exists()]
-    best = f"The best evaluation was {self.best[0]:.4f}, at step {self.best[1]:,}." if self.best else ''
-    return _box(f"<p>{'<br>'.join(html.escape(l) for l in str(r).splitlines())} {best}</p>{_table([], [(k, f'<code>{html.escape(str(p))}</code>') for k,p in places])}")
+    best = [f"The best evaluation was {self.best[0]:.4f}, at step {self.best[1]:,}."] if self.best else []
+    return _box(f"<p>{'<br>'.join(html.escape(l) for l in [*str(r).splitlines(), *best])}</p>{_table([], [(k, f'<code>{html.escape(str(p))}</code>') for k,p in places])}")
 
 # %% ../nbs/09_dashboard.ipynb #c33
-def _spread(mix, n, most_tokens):
+def _spread(mix, n):
     "Numbers of `n` rows from all over a mix, every task in turn; clips of half a minute at most"
-    fit = (mix.n_samples <= 30*SAMPLE_RATE) & (mix.n_tokens <= most_tokens)
-    tasks = [rows for k in range(len(mix.task_names)) if len(rows := np.flatnonzero((mix.task_ids==k) & fit))]
+    short = mix.n_samples <= 30*SAMPLE_RATE
+    tasks = [rows for k in range(len(mix.task_names)) if len(rows := np.flatnonzero((mix.task_ids==k) & short))]
     picks = [rows[np.linspace(0, len(rows)-1, min(n, len(rows))).astype(int)].tolist() for rows in tasks]
     return [i for turn in zip_longest(*picks) for i in turn if i is not None][:n]
 
@@ -344,19 +349,21 @@ class SampleAnswers(TrainerCallback):
         s:TrainSettings, # The run's settings
         n:int=4, # How many rows
         tell=None, # Is called with the answers, as dicts
-    ): self.s, self.n, self.tell, self.rows, self.path = s, n, tell, [], Path(s.output)/'samples.jsonl'
+    ): self.n, self.tell, self.path = n, tell, Path(s.output)/'samples.jsonl'
     def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
-        mix = _datasets(self.s, processing_class)[1] if self.n else None
-        if not mix or not state.is_world_process_zero: return
-        self.tok = processing_class
-        self.rows = [_as_question(mix[i], self.path.parent, i, self.tok) for i in _spread(mix, self.n, self.s.seq_length or math.inf)]
-        old = read_samples(self.path) if self.path.exists() else []
-        self.path.write_text(''.join(json.dumps(a)+'\n' for a in old if a['step'] <= state.global_step), encoding='utf-8')
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not self.rows or os.environ.get('ACCELERATE_USE_FSDP') or os.environ.get('ACCELERATE_USE_DEEPSPEED'): return # there a process has no whole model to ask
+        self.tok, self.rows = processing_class, None
+        if not state.is_world_process_zero or not self.path.exists(): return
+        kept = [a for a in read_samples(self.path) if a['step'] <= state.global_step]
+        self.path.write_text(''.join(json.dumps(a, ensure_ascii=False)+'\n' for a in kept), encoding='utf-8')
+    def on_evaluate(self, args, state, control, model=None, eval_dataloader=None, **kwargs):
+        sharded = os.environ.get('ACCELERATE_USE_FSDP') or os.environ.get('ACCELERATE_USE_DEEPSPEED') # no process has a whole model to ask
+        if not state.is_world_process_zero or sharded: return
+        if self.rows is None: self.rows = self._questions(eval_dataloader.dataset)
+        if not self.rows: return
         answers = [dict(step=state.global_step, **known, answer=a) for (_,known,_),a in zip(self.rows, self._ask(model, args.bf16))]
         with open(self.path, 'a', encoding='utf-8') as f: f.write(''.join(json.dumps(a, ensure_ascii=False)+'\n' for a in answers))
         if self.tell: self.tell(answers)
+    def _questions(self, mix): return [_as_question(mix[i], self.path.parent, i, self.tok) for i in _spread(mix, self.n)]
 
 # %% ../nbs/09_dashboard.ipynb #c36
 @patch
@@ -465,13 +472,16 @@ def _widgets_view(self:Live):
 def _ipython_display_(self:Live):
     from IPython.display import display
     self.shown_at.append(place := uuid.uuid4().hex)
-    display(self._bundle(), raw=True, display_id=place)
+    display(bundle := self._bundle(), raw=True, display_id=place)
+    if len(bundle) > 2 and not self.running: self._refresh() # it has ended meanwhile
 
 @patch
 def _refresh(self:Live):
     "Replace what the page shows"
     from IPython.display import update_display
-    for place in self.shown_at: self.view.safely(partial(update_display, self._bundle(), raw=True, display_id=place))
+    try:
+        for place in self.shown_at: update_display(self._bundle(), raw=True, display_id=place)
+    except Exception as e: self.view.give_up(e)
 
 # %% ../nbs/09_dashboard.ipynb #c44
 class _Ears(logging.Handler):
@@ -495,6 +505,17 @@ def _listening(view):
         for l in loggers: l.removeHandler(ears)
 
 # %% ../nbs/09_dashboard.ipynb #c45
+@contextmanager
+def _no_bars():
+    "Without the progress bars with which transformers loads and saves models"
+    from transformers.utils import logging as hf
+    was = hf.is_progress_bar_enabled()
+    hf.disable_progress_bar()
+    try: yield
+    finally:
+        if was: hf.enable_progress_bar()
+
+# %% ../nbs/09_dashboard.ipynb #c46
 class Run(Live):
     "Work in a thread of its own, with its dashboard"
     def __init__(self,
@@ -513,13 +534,13 @@ class Run(Live):
         return self
     def _main(self):
         try:
-            with _listening(self.view): self.report = self._work()
+            with _listening(self.view), _no_bars(): self.report = self._work()
             self.view.phase = 'finished' if self.report and getattr(self.report, 'whole', True) else 'stopped'
         except BaseException as e:
             self.error, self.view.phase = e, 'failed'
             self.view.note(str(e) if isinstance(e, InputError) else f'{type(e).__name__}: {e}', True)
 
-# %% ../nbs/09_dashboard.ipynb #c46
+# %% ../nbs/09_dashboard.ipynb #c47
 @patch
 def stop(self:Run):
     "Ask the run to save and to end"
@@ -539,7 +560,14 @@ def wait(self:Run):
     if self.error: raise self.error
     return self.report
 
-# %% ../nbs/09_dashboard.ipynb #c48
+@patch
+def __await__(self:Run):
+    async def over():
+        while self.running: await asyncio.sleep(.1)
+        return self.wait()
+    return over().__await__()
+
+# %% ../nbs/09_dashboard.ipynb #c49
 class _Feed(TrainerCallback):
     "Tells a dashboard what a training run does, and the run what the buttons say"
     shows_progress = True
@@ -564,7 +592,7 @@ class _Feed(TrainerCallback):
         if stop: control.should_training_stop = True
         self.run.save_wanted.clear()
 
-# %% ../nbs/09_dashboard.ipynb #c49
+# %% ../nbs/09_dashboard.ipynb #c50
 class TrainRun(Run):
     "A training run in the background"
     def __init__(self,
@@ -574,7 +602,7 @@ class TrainRun(Run):
     ):
         super().__init__(TrainView(s.output, s.num_epochs, s.max_steps))
         self.s, self.save_wanted = s, threading.Event()
-        self.callbacks = [_Feed(self), _Guarded(self.view, SampleAnswers(s, samples, self._heard)), *callbacks]
+        self.callbacks = [_Feed(self), *([_Guarded(self.view, SampleAnswers(s, samples, self._heard))] if samples else []), *callbacks]
     def actions(self): return {'Stop':self.stop, 'Save now':self.save} if self.running and self.view.phase=='running' else {}
     def save(self):
         "Ask for a checkpoint after this step"
@@ -585,7 +613,7 @@ class TrainRun(Run):
         if self.stop_wanted.is_set() and not report.whole: report.stopped = 'you'
         return report
 
-# %% ../nbs/09_dashboard.ipynb #c50
+# %% ../nbs/09_dashboard.ipynb #c51
 class _Guarded(TrainerCallback):
     "A listener whose errors switch the dashboard off and leave the run alone"
     def __init__(self, view, inner): self.view, self.inner = view, inner
@@ -596,11 +624,11 @@ def start_training(
     s:TrainSettings, # What to train, on what, and how
     callbacks:list[TrainerCallback]=(), # Further listeners
     samples:int=4, # Evaluation rows to ask after each evaluation
-)->TrainRun: # Shows itself; `wait()` gives the `TrainReport`
+)->TrainRun: # Shows itself; `await` it for the `TrainReport`
     "Fine-tune a model in the background, with a dashboard"
     return TrainRun(s, callbacks, samples).start()
 
-# %% ../nbs/09_dashboard.ipynb #c57
+# %% ../nbs/09_dashboard.ipynb #c58
 class Watch(Live):
     "The dashboard of a run folder that somebody else writes"
     def __init__(self,
@@ -621,7 +649,7 @@ class Watch(Live):
         self.closed = True
     def actions(self): return {'Close':self.close} if self.running else {}
 
-# %% ../nbs/09_dashboard.ipynb #c58
+# %% ../nbs/09_dashboard.ipynb #c59
 @patch
 def poll(self:Watch):
     "Read what is new in the folder"
@@ -648,14 +676,14 @@ def _look(self:Watch, lines):
         found = read_samples(samples)
         self.view.samples = [a for a in found if a['step']==found[-1]['step']][-8:]
 
-# %% ../nbs/09_dashboard.ipynb #c59
+# %% ../nbs/09_dashboard.ipynb #c60
 def watch(
     folder:str|Path, # The run folder
 )->Watch: # Shows itself
     "The dashboard of a training run of another process, from its `metrics.jsonl`"
     return Watch(folder)
 
-# %% ../nbs/09_dashboard.ipynb #c63
+# %% ../nbs/09_dashboard.ipynb #c64
 class InferView(View):
     "What is known of an inference run"
     parts = ('head', 'latest', 'rejects', 'remarks', 'result')
@@ -685,7 +713,7 @@ class InferView(View):
             s = score(*map(list, zip(*pairs)))
             self.counts.update(rows=len(pairs), right=int(s.correct.sum()), words=int(s.words.sum()), edits=int(s.word_edits.sum()))
 
-# %% ../nbs/09_dashboard.ipynb #c64
+# %% ../nbs/09_dashboard.ipynb #c65
 @patch
 def head(self:InferView):
     "Progress and figures"
@@ -702,20 +730,20 @@ def latest(self:InferView):
         clips, words = (q.conversation.clips, ' '.join(p['text'] for p in q.conversation.messages[-1]['content'] if p['type']=='text')) if q.conversation else ([], '')
         answer = f'<i>{_cut(q.reason)}</i>' if q.reason is not None else _verdict(q.answer, q.row.prediction)
         return f'{q.row.line:,}', ' '.join([*(f'{_player(c)} <small>{_cut(Path(c).name, 40)}</small>' for c in clips), _cut(words)]), answer, _cut(q.row.prediction or '')
-    return _box('<b>Latest answers</b>' + _table(['line', 'question', 'answer', 'reference'], map(row, self.newest))) if self.newest else ''
+    return _box('<b>Latest answers</b>' + _table(['line', 'question', 'answer', 'reference'], map(row, list(self.newest)))) if self.newest else ''
 
-# %% ../nbs/09_dashboard.ipynb #c65
+# %% ../nbs/09_dashboard.ipynb #c66
 @patch
 def rejects(self:InferView):
     "The last rows without an answer, and why"
-    return _box(f'<b>Without an answer</b>{_table(["line", "reason"], [(q.row.line, _cut(q.reason, 300)) for q in self.rejected])}') if self.rejected else ''
+    return _box(f'<b>Without an answer</b>{_table(["line", "reason"], [(q.row.line, _cut(q.reason, 300)) for q in list(self.rejected)])}') if self.rejected else ''
 
 @patch
 def result(self:InferView):
     "The report of a run that is over"
     return _box(f"<p>{'<br>'.join(html.escape(l) for l in str(self.report).splitlines())}</p>") if self.report else ''
 
-# %% ../nbs/09_dashboard.ipynb #c67
+# %% ../nbs/09_dashboard.ipynb #c68
 class _Stopped(Exception): "Ends an inference run between two windows"
 
 class InferRun(Run):
@@ -739,7 +767,7 @@ class InferRun(Run):
         self.view.safely(self.view.add, questions, done, total)
         if self.stop_wanted.is_set() and done < total: raise _Stopped
 
-# %% ../nbs/09_dashboard.ipynb #c68
+# %% ../nbs/09_dashboard.ipynb #c69
 @patch
 def resume(self:InferRun):
     "Go on after a stop"
@@ -759,11 +787,11 @@ def wait(self:InferRun):
 def start_inference(
     s:InferSettings, # What to answer, with what, and where to
     listeners:list=(), # Further listeners
-)->InferRun: # Shows itself; `wait()` gives the `InferReport`
+)->InferRun: # Shows itself; `await` it for the `InferReport`
     "Answer every row of a file in the background, with a dashboard"
     return InferRun(s, listeners).start()
 
-# %% ../nbs/09_dashboard.ipynb #c72
+# %% ../nbs/09_dashboard.ipynb #c73
 def _required(cls): return {f.name:'x' for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
 def _default(f): return None if f.default is f.default_factory else f.default if f.default is not MISSING else f.default_factory()
 def _kinds(tp): return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (tp,)
@@ -774,7 +802,7 @@ def _as_text(value):
     if isinstance(value, list): return ','.join(map(str, value))
     return 'null' if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
-# %% ../nbs/09_dashboard.ipynb #c73
+# %% ../nbs/09_dashboard.ipynb #c74
 class SettingsForm:
     "A form for a command's settings; `settings` is what it says"
     def __init__(self,
@@ -800,7 +828,7 @@ class SettingsForm:
     @property
     def settings(self): return self.cls(**self.values)
 
-# %% ../nbs/09_dashboard.ipynb #c74
+# %% ../nbs/09_dashboard.ipynb #c75
 @patch
 def argv(self:SettingsForm)->list[str]: # Arguments
     "The arguments of the command that say what the form says"
@@ -820,7 +848,7 @@ def yaml(self:SettingsForm)->str: # For `--config`
     plain = to_dict(types.SimpleNamespace(**self.values))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else ''
 
-# %% ../nbs/09_dashboard.ipynb #c75
+# %% ../nbs/09_dashboard.ipynb #c76
 @patch
 def verdict(self:SettingsForm):
     "What is wrong or missing, or the command and the file"
@@ -842,13 +870,13 @@ def _repr_html_(self:SettingsForm):
     family = lambda title, opts: f"<details {'open' if set(opts) & set(self.values) else ''}><summary>{title}</summary>{_table([], [(f'<code>{n}</code>', value(n), self._help(n, t)) for n,t in opts.items()])}</details>"
     return _box(''.join(family(*g) for g in option_groups(self.cls).items()) + self.verdict())
 
-# %% ../nbs/09_dashboard.ipynb #c77
+# %% ../nbs/09_dashboard.ipynb #c78
 @patch
 def _widget(self:SettingsForm, name):
     "The widget of a field"
     import ipywidgets as w
     kinds, value = _kinds(self.fields[name].type), self.values.get(name, _default(self.fields[name]))
-    common = dict(description=name, style=dict(description_width='190px'), layout=w.Layout(width='460px'))
+    common = dict(description=name, style=dict(description_width='190px'), layout=w.Layout(width='460px', flex='0 0 auto'))
     choices = next((get_args(k) for k in kinds if get_origin(k) is Literal), None)
     if kinds==(bool,): return w.Checkbox(value=bool(value), indent=True, **common)
     if choices: return w.Dropdown(options=[('null', None)]*(type(None) in kinds) + [(str(c), c) for c in choices], value=value, **common)
@@ -867,7 +895,7 @@ def _row(self:SettingsForm, name, text):
     self.boxes[name] = field
     return w.HBox([field, help])
 
-# %% ../nbs/09_dashboard.ipynb #c78
+# %% ../nbs/09_dashboard.ipynb #c79
 @patch
 def widget(self:SettingsForm):
     "The form as an ipywidgets widget"

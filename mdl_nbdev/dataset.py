@@ -427,7 +427,9 @@ def describe(self:Mix)->dict[str,dict]: # By task: rows, hours, tokens
     return {name: dict(rows=int(of(k).sum()), hours=float(self.n_samples[of(k)].sum()/SAMPLE_RATE/3600), tokens=int(self.n_tokens[of(k)].sum())) for k,name in enumerate(self.task_names)}
 
 @patch
-def __str__(self:Mix): return '\n'.join(f"{name}: {d['rows']:,} rows, {d['hours']:.2f} hours of audio, {d['tokens']:,} tokens" for name,d in self.describe().items())
+def __str__(self:Mix):
+    audio = lambda hours: f"{hours:.2f} hours of audio, " if hours else ""
+    return '\n'.join(f"{name}: {d['rows']:,} rows, {audio(d['hours'])}{d['tokens']:,} tokens" for name,d in self.describe().items())
 
 @patch
 def _repr_html_(self:Mix):

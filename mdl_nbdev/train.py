@@ -412,7 +412,7 @@ class DryRun:
 
     def __str__(self):
         return '\n'.join([str(self.trainable), self.rows, '', 'the first batch:', *(f'{v}\n' for v in self.first), self._longest(), str(self.memory), "Nothing was trained."])
-    def _longest(self): return f"the longest batch: {self.memory.rows} rows of up to {self.memory.tokens:,} tokens and {self.memory.seconds:.1f} s of audio"
+    def _longest(self): return f"the longest batch: {self.memory.rows} rows of up to {self.memory.tokens:,} tokens" + f" and {self.memory.seconds:.1f} s of audio"*(self.memory.seconds > 0)
     __repr__ = __str__
     def _repr_html_(self):
         return f"{self.trainable._repr_html_()}<p>{self.rows}</p>{''.join(v._repr_html_() for v in self.first)}<p>{self._longest()}</p>{self.memory._repr_html_()}"

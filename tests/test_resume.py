@@ -3,10 +3,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from runs import finish, history, kill_later, start, wait_until, weights
 
+from mdl_nbdev.checkpoints import check_checkpoint, last_checkpoint
 from mdl_nbdev.config import InputError, TrainSettings, from_args
 from mdl_nbdev.sounds import make_sounds
 from mdl_nbdev.train import train
@@ -114,3 +117,21 @@ def test_changed_rows_are_refused_unless_allowed(csv, run, tmp_path):
     with pytest.raises(InputError, match="training rows"): train(s)
     s.allow_changes = True
     assert train(s).steps == 20
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a tmpfs, for which it must be root on Linux")
+def test_a_full_disk_leaves_the_last_checkpoint_whole(csv, tmp_path):
+    small, log = tmp_path/"small", tmp_path/"log"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", small]).returncode: pytest.skip("no mount here")
+    try:
+        text = finish(start([*arguments(csv, save_steps=1, save_total_limit=100), "--output", small/"run"], log), log, 2)
+        assert "the disk is full" in text and "The last good checkpoint is" in text
+        last = last_checkpoint(small/"run")
+        assert last and not check_checkpoint(last) and not list((small/"run").glob("*.part"))
+        for old in sorted((small/"run").glob("checkpoint-*"))[1:-1]: shutil.rmtree(old)
+        subprocess.run(["mount", "-o", "remount,size=100m", small], check=True)
+        finish(start([*arguments(csv, save_steps=1, save_total_limit=3), "--output", small/"run", "--resume_from_checkpoint", "true"], log), log)
+        finish(start([*arguments(csv, save_steps=1, save_total_limit=3), "--output", tmp_path/"whole"], log), log)
+        assert history(small/"run") == history(tmp_path/"whole") and weights(small/"run") == weights(tmp_path/"whole")
+    finally: subprocess.run(["umount", small])

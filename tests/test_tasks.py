@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from mdl_nbdev.config import InputError, TrainSettings
 from mdl_nbdev.model import load_adapter, load_model, merge
@@ -156,3 +157,13 @@ def test_dry_run_trains_nothing(tasks, tmp_path):
     assert "trainable params" in text and "the longest batch: 8 rows" in text and "Nothing was trained" in text
     assert not (tmp_path/"r"/"metrics.jsonl").exists() and not list((tmp_path/"r").glob("checkpoint-*"))
     assert "<" in report._repr_html_()
+
+
+class TooMuch(TrainerCallback):
+    def on_substep_end(self, args, state, control, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def test_out_of_memory_is_one_message_with_advice(tasks, tmp_path):
+    s = settings(tasks, tmp_path/"r", gradient_accumulation_steps=2, batch_size=4, gradient_checkpointing=False)
+    with pytest.raises(InputError, match=r"(?s)^out of memory after 0 steps.*--batch-size.*MiB less") as e: train(s, [TooMuch()])
+    assert "--gradient-checkpointing true" in str(e.value)

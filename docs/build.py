@@ -1,0 +1,136 @@
+"`python docs/build.py [FOLDER]`: build the site from the notebooks, as their outputs are stored, and from the package; warnings are errors"
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from reference import chapters, commands_page, entry, escape, load, module_page, modules, package, reference_index, root
+from sphinx.cmd.build import main as sphinx
+
+nbs = root/"nbs"
+repository = "https://github.com/mdl-nbdev/mdl_nbdev/blob/main/"
+
+
+def pages(): # The notebooks of the site
+    "Chapters and tutorials in order, as paths inside nbs/"
+    return [p.relative_to(nbs) for folder in (nbs, nbs/"tutorials") for p in sorted(folder.glob("*.ipynb"))]
+
+
+def public_names():
+    "Name -> link target, for names that only one module has"
+    found = {}
+    for name, m in load().items():
+        for public in m.__all__: found.setdefault(public, []).append(f"{m.__name__}.{public}")
+    return {k: v[0] for k, v in found.items() if len(v) == 1}
+
+
+def linked(text, names): # Markdown; from `public_names`
+    "Link each public name in backticks to its reference; headings, links and code blocks stay"
+    parts = re.split(r"(^```.*?^```|^(?:    |#).*?$|\[[^\]\n]*\]\([^)\n]*\))", text, flags=re.M | re.S)
+    return "".join(p if i % 2 else re.sub(r"(?<![`\[])`(\w+)`(?![`\]])", lambda m: f"[`{m[1]}`](#{names[m[1]]})" if m[1] in names else m[0], p)
+                   for i, p in enumerate(parts))
+
+
+def markdown(cell, page, names): # A prose cell, its page's path, from `public_names`
+    "Rewrite links to the repository's notebooks as links inside the site, mark the subtitle, link public names"
+    up = "../" * (len(page.parts) - 1)
+    def inside(m): return f"]({up}{m[1]}{m[2]})" if (nbs/m[1]).exists() else m[0]
+    text = re.sub(rf"\]\({re.escape(repository)}nbs/([\w/.-]+\.ipynb)(#[\w-]+)?\)", lambda m: inside([m[0], m[1], m[2] or ""]), cell.source)
+    text = re.sub(r"\A(# .*\n+)> (.+)", r"\1{.lead}\n\2", text)
+    cell.source = linked(text, names)
+    return cell
+
+
+def api(cell, module, names): # An exported cell, its module, from `public_names`
+    "What an exported cell defines, described as in the reference, in front of its source, which is folded"
+    m = load()[module]
+    defined = re.findall(r"^(?:def|class) ([A-Za-z]\w*)", cell.source, re.M) if "@patch" not in cell.source else []
+    for name in defined:
+        if name not in m.__all__: continue
+        text = entry(getattr(m, name), name, m.__name__, ":no-index:", ":no-contents-entry:")
+        yield nbformat.v4.new_markdown_cell(f"{text}\n{{.see}}\n[Reference](#{m.__name__}.{name})")
+    what = ", ".join(re.findall(r"^(?:def|class) (\w+)", cell.source, re.M)) or ", ".join(re.findall(r"^([A-Za-z_]\w*) *=", cell.source, re.M)) or "imports"
+    cell.metadata = dict(tags=["hide-input"], mystnb=dict(code_prompt_show=f"Source: {what}", code_prompt_hide=f"Source: {what}"))
+    yield cell
+
+
+def notebook(page, names): # Its path inside nbs/, from `public_names`
+    "A notebook as a page: hidden cells and directives left out, exported cells folded"
+    nb = nbformat.read(nbs/page, 4)
+    module = next((m[1] for c in nb.cells if (m := re.search(r"^#\| *default_exp +(\S+)", c.source, re.M))), None)
+    cells = []
+    for c in nb.cells:
+        flags = set(re.findall(r"^#\| *(\w+)", c.source, re.M))
+        if flags & {"hide", "default_exp"}: continue
+        if c.cell_type == "code":
+            silent = re.search(r"^#\| *echo: *false", c.source, re.M)
+            c.source = re.sub(r"^#\| .*\n?", "", c.source, flags=re.M).strip("\n")
+            if silent: c.metadata = dict(tags=["remove-input"])
+            if c.source or c.outputs: cells += api(c, module, names) if flags & {"export", "exporti", "exports"} else [c]
+        elif c.cell_type == "markdown": cells.append(markdown(c, page, names))
+    nb.cells = cells
+    nb.metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"), language_info=dict(name="python"))
+    return nb
+
+
+def heading(page): # Its path inside nbs/
+    "Title and subtitle of a notebook"
+    title, _, subtitle = nbformat.read(nbs/page, 4).cells[0].source.partition("\n")
+    return title.strip("# "), subtitle.strip("\n> ")
+
+
+def contents(title, subtitle, listed): # Of a section, and its pages
+    "The first page of a section: its pages with their subtitles"
+    rows = "\n".join(f"| [{heading(p)[0]}]({p.name}) | {escape(heading(p)[1])} |" for p in listed)
+    toc = "\n".join(p.stem for p in listed)
+    return f"# {title}\n\n{{.lead}}\n{subtitle}\n\n| Chapter | |\n|---|---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n"
+
+
+def write(source): # An empty folder
+    "Write the sources that Sphinx reads"
+    names, everything = public_names(), pages()
+    for page in everything:
+        nb = notebook(page, names)
+        if page.name == "index.ipynb":
+            toc = "\n".join(["tutorials/index", "guide", "commands", "reference/index", "changelog"])
+            nb.cells.append(nbformat.v4.new_markdown_cell(f"```{{toctree}}\n:hidden:\n\n{toc}\n```"))
+        (source/page).parent.mkdir(exist_ok=True)
+        nbformat.write(nb, source/page)
+    for name in modules:
+        (source/"reference").mkdir(exist_ok=True)
+        (source/"reference"/f"{name}.md").write_text(linked_reference(name, names), encoding="utf-8")
+    guide = [p for p in everything if p.parent == Path() and p.name in {v[0] for v in chapters().values()}]
+    tutorials = [p for p in everything if p.parent.name == "tutorials"]
+    texts = {"reference/index.md": reference_index(), "commands.md": commands_page(),
+             "guide.md": contents("Guide", "How it works, a chapter for each module: what is defined, why, and an example that runs", guide),
+             "tutorials/index.md": contents("Tutorials", "Stories to run from top to bottom; each says at its top what you will have at its end", tutorials),
+             "changelog.md": (root/"CHANGELOG.md").read_text(encoding="utf-8")}
+    for name, text in texts.items(): (source/name).write_text(text, encoding="utf-8")
+    for folder in ("images", "tutorials/images"):
+        if (nbs/folder).exists(): shutil.copytree(nbs/folder, source/folder)
+
+
+def linked_reference(name, names): # A module's name, from `public_names`
+    "The page of a module, public names in its prose linked"
+    lines = module_page(name).split("\n")
+    return "\n".join(s if s.startswith(("`", ":", "#", "{", "| `")) else linked(s, names) for s in lines)
+
+
+def build(out): # The site's folder
+    "Build the site; the exit code"
+    with tempfile.TemporaryDirectory() as tmp:
+        source, doctrees = Path(tmp)/"source", Path(tmp)/"doctrees"
+        source.mkdir()
+        write(source)
+        shutil.rmtree(out, ignore_errors=True)
+        return sphinx(["-b", "html", "-W", "--keep-going", "-q", "-j", "2", "-c", str(Path(__file__).parent), "-d", str(doctrees), str(source), str(out)])
+
+
+if __name__ == "__main__":
+    assert package == "mdl_nbdev"
+    out = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent/"_site"
+    if code := build(out): sys.exit(code)
+    (out/".nojekyll").touch() # a forge's pages keep folders that begin with an underscore
+    print(f"The site is in {out}: open {out/'index.html'}")

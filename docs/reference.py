@@ -1,0 +1,222 @@
+"The pages that are made from code: the API reference from signatures and docments, the command-line reference from the parsers"
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from fastcore.docments import docments
+
+root = Path(__file__).parent.parent
+sys.path.insert(0, str(root)) # the package of this checkout is the one described
+package = "mdl_nbdev"
+modules = sorted(p.stem for p in (root/package).glob("*.py") if not p.stem.startswith("_"))
+commands = re.findall(rf"^\s*(?:console_scripts = )?(\w+)={package}\.cli:", (root/"settings.ini").read_text(encoding="utf-8"), re.M)
+EMPTY = inspect.Parameter.empty
+PLAIN = ("required", "half the cores") # said in words, not as code
+
+
+def load(): return {m: importlib.import_module(f"{package}.{m}") for m in modules} # all at once: `@patch` adds methods from any of them
+
+
+def escape(text): # A comment or docstring, in which backticks mark code
+    "`text` as Markdown that means what it says, also in the cell of a table"
+    parts = re.split(r"(``.+?``|`[^`]+`)", text)
+    return "".join(p.replace("|", r"\|") if i % 2 else re.sub(r"([\\*_<>\[\]|$#{}~])", r"\\\1", p) for i, p in enumerate(parts))
+
+
+def code(text): # A value or type
+    "`text` as inline code in the cell of a table"
+    text = " ".join(str(text).split()).replace("|", r"\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`" if text else ""
+
+
+def type_name(anno): # An annotation
+    "A type as one writes it, without the modules' names"
+    if anno in (EMPTY, None): return ""
+    text = anno if isinstance(anno, str) else inspect.formatannotation(anno)
+    return re.sub(r"\s*\|\s*", "|", re.sub(r"(?:\w+\.)+(?=[A-Za-z_])", "", text).replace("'", ""))
+
+
+def value_name(value, most=44): # A default or a constant
+    "A value as one writes it; its beginning, if it is long"
+    if value is EMPTY: return "required"
+    if inspect.isroutine(value) or inspect.isclass(value): return value.__name__
+    text = repr(str(value)) if isinstance(value, Path) else repr(value)
+    if re.search(r"<.* at 0x|^<", text): return type(value).__name__
+    return text if len(text) <= most else text[:most] + "…"
+
+
+@dataclasses.dataclass
+class Param:
+    "A parameter as tables show it"
+    name:str
+    type:str
+    default:str
+    meaning:str
+
+
+def field_params(cls): # A dataclass
+    "The fields of a dataclass, inherited ones among them"
+    docs = {}
+    for c in reversed(cls.__mro__):
+        if "__annotations__" in vars(c): docs.update({k: v for k, v in docments(c, returns=False).items() if k in vars(c)["__annotations__"]})
+    for f in dataclasses.fields(cls):
+        if not f.init or f.name.startswith("_"): continue
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else EMPTY if f.default is dataclasses.MISSING else f.default
+        shown = "half the cores" if getattr(f.default_factory, "__name__", "") == "_half_cores" else value_name(default) # not this machine's number
+        yield Param(f.name, type_name(f.type), shown, docs.get(f.name) or "")
+
+
+def params(o): # A function or class
+    "The parameters of `o` and what it returns, each with its comment"
+    if dataclasses.is_dataclass(o): return list(field_params(o)), None
+    if inspect.isclass(o) and not any("__init__" in vars(c) for c in o.__mro__ if c.__module__.startswith(package)): return [], None
+    if inspect.isclass(o) and "__init__" not in vars(o): o = next(c for c in o.__mro__ if "__init__" in vars(c))
+    docs = docments(o, full=True)
+    found = []
+    for name, p in inspect.signature(o).parameters.items():
+        if name in ("self", "cls"): continue
+        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        found.append(Param(stars + name, type_name(p.annotation), "" if stars else value_name(p.default), (docs.get(name) or {}).get("docment") or ""))
+    returned = docs.get("return") or {}
+    result = Param("", type_name(returned.get("anno")), "", returned.get("docment") or "")
+    return found, result if not inspect.isclass(o) and (result.type or result.meaning) else None
+
+
+def call(o): # A function or class
+    "The signature of `o` without types, which its table has"
+    if inspect.isclass(o) and not params(o)[0]: return ""
+    if dataclasses.is_dataclass(o) and len(params(o)[0]) > 10: return "(**settings)"
+    shown, keyword = [], False
+    for name, p in inspect.signature(o).parameters.items():
+        if name in ("self", "cls"): continue
+        if p.kind is p.KEYWORD_ONLY and not keyword and not any(s.startswith("*") for s in shown): shown.append("*")
+        keyword |= p.kind is p.KEYWORD_ONLY
+        stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        default = "" if p.default is EMPTY else f"={value_name(p.default, 24)}"
+        shown.append(f"{stars}{name}{default if '…' not in default and '<' not in default else '=...'}")
+    return f"({', '.join(shown)})"
+
+
+def table(found, returned): # From `params`
+    "The table of parameters; '' where there is nothing to say"
+    if not any(p.type or p.meaning for p in found) and not returned: return ""
+    rows = [(code(p.name), code(p.type), p.default if p.default in PLAIN else code(p.default), escape(p.meaning)) for p in found]
+    if returned: rows.append(("*returns*", code(returned.type), "", escape(returned.meaning)))
+    lines = ["| Parameter | Type | Default | Meaning |", "|---|---|---|---|", *("| " + " | ".join(r) + " |" for r in rows)]
+    return "```{table}\n:class: params\n\n" + "\n".join(lines) + "\n```\n"
+
+
+def summary(o): # Anything with a docstring of its own
+    "The docstring of `o` as Markdown"
+    text = (o.__doc__ if inspect.isclass(o) else inspect.getdoc(o)) or ""
+    return escape(inspect.cleandoc(text)) + "\n" if text else ""
+
+
+def methods(cls): # A class of this package
+    "Its public methods and properties as (name, kind, object), those that `@patch` added among them"
+    for name, v in vars(cls).items():
+        if name.startswith("_") and name != "__call__" or dataclasses.is_dataclass(cls) and name in {f.name for f in dataclasses.fields(cls)}: continue
+        if isinstance(v, property): yield name, "property", v.fget
+        elif isinstance(v, (classmethod, staticmethod)): yield name, type(v).__name__, v.__func__
+        elif inspect.isfunction(v): yield name, "method", v
+        elif hasattr(v, "func") and callable(v.func): yield name, "property", v.func # a cached property
+
+
+def directive(kind, signature, body, module, *options, fence="```"):
+    "An object's description in Sphinx's words"
+    return "\n".join([f"{fence}{{py:{kind}}} {signature}", f":module: {module}", *options, "", body.rstrip(), fence, ""])
+
+
+def entry(o, name, module, *options): # A function or class, its name and its module's name
+    "The description of a function or class: signature, docstring, parameters, and a class's methods"
+    body = summary(o) + "\n" + table(*params(o))
+    if not inspect.isclass(o): return directive("function", f"{name}{call(o)}", body, module, *options, fence="````")
+    bases = [b for b in o.__bases__ if b.__module__.startswith(package) and not b.__name__.startswith("_")]
+    if bases: body = "Also has what " + ", ".join(f"[`{b.__name__}`](#{b.__module__}.{b.__name__})" for b in bases) + f" {'has' if len(bases) == 1 else 'have'}.\n\n" + body
+    for method, kind, f in methods(o):
+        marks = [f":{kind}:"] if kind in ("classmethod", "staticmethod") else []
+        if kind == "property": inner = directive("property", f"{name}.{method}", summary(f), module, *options, fence="````")
+        else: inner = directive("method", f"{name}.{method}{call(f)}", summary(f) + "\n" + table(*params(f)), module, *marks, *options, fence="````")
+        body += "\n" + inner
+    return directive("class", f"{name}{call(o)}", body, module, *options, fence="`````")
+
+
+def constant(m, name): # A module and the name of a value in it
+    "The description of a constant: its value and the comment behind it"
+    source = inspect.getsource(m)
+    line = next((s for s in source.splitlines() if re.match(rf"{name}\b.* = ", s) or s.startswith(f"{name} =")), "")
+    comment = re.search(r"['\")\w\].] +# (.+)$", line)
+    value = value_name(getattr(m, name), 60)
+    return directive("data", name, (escape(comment[1]) + "\n\n" if comment else "") + f"{code(value)}\n", m.__name__)
+
+
+def chapters(): # From the notebooks
+    "Module -> (notebook's name, title, subtitle)"
+    found = {}
+    for path in sorted((root/"nbs").glob("*.ipynb")):
+        cells = nbformat.read(path, 4).cells
+        module = next((m[1] for c in cells if (m := re.search(r"^#\| *default_exp +(\S+)", c.source, re.M))), None)
+        title, _, subtitle = cells[0].source.partition("\n")
+        if module: found[module] = path.name, title.strip("# "), subtitle.strip("\n> ")
+    return found
+
+
+def module_page(name): # A module's name
+    "The reference of one module as MyST Markdown"
+    m, (notebook, title, subtitle) = load()[name], chapters()[name]
+    parts = [f"# {name}\n", f"{{.lead}}\n{subtitle}\n", f"The chapter [{title}](../{notebook}) explains it with examples.\n", f"```{{py:module}} {m.__name__}\n```\n"]
+    for public in m.__all__:
+        o = getattr(m, public)
+        parts.append(entry(o, public, m.__name__) if inspect.isfunction(o) or inspect.isclass(o) else constant(m, public))
+    return "\n".join(parts)
+
+
+def reference_index():
+    "The list of modules"
+    about = chapters()
+    rows = "\n".join(f"| [`{m}`]({m}.md) | {about[m][2]} |" for m in sorted(modules, key=lambda m: about[m][0]))
+    toc = "\n".join(sorted(modules, key=lambda m: about[m][0]))
+    return f"# API reference\n\n{{.lead}}\nEvery public name of every module\n\n| Module | |\n|---|---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n"
+
+
+def command_parser(command): # A console script's name
+    "The parser that the console script itself uses"
+    cli, config = importlib.import_module(f"{package}.cli"), importlib.import_module(f"{package}.config")
+    seen, real = [], cli._main
+    cli._main = lambda prog, module, function, settings, argv: seen.append(config.parser(getattr(config, settings), prog))
+    try: getattr(cli, command)([])
+    finally: cli._main = real
+    return seen[0]
+
+
+def arguments(parser): # An ArgumentParser
+    "Its options by group, as (title, [(name, value, default, help)])"
+    for group in parser._action_groups:
+        rows = []
+        for a in group._group_actions:
+            text, default = re.fullmatch(r"(.*?)(?: \[([^\[]*)\]| \((required)\))?", (a.help or "").replace("%%", "%"), re.S).groups()[:2]
+            if a.help.endswith(" (required)"): text, default = a.help.removesuffix(" (required)"), "required"
+            if a.dest == "num_workers": default = "half the cores" # the parser has this machine's number
+            rows.append((a.option_strings[-1] if a.option_strings else a.metavar, "" if a.nargs == 0 or not a.option_strings else a.metavar or "", default or "", text))
+        if rows: yield {"options": "General", "positional arguments": "Arguments"}.get(group.title, group.title), rows
+
+
+def anchor(command, name): return f"{command.replace('_', '-')}-{name.strip('-').lower()}" # Of an option on the page of commands
+
+
+def commands_page():
+    "The command-line reference as MyST Markdown"
+    parts = ["# Commands\n", "{.lead}\nEvery option of every console script, as `--help` shows it\n", "| Script | |\n|---|---|"]
+    parsers = {c: command_parser(c) for c in commands}
+    parts += [f"| [`{c}`](#{c.replace('_', '-')}) | {escape(p.description)} |" for c, p in parsers.items()]
+    parts += ["", escape(next(iter(parsers.values())).epilog) + " `--config FILE` reads settings from a YAML or JSON file, by the same names; options given on the command line win over it.\n"]
+    for command, p in parsers.items():
+        parts += [f"({command.replace('_', '-')})=", f"## {command}\n", escape(p.description) + ".\n"]
+        for title, rows in arguments(p):
+            parts += [f"{{.group}}\n**{escape(title)}**\n", "```{table}\n:class: options\n", "| Option | Value | Default | Meaning |", "|---|---|---|---|"]
+            parts += [f"| {code(n)}{{#{anchor(command, n)}}} | {code(v)} | {d if d in PLAIN else code(d)} | {escape(text)} |" for n, v, d, text in rows] + ["```\n"]
+    return "\n".join(parts)

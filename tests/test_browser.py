@@ -1,0 +1,230 @@
+"The dashboards in a real JupyterLab, in a real browser, by clicks alone"
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+root = Path(__file__).parent.parent
+chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+if not chromium: pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
+sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install jupyterlab")
+
+flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+shots = os.environ.get("SCREENSHOTS")  # a folder for pictures of what the tests see
+errors = '[data-mime-type="application/vnd.jupyter.error"]'
+setup = """import os
+from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.config import InferSettings, TrainSettings
+from mdl_nbdev.dashboard import start_inference, start_training
+csv = make_sounds('sounds', 64, seed=1, csv_name='train.csv')"""
+training = """run = start_training(TrainSettings(train_dataset=csv, eval_dataset=csv, base_dir='sounds', output='{name}', model_name='tiny', lr=2e-3, num_epochs=2000, batch_size=4,
+    gradient_checkpointing=False, logging_steps=2, eval_steps=20, save_steps=100000))
+run"""
+
+
+def until(happens, seconds=90, every=.2):
+    "Wait until `happens()` gives something true, and return it"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := happens(): return found
+        time.sleep(every)
+    raise TimeoutError(f"not within {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab on a copy of the notebooks: its address with room for a path, and the copy"
+    home = tmp_path_factory.mktemp("lab")
+    shutil.copytree(root/"nbs", home/"nbs", ignore=shutil.ignore_patterns("free-spoken-digit-dataset", ".ipynb_checkpoints", "runs"))
+    settings = home/"settings"/"@jupyterlab"
+    for plugin, values in {"notebook-extension/tracker": dict(windowingMode="none"), "apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False)}.items():
+        path = settings/f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    token = secrets.token_hex(16)
+    own = {f"JUPYTER_{k}_DIR": str(home/k.lower()) for k in ("CONFIG", "DATA", "RUNTIME")} | dict(JUPYTERLAB_SETTINGS_DIR=str(home/"settings"), JUPYTERLAB_WORKSPACES_DIR=str(home/"workspaces"))
+    env = os.environ | own | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home/'nbs'}"]
+    with open(home/"log", "w") as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=home)
+    def answers():
+        assert server.poll() is None, (home/"log").read_text()[-3000:]
+        try: return urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5).status == 200
+        except OSError: return False
+    try:
+        until(answers)
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset", home/"nbs"
+    finally:
+        server.terminate()
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: server.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=chromium, args=flags)
+        yield b
+        b.close()
+
+
+@pytest.fixture(autouse=True)
+def last_look(browser, request):
+    "A picture of what every tab shows at a test's end, and an empty browser for the next test"
+    yield
+    for i, page in enumerate(p for c in browser.contexts for p in c.pages):
+        if shots: page.screenshot(path=f"{shots}/end-{request.node.originalname}-{i}.png")
+        page.close()
+
+
+class Notebook:
+    "A notebook in a tab of the browser"
+    def __init__(self, browser, lab, path):
+        self.page = browser.new_page(viewport=dict(width=1280, height=1000))
+        self.page.set_default_timeout(60_000)
+        self.page.goto(lab[0].format(path))
+        self.page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+        self.page.get_by_text(re.compile(r"\| Idle$")).wait_for() # the kernel, in the status bar
+    def run_all(self):
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.get_by_role("menuitem", name=re.compile("^Run All Cells$")).click()
+    def prompts(self): return self.page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts()
+    def done(self): return all(re.search(r"\d", p) for p in self.prompts())
+    def text(self): return self.page.locator(".jp-Notebook").inner_text()
+    def step(self, word="step"): return int((found := re.findall(rf"{word} ([\d,]+) of", self.text())) and found[-1].replace(",", "") or 0)
+    def curve(self): return max((len(p.split()) for p in self.page.eval_on_selector_all(".jp-OutputArea svg polyline", "all => all.map(p => p.getAttribute('points'))")), default=0)
+    def click(self, label): self.page.get_by_role("button", name=label, exact=True).last.click()
+    def buttons(self): return self.page.locator(".jp-OutputArea button.jupyter-button").all_inner_texts()
+    def errors(self): return self.page.locator(errors).all_inner_texts()
+    def shot(self, name, scroll=None):
+        if not shots: return
+        if scroll: self.page.locator(scroll).last.scroll_into_view_if_needed()
+        self.page.screenshot(path=f"{shots}/{name}.png")
+
+
+def notebook(lab, name, *cells):
+    "Write a notebook beside the copies"
+    nb = new_notebook(cells=[new_code_cell(c) for c in cells], metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")))
+    nbformat.write(nb, lab[1]/name)
+    return name
+
+
+def steps_logged(run): return len((run/"metrics.jsonl").read_text().splitlines()) if (run/"metrics.jsonl").exists() else 0
+
+
+def test_first_steps(browser, lab):
+    nb = Notebook(browser, lab, "tutorials/00_first_steps.ipynb")
+    nb.page.get_by_role("menuitem", name="Edit", exact=True).click()
+    nb.page.get_by_role("menuitem", name="Clear Outputs of All Cells").click()
+    nb.run_all()
+    seen = []
+    def look():
+        assert not nb.errors()
+        live = nb.page.locator(".jp-OutputArea .widget-html:visible, .jp-OutputArea .jupyter-widgets:visible").count()
+        if live and (now := (nb.step(), nb.curve())) not in seen[-1:]: seen.append(now)
+        if len(seen) == 12: nb.shot("training", "text=loss per token")
+        return nb.done()
+    until(look, 240, .3)
+    steps, points = zip(*[s for s in seen if s[0]])
+    assert len(set(steps)) > 8 and list(steps[:8]) == sorted(steps[:8]), "the progress grows while the run goes on"
+    assert len(set(points)) > 5, "and so does the curve"
+    assert "finished" in nb.text() and "Answers at step 150" in nb.text() and "exact match" in nb.text()
+    nb.shot("finished", "text=Answering into")
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["idle kernel", "a cell waits"])
+def test_save_and_stop(browser, lab, waiting):
+    "The buttons work while the run goes on, whether the next cell waits for it or not"
+    name = f"stopped-{waiting}"
+    path = notebook(lab, f"{name}.ipynb", setup, training.format(name=name), *["report = await run\nprint('waited for', report.checkpoint)"]*waiting)
+    nb, run = Notebook(browser, lab, path), lab[1]/name
+    nb.run_all()
+    until(lambda: nb.step() > 5)
+    nb.click("Save now")
+    saved = until(lambda: [p.name for p in run.glob("checkpoint-*")])
+    at = nb.step()
+    until(lambda: nb.step() > at + 5)
+    nb.shot(f"running-{waiting}")
+    nb.click("Stop")
+    until(lambda: "Stopped by you" in nb.text())
+    assert not nb.errors() and not nb.buttons(), "what is left is the report"
+    last = max(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))
+    assert f"checkpoint-{last} has everything so far" in nb.text() and saved != [f"checkpoint-{last}"] and not (run/"final").exists()
+    if waiting: until(lambda: f"waited for {name}/checkpoint-{last}" in nb.text())
+    nb.shot(f"stopped-{waiting}")
+
+
+def test_closed_tab(browser, lab):
+    "A run goes on without its tab, and a new tab finds it"
+    path = notebook(lab, "closed.ipynb", setup, training.format(name="closed"))
+    nb, run = Notebook(browser, lab, path), lab[1]/"closed"
+    nb.run_all()
+    until(lambda: nb.step() > 5)
+    nb.page.keyboard.press("Control+s")
+    until(lambda: "widget-view" in (lab[1]/path).read_text())
+    nb.page.close()
+    n = steps_logged(run)
+    until(lambda: steps_logged(run) > n + 10)
+    nb = Notebook(browser, lab, path)
+    until(lambda: nb.step() > 2*n)
+    nb.click("Stop")
+    until(lambda: "Stopped by you" in nb.text())
+
+
+def test_inference(browser, lab):
+    "Stop, then continue to the end, with every row once"
+    rows = """from pathlib import Path
+lines = csv.read_text().splitlines()
+Path('many.csv').write_text('\\n'.join([lines[0] + ',n', *(f'{lines[1 + i % 64]},{i}' for i in range(600))]) + '\\n')
+answering = start_inference(InferSettings(input='many.csv', base_dir='sounds', output='answers.csv', model_name='tiny', batch_size=2, max_new_tokens=16))
+answering"""
+    nb, out = Notebook(browser, lab, notebook(lab, "inference.ipynb", setup, rows)), lab[1]/"answers.csv"
+    nb.run_all()
+    done = lambda: int((re.findall(r"([\d,]+) of 600 rows ·", nb.text()) or ["0"])[-1])
+    until(lambda: done() > 30)
+    nb.shot("answering")
+    nb.click("Stop")
+    until(lambda: "stopped after" in nb.text())
+    stopped = done()
+    assert 0 < stopped < 600 and not out.exists() and Path(f"{out}.part").exists()
+    nb.click("Continue")
+    until(lambda: stopped < done() < 600)
+    until(lambda: "600 rows in answers.csv" in nb.text(), 180)
+    assert not nb.errors() and not nb.buttons()
+    nb.shot("answered")
+    lines = out.read_text().splitlines()
+    assert [line.split(",")[2] for line in lines] == ["n", *map(str, range(600))]
+    assert not list(lab[1].glob("answers.csv.*"))
+
+
+def test_form(browser, lab):
+    "The form checks while one types, and says the command"
+    form = "from mdl_nbdev.config import TrainSettings\nfrom mdl_nbdev.dashboard import SettingsForm\nform = SettingsForm(TrainSettings, train_dataset='a.csv', output='runs/a')\nform"
+    nb = Notebook(browser, lab, notebook(lab, "form.ipynb", form, "print('rank', form.settings.lora_rank)"))
+    nb.run_all()
+    until(lambda: "mdl_train --train-dataset a.csv --output runs/a" in nb.text())
+    nb.page.get_by_text("What is trained", exact=True).click()
+    rank = nb.page.get_by_label("lora_rank", exact=True)
+    rank.fill("0")
+    until(lambda: "--lora-rank: got 0, expected at least 1" in nb.text())
+    nb.shot("form-fault")
+    rank.fill("16")
+    until(lambda: "--lora-rank 16" in nb.text() and "expected at least" not in nb.text())
+    nb.shot("form")
+    nb.run_all()
+    until(lambda: "rank 32" in nb.text() or nb.errors()) # a form that is made anew starts from its defaults
+    assert not nb.errors()
