@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from reference import chapters, commands_page, entry, escape, load, module_page, modules, package, reference_index, root
+from reference import chapters, commands_page, entry, escape, load, module_page, modules, reference_index, root
 from sphinx.cmd.build import main as sphinx
 
 nbs = root/"nbs"
@@ -21,7 +21,7 @@ def pages(): # The notebooks of the site
 def public_names():
     "Name -> link target, for names that only one module has"
     found = {}
-    for name, m in load().items():
+    for m in load().values():
         for public in m.__all__: found.setdefault(public, []).append(f"{m.__name__}.{public}")
     return {k: v[0] for k, v in found.items() if len(v) == 1}
 
@@ -49,7 +49,7 @@ def api(cell, module, names): # An exported cell, its module, from `public_names
     defined = re.findall(r"^(?:def|class) ([A-Za-z]\w*)", cell.source, re.M) if "@patch" not in cell.source else []
     for name in defined:
         if name not in m.__all__: continue
-        text = entry(getattr(m, name), name, m.__name__, ":no-index:", ":no-contents-entry:")
+        text = entry(getattr(m, name), name, None, ":no-index:", ":no-contents-entry:")
         yield nbformat.v4.new_markdown_cell(f"{text}\n{{.see}}\n[Reference](#{m.__name__}.{name})")
     what = ", ".join(re.findall(r"^(?:def|class) (\w+)", cell.source, re.M)) or ", ".join(re.findall(r"^([A-Za-z_]\w*) *=", cell.source, re.M)) or "imports"
     cell.metadata = dict(tags=["hide-input"], mystnb=dict(code_prompt_show=f"Source: {what}", code_prompt_hide=f"Source: {what}"))
@@ -71,7 +71,7 @@ def notebook(page, names): # Its path inside nbs/, from `public_names`
             if c.source or c.outputs: cells += api(c, module, names) if flags & {"export", "exporti", "exports"} else [c]
         elif c.cell_type == "markdown": cells.append(markdown(c, page, names))
     nb.cells = cells
-    nb.metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"), language_info=dict(name="python"))
+    nb.metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"), language_info=dict(name="python", pygments_lexer="ipython3"))
     return nb
 
 
@@ -121,16 +121,18 @@ def linked_reference(name, names): # A module's name, from `public_names`
 def build(out): # The site's folder
     "Build the site; the exit code"
     with tempfile.TemporaryDirectory() as tmp:
-        source, doctrees = Path(tmp)/"source", Path(tmp)/"doctrees"
+        source, html = Path(tmp)/"source", Path(tmp)/"html"
         source.mkdir()
         write(source)
+        code = sphinx(["-b", "html", "-W", "--keep-going", "-q", "-j", "2", "-c", str(Path(__file__).parent), "-d", f"{tmp}/doctrees", str(source), str(html)])
+        if code: return code
+        (html/".nojekyll").touch() # a forge's pages keep folders that begin with an underscore
         shutil.rmtree(out, ignore_errors=True)
-        return sphinx(["-b", "html", "-W", "--keep-going", "-q", "-j", "2", "-c", str(Path(__file__).parent), "-d", str(doctrees), str(source), str(out)])
+        shutil.copytree(html, out)
+    return 0
 
 
 if __name__ == "__main__":
-    assert package == "mdl_nbdev"
     out = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent/"_site"
     if code := build(out): sys.exit(code)
-    (out/".nojekyll").touch() # a forge's pages keep folders that begin with an underscore
     print(f"The site is in {out}: open {out/'index.html'}")

@@ -17,13 +17,14 @@ language = "en"
 extensions = ["myst_nb", "sphinx.ext.viewcode", "sphinx_copybutton"]
 nitpicky = True # a reference to something that is not there is a warning, and the build takes none
 smartquotes = False
+suppress_warnings = ["misc.highlighting_failure"] # cells of shell commands are no Python
 
 nb_execution_mode = "off" # outputs are stored in the notebooks
 nb_merge_streams = True
 nb_ipywidgets_js = {} # nothing is fetched when a page is read; widgets are shown by the HTML or picture they store
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 nb_render_markdown_format = "myst"
-myst_enable_extensions = ["dollarmath", "attrs_inline"]
+myst_enable_extensions = ["dollarmath", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 3
 
 add_module_names = False

@@ -128,10 +128,10 @@ def methods(cls): # A class of this package
 
 def directive(kind, signature, body, module, *options, fence="```"):
     "An object's description in Sphinx's words"
-    return "\n".join([f"{fence}{{py:{kind}}} {signature}", f":module: {module}", *options, "", body.rstrip(), fence, ""])
+    return "\n".join([f"{fence}{{py:{kind}}} {signature}", *([f":module: {module}"] if module else []), *options, "", body.rstrip(), fence, ""])
 
 
-def entry(o, name, module, *options): # A function or class, its name and its module's name
+def entry(o, name, module, *options): # A function or class, its name and its module's name; without a module it is no link's target
     "The description of a function or class: signature, docstring, parameters, and a class's methods"
     body = summary(o) + "\n" + table(*params(o))
     if not inspect.isclass(o): return directive("function", f"{name}{call(o)}", body, module, *options, fence="````")

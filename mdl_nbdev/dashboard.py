@@ -199,7 +199,7 @@ class View:
     parts = () # Names of the methods that draw it
     def __init__(self,
         title:str, # What runs
-    ): self.title, self.phase, self.notes, self.dead, self.pace = title, 'starting', deque(maxlen=6), None, Pace()
+    ): self.title, self.phase, self.notes, self.pace, self.report, self.dead = title, 'starting', deque(maxlen=6), Pace(), None, None
     def safely(self,
         f, # A function that draws or remembers
         *args # Its arguments
@@ -238,8 +238,13 @@ def remarks(self:View):
 
 @patch
 def _repr_html_(self:View):
-    parts = [n for n in self.parts if n=='result' or not self.dead] # other threads bring news at any moment: what is drawn is a copy
-    return (_box(f'The dashboard has switched itself off. {_cut(self.dead)}') if self.dead else '') + ''.join(getattr(self, n)() for n in parts)
+    drawn = [self.safely(getattr(self, name)) for name in self.parts]
+    return _box(f'The dashboard has switched itself off. {_cut(self.dead)}') + self.result() if self.dead else ''.join(drawn)
+
+@patch
+def result(self:View):
+    "The report of a run that is over"
+    return _box(f"<p>{'<br>'.join(html.escape(l) for l in str(self.report).splitlines())}</p>") if self.report else ''
 
 # %% ../nbs/09_dashboard.ipynb #c26
 class TrainView(View):
@@ -251,11 +256,11 @@ class TrainView(View):
         steps:int|None=None, # Steps that it will make, once known
     ):
         super().__init__(f'Training {folder.name}')
-        self.folder, self.epochs, self.steps, self.shown, self.last, self.best, self.waste, self.samples, self.report = folder, epochs, steps, {}, {}, None, None, [], None
+        self.folder, self.epochs, self.steps, self.shown, self.last, self.best, self.waste, self.samples = folder, epochs, steps, {}, {}, None, None, []
     def add(self,
         line:dict, # A line of metrics.jsonl
     ):
-        "Take in what was measured at a step"
+        "Take in what was measured at a step; other threads may be drawing: what they go through is a copy"
         step = line['step']
         self.pace.at(step, line.get('time'))
         self.last |= line
@@ -692,7 +697,7 @@ class InferView(View):
         show:int=6, # How many of the latest answers to show
     ):
         super().__init__(f'Answering into {Path(output).name}')
-        self.done, self.total, self.answered, self.report = 0, None, 0, None
+        self.done, self.total, self.answered = 0, None, 0
         self.counts, self.newest, self.rejected, self.without, self.since = Counter(), deque(maxlen=show), deque(maxlen=5), 0, time.time()
     def add(self,
         questions:list, # A window's `Question`s
@@ -737,11 +742,6 @@ def latest(self:InferView):
 def rejects(self:InferView):
     "The last rows without an answer, and why"
     return _box(f'<b>Without an answer</b>{_table(["line", "reason"], [(q.row.line, _cut(q.reason, 300)) for q in list(self.rejected)])}') if self.rejected else ''
-
-@patch
-def result(self:InferView):
-    "The report of a run that is over"
-    return _box(f"<p>{'<br>'.join(html.escape(l) for l in str(self.report).splitlines())}</p>") if self.report else ''
 
 # %% ../nbs/09_dashboard.ipynb #c68
 class _Stopped(Exception): "Ends an inference run between two windows"

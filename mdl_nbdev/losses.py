@@ -106,7 +106,7 @@ def _scaled(x, axis=-1):
 def _slope(y): # [looks, ...]
     "Slope of the least-squares line through evenly spaced values; of equal values it is exactly 0"
     x = np.arange(len(y)) - (len(y) - 1)/2
-    return np.tensordot(x, y - y[-1], 1) / max(x @ x, 1.)
+    return np.tensordot(x, y - y[-1], 1) / (x @ x or 1.)
 
 # %% ../nbs/06a_losses.ipynb #c29
 class CoBa:

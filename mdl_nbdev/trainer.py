@@ -6,7 +6,7 @@
 __all__ = ['TaskTrainer', 'Flow']
 
 # %% ../nbs/06d_trainer.ipynb #c4
-import time
+import logging, time
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
@@ -20,6 +20,8 @@ from .checkpoints import EarlyStopping, keep, load_state, random_state, save_sta
 from .config import InputError, TrainSettings
 from .dataset import end_with_parent
 from .losses import CoBa, loss_weights, weighted_losses
+
+logging.getLogger('transformers.trainer_utils').addFilter(lambda r: 'do not match the ones in' not in r.getMessage()) # takes fractions of steps for changes; `identity` looks closer
 
 # %% ../nbs/06d_trainer.ipynb #c6
 class TaskTrainer(Trainer):

@@ -1,0 +1,294 @@
+"Dashboards without a browser: what they remember, how they die, and what they cost"
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from mdl_nbdev import config
+from mdl_nbdev.config import CheckSettings, InferSettings, InputError, TrainSettings, from_args, read_config
+from mdl_nbdev.dashboard import Curve, Live, Pace, SampleAnswers, SettingsForm, TrainView, View, chart, read_samples, start_inference, start_training, watch
+from mdl_nbdev.infer import infer
+from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.train import train
+
+root = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory): return make_sounds(tmp_path_factory.mktemp("sounds"), 40, seed=1)
+
+
+def train_settings(sounds, out, **kwargs):
+    given = dict(lr=2e-3, batch_size=4, max_steps=12, eval_dataset=sounds, eval_steps=6, logging_steps=2, save_steps=100, gradient_checkpointing=False) | kwargs
+    return TrainSettings(train_dataset=sounds, base_dir=sounds.parent, output=out, model_name="tiny", **given)
+
+
+def infer_settings(sounds, out, **kwargs):
+    return InferSettings(input=sounds, base_dir=sounds.parent, output=out, model_name="tiny", batch_size=1, max_new_tokens=4, **kwargs)
+
+
+def until(happens, seconds=60):
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(.02)
+
+
+def test_curve_is_bounded_and_loses_no_spike():
+    c, start = Curve(), time.perf_counter()
+    for i in range(300_000): c.add(i, 1000. if i == 123_456 else i % 7)
+    assert time.perf_counter() - start < 5
+    assert len(c.buckets) < 300 and sum(b[5] for b in c.buckets) == 300_000
+    assert max(h for _, _, h in c.band) == 1000 and min(low for _, low, _ in c.band) == 0
+    assert c.line[0][0] < 2000 and c.line[-1][0] > 297_000
+    assert sum(b[4] for b in c.buckets) == sum(i % 7 for i in range(300_000)) + 1000 - 123_456 % 7
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 149, 150, 299, 300, 301, 1000])
+def test_curve_of_any_length(n):
+    c = Curve()
+    for i in range(n): c.add(i, float(i))
+    assert sum(b[5] for b in c.buckets) == n
+    assert all(a[1] < b[0] for a, b in zip(c.buckets, c.buckets[1:])), "in order, without overlap"
+
+
+@pytest.mark.parametrize("ys", [[1.], [0., 0.], [-1., 1.], [1e-12, 1e12], [5., 5., 5.], [math.nan], [math.inf, 2.], [1e300, 1e-300], []])
+@pytest.mark.parametrize("log", [False, True])
+def test_chart_of_any_values(ys, log):
+    c = Curve()
+    for i, y in enumerate(ys): c.add(i*10, y)
+    svg = chart({"eval <loss>": c, "empty": Curve()}, "a & b", log=log)
+    assert svg.startswith("<svg") and "nan" not in svg and "inf" not in svg and "<loss>" not in svg and "a & b" not in svg
+
+
+def test_a_hundred_thousand_steps_are_cheap():
+    view, start = TrainView(Path("runs/long"), 2), time.thread_time()
+    for step in range(1, 100_001): view.add(dict(step=step, time=step/10, epoch=step/50_000, loss=1/step, learning_rate=1e-4, samples_per_second=9.))
+    assert (time.thread_time() - start)/100_000 < 1e-4, "a tenth of a millisecond a step"
+    start = time.thread_time()
+    for _ in range(10): page = view._repr_html_()
+    assert (time.thread_time() - start)/10 < .05 and len(page) < 60_000
+    assert "step 100,000 of 100,000" in page
+
+
+def test_pace():
+    p = Pace()
+    assert p.text(10) == "0:00 gone" and p.rate == 0
+    p.at(50, 100.)
+    assert p.text(100) == "0:00 gone"
+    p.at(60, 3710.)
+    assert p.text(100) == "1:00:10 gone, 4:00:40 to go" and p.text(None) == "1:00:10 gone"
+
+
+commands = [c for c in vars(config).values() if isinstance(c, type) and c.__module__ == config.__name__ and c.__doc__ and c.__name__ in
+            ("CheckSettings", "ConvertSettings", "TrainSettings", "InferSettings", "MergeSettings", "EvalSettings", "DemoSettings")]
+needed = dict(input="in put.csv", output="o'ut", adapter="a", reference="r.csv", train_dataset="a,b.csv", model_name="tiny")
+
+
+@pytest.mark.parametrize("cls", commands, ids=lambda c: c.__name__)
+def test_form_says_the_same_as_command_and_file(cls, tmp_path):
+    names = {f.name for f in fields(cls)}
+    form = SettingsForm(cls, **{k: v for k, v in needed.items() if k in names})
+    assert not form.missing and not form.faults
+    assert from_args(cls, form.argv()) == form.settings
+    (tmp_path/"c.yaml").write_text(form.yaml())
+    assert cls(**(read_config(tmp_path/"c.yaml", cls) if form.yaml() else {})) == form.settings
+    form.widget()
+    assert set(form.boxes) == names
+
+
+values = dict(lr="3e-5", num_epochs="2.5", warmup_steps="0.1", eval_strategy="steps,epoch", task_weights="a=2,b=.5", bf16="false", merge_lora=False, lora_init="pissa",
+              quantization="4bit", resume_from_checkpoint="true", eval_dataset="e1.csv", lora_target_modules=r".*\.(q|k)_proj", system_prompt='say "hi"\n$x')
+
+
+@pytest.mark.parametrize("name", values)
+def test_typed_values(name, tmp_path):
+    form = SettingsForm(TrainSettings, train_dataset="a.csv", output="o", **{name: values[name]})
+    assert not form.faults and name in form.values
+    assert from_args(TrainSettings, form.argv()) == form.settings
+    (tmp_path/"c.yaml").write_text(form.yaml())
+    assert TrainSettings(**read_config(tmp_path/"c.yaml", TrainSettings)) == form.settings
+    form.set(name, "")
+    assert name not in form.values
+
+
+@pytest.mark.parametrize("name,value,says", [("lr", "fast", "a number"), ("lora_rank", "0", "at least 1"), ("eval_strategy", "days", "steps|epoch"), ("eval_steps", "1.5", "whole number")])
+def test_faults_are_told_while_typing(name, value, says):
+    form = SettingsForm(TrainSettings, train_dataset="a.csv", output="o")
+    form.widget()
+    form.boxes[name].value = value
+    assert says in form.faults[name] and says in form.bottom.value and "color:#dc2626" in form._repr_html_()
+    form.boxes[name].value = ""
+    assert not form.faults and "mdl_train --train-dataset a.csv" in form.bottom.value
+
+
+def test_a_required_field_is_missed():
+    form = SettingsForm(CheckSettings)
+    assert form.missing == ["input"] and "input is required" in form.verdict()
+    with pytest.raises(InputError): form.set("inputs", "x")
+
+
+def test_stop_save_and_resume(sounds, tmp_path):
+    s = train_settings(sounds, tmp_path/"run", max_steps=400, eval_steps=400)
+    run = start_training(s)
+    until(lambda: run.view.shown)
+    run.save()
+    until(lambda: list((tmp_path/"run").glob("checkpoint-*")))
+    assert run.running
+    run.stop()
+    report = run.wait()
+    assert not report.whole and report.stopped == "you" and report.checkpoint.is_dir() and run.view.phase == "stopped"
+    assert "Stopped by you" in run._repr_html_() and report.checkpoint.name in run._repr_html_()
+    again = start_training(replace(s, resume_from_checkpoint=True))
+    until(lambda: again.view.pace.now)
+    assert again.view.pace.start[0] == report.steps, "the time to go is counted from where it went on"
+    assert len(again.view.shown["loss"].buckets) >= report.steps//2, "with the curve so far"
+    again.stop()
+    assert again.wait().steps > report.steps
+
+
+def test_training_is_the_same_with_a_dashboard(sounds, tmp_path):
+    plain = train(train_settings(sounds, tmp_path/"plain"))
+    seen = start_training(train_settings(sounds, tmp_path/"seen")).wait()
+    losses = lambda r: [(m["step"], m.get("loss"), m.get("eval_loss")) for m in r.metrics]
+    assert losses(plain) == losses(seen)
+
+
+def test_samples(sounds, tmp_path):
+    train(train_settings(sounds, tmp_path/"run"), [SampleAnswers(train_settings(sounds, tmp_path/"run"), 3)])
+    samples = read_samples(tmp_path/"run"/"samples.jsonl")
+    assert [a["step"] for a in samples] == [6]*3 + [12]*3
+    rows = sounds.read_text().splitlines()[1:]
+    assert all(a["reference"] == rows[a["row"]].split(",")[1] for a in samples)
+    assert all((tmp_path/"run"/c).stat().st_size > 1000 for a in samples for c in a["clips"])
+    seen = watch(tmp_path/"run")
+    assert "Answers at step 12" in seen._repr_html_() and seen._repr_html_().count("<audio") == 3
+
+
+class Boom(Exception): pass
+def boom(*args, **kwargs): raise Boom("no paper")
+
+
+@pytest.mark.parametrize("what", ["add", "note", "curves"])
+def test_a_dashboard_that_dies_leaves_the_run_alone(what, sounds, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(View if what == "note" else TrainView, what, boom)
+    run = start_training(train_settings(sounds, tmp_path/"run"))
+    if what == "curves": run._bundle()
+    report = run.wait()
+    assert report.whole and report.final.is_dir()
+    assert capfd.readouterr().err.count("switched itself off") == 1
+    assert "no paper" in run._repr_html_() and str(report.final) in run._repr_html_()
+
+
+def test_answers_that_fail_leave_the_run_alone(sounds, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(SampleAnswers, "_ask", boom)
+    assert start_training(train_settings(sounds, tmp_path/"run")).wait().whole
+    assert capfd.readouterr().err.count("switched itself off") == 1
+
+
+def test_an_interrupt_ends_the_waiting_alone(sounds, tmp_path, monkeypatch, capfd):
+    run = start_training(train_settings(sounds, tmp_path/"run"))
+    def interrupted(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(run.thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt): run.wait()
+    assert run.running and "goes on" in capfd.readouterr().err
+    assert run.wait().whole
+
+
+def test_bad_settings_reach_the_notebook(sounds, tmp_path):
+    run = start_training(train_settings(tmp_path/"none.csv", tmp_path/"run"))
+    with pytest.raises(InputError, match="none.csv"): run.wait()
+    assert run.view.phase == "failed" and "none.csv" in run._repr_html_()
+
+
+def test_inference_stops_and_goes_on(sounds, tmp_path):
+    infer(infer_settings(sounds, tmp_path/"plain.csv"))
+    run = start_inference(infer_settings(sounds, tmp_path/"out.csv"))
+    run.stop()
+    with pytest.raises(InputError, match="stopped after"): run.wait()
+    assert run.view.phase == "stopped" and (tmp_path/"out.csv.part").exists() and list(run.actions()) == ["Continue"]
+    report = run.resume().wait()
+    assert report.rows == 40 and 0 < report.resumed < 40
+    assert (tmp_path/"out.csv").read_bytes() == (tmp_path/"plain.csv").read_bytes()
+    assert run.view.counts["rows"] == 40 and "40 of 40 rows" in run._repr_html_()
+
+
+def test_inference_shows_rejects(sounds, tmp_path):
+    bad = sounds.parent/"bad.csv"
+    bad.write_text(sounds.read_text() + "none.wav,tone\n")
+    run = start_inference(infer_settings(bad, tmp_path/"out.csv"))
+    run.wait()
+    assert run.view.without == 1 and run.view.counts["rows"] == 41 and "none.wav: no such file" in run._repr_html_()
+
+
+def test_watch_follows_a_file(tmp_path):
+    path = tmp_path/"metrics.jsonl"
+    line = lambda step: json.dumps(dict(step=step, loss=1/step, epoch=step/10, time=1000.+step)) + "\n"
+    with pytest.raises(InputError, match="no such folder"): watch(tmp_path/"none")
+    seen = watch(tmp_path)
+    news = lambda: (seen.due.clear(), seen.poll())
+    assert seen.running and "waiting" in seen._repr_html_()
+    path.write_text(line(10) + line(20)[:9])
+    (tmp_path/"config.json").write_text(json.dumps(dict(num_epochs=5, max_steps=None)))
+    news()
+    assert seen.view.last["step"] == 10 and seen.view.steps == 50
+    path.write_text(line(10) + line(20))
+    news()
+    assert [x for x, _ in seen.view.shown["loss"].line] == [10, 20] and "0:10 gone, 0:30 to go" in seen._repr_html_()
+    new = tmp_path/"new"
+    new.write_text(line(10) + line(15))
+    os.replace(new, path)
+    news()
+    assert [x for x, _ in seen.view.shown["loss"].line] == [10, 15], "a resumed run has written its lines anew"
+    (tmp_path/"final").mkdir()
+    news()
+    assert not seen.running and seen.view.phase == "finished"
+
+
+def test_no_ipywidgets_no_problem(sounds, tmp_path):
+    code = f"""import sys
+sys.modules['ipywidgets'] = None
+from tests.test_dashboard import *
+sounds, out = Path({str(sounds)!r}), Path({str(tmp_path)!r})
+run = start_training(train_settings(sounds, out/'run'))
+assert run.wait().whole and 'finished' in run._repr_html_()
+assert infer(infer_settings(sounds, out/'out.csv')).rows == 40
+print('fine', SettingsForm(CheckSettings, input='x').command())"""
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert "fine mdl_check x" in r.stdout, r.stderr[-2000:]
+
+
+def test_painting_is_rare_enough(monkeypatch):
+    "However fast the news come, drawing them takes less than 2 % of a core, at most ten times a second"
+    class Busy(Live):
+        running = True
+    view = TrainView(Path("runs/busy"), 2, 100_000)
+    for step in range(1, 3_000): view.add(dict(step=step, time=step/10, epoch=step/50_000, loss=1/step, loss_a=2/step, eval_loss=3/step, learning_rate=1e-4, samples_per_second=9.))
+    live, drawn = Busy(view), []
+    head = TrainView.head
+    monkeypatch.setattr(TrainView, "head", lambda self: (drawn.append(time.monotonic()), head(self))[1])
+    live._widgets()
+    spent = []
+    def painting():
+        start = time.thread_time()
+        live._paint_loop()
+        spent.append(time.thread_time() - start)
+    thread = threading.Thread(target=painting)
+    thread.start()
+    start = time.monotonic()
+    while time.monotonic() < start + 6:
+        step += 1
+        view.add(dict(step=step, time=step/10, epoch=step/50_000, loss=1/step, learning_rate=1e-4, samples_per_second=9.))
+        time.sleep(.002)
+    Busy.running = False
+    thread.join()
+    assert spent[0]/6 < .02
+    assert 5 < len(drawn) < 64

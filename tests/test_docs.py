@@ -1,0 +1,146 @@
+"The site and the README: complete, built without a warning, no link that leads nowhere"
+import inspect
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+root = Path(__file__).parent.parent
+sys.path.insert(0, str(root/"docs"))
+import readme  # noqa: E402
+import reference  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def package(): return reference.load()
+
+
+@pytest.mark.parametrize("module", reference.modules)
+def test_every_public_name_has_its_entry(package, module):
+    page = reference.module_page(module)
+    for name in package[module].__all__:
+        o = getattr(package[module], name)
+        kind = "class" if inspect.isclass(o) else "function" if inspect.isfunction(o) else "data"
+        assert re.search(rf"^`+{{py:{kind}}} {name}\b", page, re.M), name
+        for method in [k for k, v in vars(o).items() if inspect.isfunction(v) and not k.startswith("_")] if kind == "class" else []:
+            assert re.search(rf"^`+{{py:\w+}} {name}\.{method}\(", page, re.M), f"{name}.{method}"
+
+
+def test_parameters_are_in_the_tables():
+    page = reference.module_page("audio")
+    entry = page[page.index("{py:function} load_audio("):].split("\n````\n")[0]
+    names = [k for k in inspect.signature(reference.load()["audio"].load_audio).parameters]
+    assert names and all(re.search(rf"^\| `{name}` \| `[^`]+` \| .+ \| \S.* \|$", entry, re.M) for name in names)
+    assert re.search(r"^\| \*returns\* \| `ndarray`", entry, re.M)
+    settings = reference.module_page("config")
+    settings = settings[settings.index("{py:class} TrainSettings"):].split("\n`````\n")[0]
+    assert "| `lr` | `float` | `0.0001` | Learning rate at its peak |" in settings
+    assert "| `base_dir` |" in settings, "what a settings class inherits is in its table"
+
+
+def test_methods_added_by_patch_have_their_entry():
+    assert "{py:method} CsvFile.rows(" in reference.module_page("data")
+
+
+@pytest.mark.parametrize("value, shown", [("a|b", r"a\|b"), ("`a|b` c_d", r"`a\|b` c\_d"), ("<out>.csv", r"\<out\>.csv"), ("$x$ *", r"\$x\$ \*")])
+def test_text_means_what_it_says(value, shown): assert reference.escape(value) == shown
+
+
+def test_every_option_of_every_command_is_on_the_page(package):
+    config, page = package["config"], reference.commands_page()
+    assert len(reference.commands) == 7
+    for command in reference.commands:
+        section = page[page.index(f"\n## {command}\n"):].split("\n## ")[1]
+        actions = reference.command_parser(command)._actions
+        assert len(actions) > 3
+        for a in actions:
+            row = re.search(rf"^\| `{re.escape(a.option_strings[-1] if a.option_strings else a.metavar)}`{{#\S+}} \|.*$", section, re.M)
+            text, default = row[0].split(" | ")[3].removesuffix(" |"), row[0].split(" | ")[2]
+            assert text and text == reference.escape(re.sub(r" (\[[^\[]*\]|\(required\))$", "", a.help.replace("%%", "%"))), a.option_strings
+            if a.dest not in ("help", "config"): assert default.strip(), a.option_strings
+    assert config.TrainSettings.__doc__ in page
+
+
+def test_a_new_option_is_seen(package, monkeypatch):
+    "The page comes from the parser that the script itself uses"
+    parser = package["config"].parser
+    def more(cls, prog):
+        p = parser(cls, prog)
+        p.add_argument("--one-more", metavar="N", help="Something new [7]")
+        return p
+    monkeypatch.setattr(package["config"], "parser", more)
+    assert "| `--one-more`{#mdl-check-one-more} | `N` | `7` | Something new |" in reference.commands_page()
+
+
+def test_readme_links():
+    text = (root/"README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=[\"']([^\"']+)", text)
+    local = [a or b for a, b in links if not re.match(r"https?:|#|data:", a or b)]
+    assert local, "the README has a picture"
+    missing = [link for link in local if not (root/link.split("#")[0]).exists()]
+    assert not missing
+    here = re.findall(r"\]\(https://github\.com/mdl-nbdev/mdl_nbdev/blob/main/([^)#]+)", text)
+    assert not [link for link in here if not (root/link).exists()], "a link to a file of this repository that is not there"
+    assert text == readme.readme(root/"nbs"/"index.ipynb")
+
+
+class Page(HTMLParser):
+    "The ids of a page, and what it refers to"
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.loaded = set(), [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if attrs.get("id"): self.ids.add(attrs["id"])
+        if tag == "a" and attrs.get("name"): self.ids.add(attrs["name"])
+        if tag == "a" and attrs.get("href"): self.links.append(attrs["href"])
+        if tag in ("img", "script", "audio", "source", "iframe") and attrs.get("src"): self.loaded.append(attrs["src"])
+        if tag == "link" and attrs.get("rel") in ("stylesheet", "icon", "preload"): self.loaded.append(attrs["href"])
+
+
+def broken(site): # Folder of a built site
+    "What the pages of `site` refer to and nobody finds: (page, reference)"
+    pages = {p: Page(p) for p in site.rglob("*.html")}
+    for path, page in pages.items():
+        for ref in page.links + page.loaded:
+            url = urlsplit(ref)
+            if url.scheme or url.netloc:
+                if ref in page.loaded and url.scheme != "data": yield path.name, ref # a page that needs the network
+                continue
+            target = (path.parent/unquote(url.path)).resolve() if url.path else path
+            if not target.is_file(): yield path.name, ref
+            elif url.fragment and target in pages and path.name != "search.html" and unquote(url.fragment) not in pages[target].ids: yield path.name, ref
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("docs")/"site"
+    r = subprocess.run([sys.executable, root/"docs"/"build.py", out], capture_output=True, text=True, cwd=out.parent)
+    assert r.returncode == 0, r.stdout + r.stderr # a warning is an error
+    return out
+
+
+def test_site_has_no_broken_link(site): assert not list(broken(site))
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path/"a.html").write_text('<h1 id="x"></h1><a href="#x"></a><a href="b.html#y"></a><a href="c.html"></a><img src="d.png"><script src="https://cdn/e.js"></script>')
+    (tmp_path/"b.html").write_text('<a href="a.html#x"></a>')
+    assert [ref for _, ref in broken(tmp_path)] == ["b.html#y", "c.html", "d.png", "https://cdn/e.js"]
+
+
+def test_site_has_every_page(site):
+    notebooks = [p.relative_to(root/"nbs").with_suffix(".html") for p in [*(root/"nbs").glob("*.ipynb"), *(root/"nbs"/"tutorials").glob("*.ipynb")]]
+    assert not [p for p in notebooks if not (site/p).exists()]
+    assert (site/"_images"/"demo.png").exists() and (site/"searchindex.js").exists()
+    ids = {i for p in (site/"reference").glob("*.html") for i in Page(p).ids}
+    assert not [f"{m}.{name}" for m, loaded in reference.load().items() for name in loaded.__all__ if f"mdl_nbdev.{m}.{name}" not in ids]
+    options = Page(site/"commands.html").ids
+    assert not [(c, a.dest) for c in reference.commands for a in reference.command_parser(c)._actions if a.option_strings and reference.anchor(c, a.option_strings[-1]) not in options]
+    assert not re.search(r"#\| *(hide|export|default_exp|data|slow|gpu)\b", (site/"02_data.html").read_text(encoding="utf-8"))

@@ -1,0 +1,301 @@
+"The loss modes against loops that are written out from their formulas, whatever a step is cut into; coba against a slow reference"
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from mdl_nbdev.batches import Collator
+from mdl_nbdev.chat import Example
+from mdl_nbdev.losses import CoBa, loss_weights, weighted_losses
+
+MODES = ["case1", "case2", "case3", "case4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def example(rng, task, n, labelled, vocabulary=50):
+    "A sample of `n` tokens whose last `labelled` carry loss"
+    ids = np.array([rng.randrange(vocabulary) for _ in range(n)], np.int32)
+    labels = np.where(np.arange(n) >= n - labelled, ids, -100).astype(np.int32)
+    return Example(ids, labels, [], task_id=task)
+
+
+def samples(case, seed=0):
+    "Eight samples as (task, tokens, labelled tokens)"
+    rng = random.Random(seed)
+    shapes = {"one task": [(0, 9, 3), (0, 5, 1), (0, 12, 8), (0, 7, 2), (0, 6, 6), (0, 8, 4), (0, 5, 2), (0, 11, 5)],
+              "three tasks": [(0, 9, 3), (1, 5, 1), (2, 12, 8), (0, 7, 2), (1, 6, 5), (2, 8, 4), (2, 5, 2), (0, 11, 5)],
+              "an absent task": [(0, 9, 3), (2, 5, 1), (2, 12, 8), (0, 7, 2), (0, 6, 5), (2, 8, 4), (2, 5, 2), (0, 11, 5)],
+              "a task without labels": [(0, 9, 3), (1, 5, 0), (2, 12, 8), (0, 7, 2), (1, 6, 0), (2, 8, 4), (2, 5, 2), (0, 11, 0)],
+              "one token": [(0, 9, 0), (1, 5, 1), (2, 12, 0), (0, 7, 0), (1, 6, 0), (2, 8, 0), (2, 5, 0), (0, 11, 0)],
+              "nothing": [(t % 3, 6, 0) for t in range(8)]}
+    return [example(rng, *s) for s in shapes[case]]
+
+
+CASES = ["one task", "three tasks", "an absent task", "a task without labels", "one token", "nothing"]
+WEIGHTS = [1., 2.5, .5]
+
+
+def reference(mode, token_losses, tasks, weights):
+    "The formulas, loop by loop; `token_losses` are lists of the losses at each sample's labels"
+    per_task = {}
+    for losses, task in zip(token_losses, tasks):
+        if losses: per_task.setdefault(task, []).append(losses)
+    everything = [losses for group in per_task.values() for losses in group]
+    if not everything: return 0.
+    if mode == "case1": return sum(x for losses in everything for x in losses)/sum(len(losses) for losses in everything)
+    if mode == "case2": return sum(sum(losses)/len(losses) for losses in everything)/len(everything)
+    total = 0.
+    for task, group in per_task.items():
+        if mode == "case3": value = sum(x for losses in group for x in losses)/sum(len(losses) for losses in group)
+        else: value = sum(sum(losses)/len(losses) for losses in group)/len(group)
+        total += weights[task]*value
+    return total/sum(weights[task] for task in per_task) if sum(weights[task] for task in per_task) else 0.
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)).eval()
+
+
+def token_losses(model, examples):
+    "The loss at each label, one sample at a time, in float64"
+    out = []
+    for e in examples:
+        with torch.no_grad(): logits = model(torch.from_numpy(e.input_ids).long()[None]).logits[0].double()
+        out.append([-float(logits[t-1].log_softmax(-1)[e.labels[t]]) for t in range(1, len(e.labels)) if e.labels[t] != -100])
+    return out
+
+
+def step(model, groups, mode, weights=WEIGHTS, reduce=None):
+    "The sums of the planes over the micro-batches of a step; the gradient is left in the model"
+    collate = Collator(0)
+    batches = [collate(g) for g in groups]
+    planes, tokens = loss_weights(batches, mode, weights, 3, reduce)
+    total = torch.zeros(4, dtype=torch.float64)
+    for batch, plane in zip(batches, planes):
+        sums = weighted_losses(model, {k: v for k, v in batch.items() if k not in ("sample", "task")}, plane)
+        sums[0].backward()
+        total += sums.detach().double()
+    return total, tokens
+
+
+def cut(items, size): return [items[i:i+size] for i in range(0, len(items), size)]
+
+
+CUTS = {"1x8": lambda s: [s], "2x4": lambda s: cut(s, 4), "4x2": lambda s: cut(s, 2), "8x1": lambda s: cut(s, 1), "packed": lambda s: [[s[:3], s[3:5]], [s[5:]]]}
+
+
+@pytest.mark.parametrize("way", CUTS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_modes_are_their_formulas(model, case, mode, way):
+    examples = samples(case)
+    total, tokens = step(model, CUTS[way](examples), mode)
+    losses, tasks = token_losses(model, examples), [e.task_id for e in examples]
+    assert float(total[0]) == pytest.approx(reference(mode, losses, tasks, WEIGHTS), abs=2e-6)
+    for task in range(3):
+        mine = [x for group, t in zip(losses, tasks) if t == task for x in group]
+        assert float(total[1+task]) == pytest.approx(sum(mine)/len(mine) if mine else 0, abs=2e-6) and tokens[task] == len(mine)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_do_not_depend_on_the_cut(model, mode):
+    found = []
+    for way in CUTS.values():
+        model.zero_grad()
+        step(model, way(samples("three tasks")), mode)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for other in found[1:]: torch.testing.assert_close(other, found[0], atol=1e-6, rtol=0)
+
+
+def test_a_weight_of_zero_leaves_a_task_out(model):
+    examples = samples("three tasks")
+    total, _ = step(model, [examples], "case3", [1., 0., 1.])
+    alone = [e for e in examples if e.task_id != 1]
+    assert float(total[0]) == pytest.approx(reference("case3", token_losses(model, alone), [e.task_id for e in alone], [1., 1., 1.]), abs=2e-6)
+
+
+class NoChoice(torch.nn.Module):
+    "A model whose forward knows neither `logits_to_keep` nor a cache"
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, input_ids, attention_mask=None): return self.inner(input_ids, attention_mask=attention_mask)
+
+
+def test_text_models_equal_their_full_logits(model):
+    batch = Collator(0)(samples("three tasks"))
+    inputs = {k: v for k, v in batch.items() if k not in ("sample", "task")}
+    weights = torch.rand(2, *batch["labels"].shape)
+    with torch.no_grad(): logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="none")
+    want = (weights[:, :, 1:].flatten(1)*each).sum(1)
+    for m in (model, NoChoice(model)): torch.testing.assert_close(weighted_losses(m, inputs, weights), want, atol=1e-5, rtol=1e-5)
+
+
+# Two processes
+
+RANKS = """
+import sys, json, torch, numpy as np
+import torch.distributed as dist
+from datetime import timedelta
+sys.path.insert(0, sys.argv[1])
+from test_losses import *
+from mdl_nbdev.chat import AUDIO, tiny_tokenizer
+from mdl_nbdev.config import TuneSettings
+from mdl_nbdev.model import adapt, tiny_model
+torch.set_num_threads(1)
+rank, world, file = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+if world > 1: dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def reduce(t):
+    if world > 1: dist.all_reduce(t)
+    return t
+def audio_samples():
+    "Eight samples of three tasks, each about one clip"
+    tok, rng, out = tiny_tokenizer(), np.random.default_rng(0), []
+    a = tok.convert_tokens_to_ids(AUDIO)
+    for i in range(8):
+        n, answer = 2 + i % 3, 1 + i*5 % 4
+        ids = np.array([65, *[a]*n, 66, *range(70, 70+answer)], np.int32)
+        labels = np.where(np.arange(len(ids)) >= len(ids)-answer, ids, -100).astype(np.int32)
+        out.append(Example(ids, labels, [rng.normal(0, 3000, 3200*n).astype(np.int16)], task_id=i % 3))
+    return out
+def text():
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)), samples("three tasks")
+def audio():
+    torch.manual_seed(0)
+    return adapt(tiny_model(), TuneSettings(lora_rank=4, train_target=["projector", "decoder"])), audio_samples()
+for name, make in dict(text=text, audio=audio).items():
+    for mode in MODES:
+        model, examples = make()
+        run = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        batches = [Collator(0)(g) for g in cut(examples, 2 if world > 1 else 8)[rank::world]]
+        planes, _ = loss_weights(batches, mode, WEIGHTS, 3, reduce)
+        for i, (b, p) in enumerate(zip(batches, planes)):
+            inputs = {k: v for k, v in b.items() if k not in ("sample", "task")}
+            if world > 1 and i < len(batches)-1:
+                with run.no_sync(): (weighted_losses(run, inputs, p)[0]*world).backward()
+            else: (weighted_losses(run, inputs, p)[0]*world).backward()
+        if rank == 0: torch.save({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, f"{file}-{name}-{mode}-{world}")
+"""
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    "The same global batch of eight: in one process at once, and in two with two batches of two each"
+    def start(rank, world):
+        args = [sys.executable, "-c", RANKS, os.path.dirname(__file__), str(rank), str(world), str(tmp_path/"g")]
+        return subprocess.Popen(args, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    for process in [start(0, 1), start(0, 2), start(1, 2)]:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err[-3000:]
+    for name in ("text", "audio"):
+        for mode in MODES:
+            one, two = (torch.load(f"{tmp_path}/g-{name}-{mode}-{world}", weights_only=True) for world in (1, 2))
+            assert one.keys() == two.keys() and any(g.abs().max() > 1e-4 for g in one.values())
+            size = max(g.abs().max() for g in one.values())
+            for k in one: assert (two[k] - one[k]).abs().max() <= 1e-6*max(1, size), (name, mode, k)
+
+
+# CoBa
+
+def softmax(values):
+    top = max(values)
+    e = [math.exp(v - top) for v in values]
+    return [x/sum(e) for x in e]
+
+
+def slope(values):
+    "Least squares over evenly spaced values, by the normal equations"
+    n = len(values)
+    mx, my = sum(range(n))/n, sum(values)/n
+    below = sum((i-mx)**2 for i in range(n))
+    return sum((i-mx)*(v-my) for i, v in enumerate(values))/below if below else 0.
+
+
+class SlowCoBa:
+    "The formulas of the paper, written out"
+    def __init__(self, n, warmup, window, tau):
+        self.n, self.warmup, self.window, self.tau = n, warmup, window, tau
+        self.losses, self.slopes, self.worst = [], [], []
+
+    def update(self, losses):
+        self.losses.append(losses)
+        if len(self.losses) <= self.warmup: return [1/self.n]*self.n
+        ratios = [[now/first for now, first in zip(row, self.losses[0])] for row in self.losses][-self.window:]
+        a = [slope([row[k] for row in ratios]) for k in range(self.n)]
+        self.slopes = [*self.slopes, a][-self.window:]
+        self.worst.append(slope([max(row) for row in ratios]))
+        if not any(a): rcs = [1/self.n]*self.n
+        else: rcs = softmax([self.n*x/sum(map(abs, a)) for x in a])
+        acs = []
+        for k in range(self.n):
+            size = sum(abs(s[k]) for s in self.slopes)
+            acs.append(-len(self.slopes)*a[k]/size if size else 0.)
+        acs, n = softmax(acs), len(self.worst)
+        size = sum(map(abs, self.worst))
+        df = n*softmax([-self.tau*n*x/size if size else 0. for x in self.worst])[-1]
+        return softmax([self.n*(df*r + (1-df)*c) for r, c in zip(rcs, acs)])
+
+
+def curves(seed, steps=60):
+    "Validation losses of three tasks: one that learns, one that learns slowly, one that begins to overfit"
+    rng = np.random.default_rng(seed)
+    t = np.arange(steps)
+    return np.stack([2*np.exp(-t/15) + .5, 3*np.exp(-t/60) + .2, 1.5*np.exp(-t/10) + .3 + .01*np.maximum(t-25, 0)], 1)*(1 + .01*rng.normal(size=(steps, 3)))
+
+
+@pytest.mark.parametrize("warmup, window, tau", [(5, 10, 5.), (1, 60, 1.), (20, 8, 5.), (3, 4, .5)])
+def test_coba_is_the_slow_reference(warmup, window, tau):
+    fast, slow = CoBa(3, warmup, window, tau), SlowCoBa(3, warmup, window, tau)
+    for losses in curves(0).tolist():
+        want = slow.update(losses)
+        np.testing.assert_allclose(fast.update(losses), want, atol=1e-9)
+        assert sum(want) == pytest.approx(1)
+
+
+def test_coba_gives_equal_weights_to_equal_losses():
+    coba = CoBa(3, 2, 10)
+    for x in curves(1)[:, 0]: np.testing.assert_allclose(coba.update([x, 2*x, .1*x]), 1/3, atol=1e-9)
+    still = CoBa(3, 2, 10)
+    for _ in range(20): np.testing.assert_allclose(still.update([1., 2., 3.]), 1/3, atol=1e-12)
+
+
+def test_coba_prefers_the_task_that_learns():
+    "Negative slopes weigh less when a task falls faster than the others did not yet; the overfitting task loses weight in the end"
+    coba = CoBa(3, 5, 10)
+    weights = [coba.update(row) for row in curves(2).tolist()]
+    assert weights[-1][2] < 1/3
+
+
+def test_coba_goes_on_from_its_state():
+    whole, first = CoBa(3, 5, 10), CoBa(3, 5, 10)
+    rows = curves(3).tolist()
+    for row in rows[:23]: first.update(row)
+    second = CoBa(3, 5, 10)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for i, row in enumerate(rows):
+        w = whole.update(row)
+        if i >= 23: assert (second.update(row) == w).all()
+
+
+def test_coba_keeps_the_last_ratio_of_a_task_that_was_not_measured():
+    a, b = CoBa(2, 2, 5), CoBa(2, 2, 5)
+    for row in [[2., 1.], [1.8, .9], [1.7, .8]]: a.update(row), b.update(row)
+    assert (a.update([1.6, None]) == b.update([1.6, .8])).all()
