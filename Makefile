@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lab test test-slow
+.PHONY: help install demo lab docs test test-slow
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ demo: install  ## Train a LoRA on the built-in tiny model and label held-out sou
 
 lab: install  ## Open the notebooks in JupyterLab
 	$(VENV)/bin/jupyter lab nbs
+
+docs: install  ## Build the documentation site into docs/_site
+	$(VENV)/bin/python docs/build.py
 
 # No step needs the network. Two notebooks run at a time with one thread each, then pytest with two threads
 test: export HF_HUB_OFFLINE := 1

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mdl_nbdev.midashenglm import MiDashengLMConfig, n_audio_tokens
 from mdl_nbdev.config import TuneSettings
+from mdl_nbdev.midashenglm import MiDashengLMConfig, n_audio_tokens
 from mdl_nbdev.model import adapt, tiny_config
 
 RATE = 16_000

@@ -7,7 +7,7 @@ __all__ = ['Curve', 'chart', 'Pace', 'View', 'TrainView', 'SampleAnswers', 'read
            'start_training', 'Watch', 'watch', 'InferView', 'InferRun', 'start_inference', 'SettingsForm']
 
 # %% ../nbs/09_dashboard.ipynb #c4
-import asyncio, contextvars, html, json, logging, math, os, re, shlex, sys, threading, time, uuid, warnings
+import asyncio, contextvars, ctypes, html, json, logging, math, os, re, shlex, sys, threading, time, uuid, warnings
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
@@ -85,7 +85,7 @@ def _paper(curves, width, height, top, log):
     buckets = [b for c in curves for b in c.buckets]
     left, right, lo, hi = (f(b[i] for b in buckets) for f,i in ((min, 0), (max, 1), (min, 2), (max, 3)))
     log = log and lo > 0 and hi > 1.5*lo
-    if not log: lo, hi = lo - .05*(hi-lo or abs(lo) or 1), hi + .05*(hi-lo or abs(hi) or 1)
+    if not log: lo, hi = lo - (pad := max(.05*(hi-lo), .02*abs(hi)) or 1), hi + pad
     f = math.log10 if log else float
     x, y = _scale(left, right, 44, width-8), _scale(f(lo), f(hi), height-20, top)
     at = lambda px, py: (x(px), y(f(py)))
@@ -282,7 +282,7 @@ def head(self:TrainView):
     "Progress and figures"
     step, last, number = self.pace.now[0] if self.pace.now else 0, self.last, lambda k, f: format(self.last[k], f) if k in self.last else None
     text = ' · '.join([f'step {step:,}' + (f' of {self.steps:,}' if self.steps else ''), *([f"epoch {last['epoch']:.2f} of {self.epochs:g}"] if 'epoch' in last else []),
-                       self.pace.text(self.steps)])
+                       self.pace.text(self.steps if self.phase=='running' else None)])
     memory = last.get('peak_memory_gib', self.memory)
     return self._headline(text, step/(self.steps or math.inf), {'loss':number('loss', '.4f'), 'evaluation loss':number('eval_loss', '.4f'),
         'best evaluation':self.best and f'{self.best[0]:.4f} at step {self.best[1]:,}', 'learning rate':number('learning_rate', '.3g'), 'samples/s':number('samples_per_second', '.1f'),
@@ -597,7 +597,14 @@ class _Feed(TrainerCallback):
         if stop: control.should_training_stop = True
         self.run.save_wanted.clear()
 
-# %% ../nbs/09_dashboard.ipynb #c50
+# %% ../nbs/09_dashboard.ipynb #c51
+def _keep_freed_memory():
+    "Let the C library keep up to half a GiB of freed memory, in any thread"
+    if sys.platform=='linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+        libc.mallopt(-3, 2**25) # M_MMAP_THRESHOLD: smaller pieces come from the heap
+        libc.mallopt(-1, 2**29) # M_TRIM_THRESHOLD
+
+# %% ../nbs/09_dashboard.ipynb #c52
 class TrainRun(Run):
     "A training run in the background"
     def __init__(self,
@@ -614,11 +621,12 @@ class TrainRun(Run):
         self.save_wanted.set()
     def _heard(self, answers): self.view.samples = answers
     def _work(self):
+        _keep_freed_memory()
         report = self.view.report = train(self.s, self.callbacks)
         if self.stop_wanted.is_set() and not report.whole: report.stopped = 'you'
         return report
 
-# %% ../nbs/09_dashboard.ipynb #c51
+# %% ../nbs/09_dashboard.ipynb #c53
 class _Guarded(TrainerCallback):
     "A listener whose errors switch the dashboard off and leave the run alone"
     def __init__(self, view, inner): self.view, self.inner = view, inner
@@ -633,7 +641,7 @@ def start_training(
     "Fine-tune a model in the background, with a dashboard"
     return TrainRun(s, callbacks, samples).start()
 
-# %% ../nbs/09_dashboard.ipynb #c58
+# %% ../nbs/09_dashboard.ipynb #c60
 class Watch(Live):
     "The dashboard of a run folder that somebody else writes"
     def __init__(self,
@@ -654,7 +662,7 @@ class Watch(Live):
         self.closed = True
     def actions(self): return {'Close':self.close} if self.running else {}
 
-# %% ../nbs/09_dashboard.ipynb #c59
+# %% ../nbs/09_dashboard.ipynb #c61
 @patch
 def poll(self:Watch):
     "Read what is new in the folder"
@@ -681,14 +689,14 @@ def _look(self:Watch, lines):
         found = read_samples(samples)
         self.view.samples = [a for a in found if a['step']==found[-1]['step']][-8:]
 
-# %% ../nbs/09_dashboard.ipynb #c60
+# %% ../nbs/09_dashboard.ipynb #c62
 def watch(
     folder:str|Path, # The run folder
 )->Watch: # Shows itself
     "The dashboard of a training run of another process, from its `metrics.jsonl`"
     return Watch(folder)
 
-# %% ../nbs/09_dashboard.ipynb #c64
+# %% ../nbs/09_dashboard.ipynb #c66
 class InferView(View):
     "What is known of an inference run"
     parts = ('head', 'latest', 'rejects', 'remarks', 'result')
@@ -718,7 +726,7 @@ class InferView(View):
             s = score(*map(list, zip(*pairs)))
             self.counts.update(rows=len(pairs), right=int(s.correct.sum()), words=int(s.words.sum()), edits=int(s.word_edits.sum()))
 
-# %% ../nbs/09_dashboard.ipynb #c65
+# %% ../nbs/09_dashboard.ipynb #c67
 @patch
 def head(self:InferView):
     "Progress and figures"
@@ -737,13 +745,13 @@ def latest(self:InferView):
         return f'{q.row.line:,}', ' '.join([*(f'{_player(c)} <small>{_cut(Path(c).name, 40)}</small>' for c in clips), _cut(words)]), answer, _cut(q.row.prediction or '')
     return _box('<b>Latest answers</b>' + _table(['line', 'question', 'answer', 'reference'], map(row, list(self.newest)))) if self.newest else ''
 
-# %% ../nbs/09_dashboard.ipynb #c66
+# %% ../nbs/09_dashboard.ipynb #c68
 @patch
 def rejects(self:InferView):
     "The last rows without an answer, and why"
     return _box(f'<b>Without an answer</b>{_table(["line", "reason"], [(q.row.line, _cut(q.reason, 300)) for q in list(self.rejected)])}') if self.rejected else ''
 
-# %% ../nbs/09_dashboard.ipynb #c68
+# %% ../nbs/09_dashboard.ipynb #c70
 class _Stopped(Exception): "Ends an inference run between two windows"
 
 class InferRun(Run):
@@ -767,7 +775,7 @@ class InferRun(Run):
         self.view.safely(self.view.add, questions, done, total)
         if self.stop_wanted.is_set() and done < total: raise _Stopped
 
-# %% ../nbs/09_dashboard.ipynb #c69
+# %% ../nbs/09_dashboard.ipynb #c71
 @patch
 def resume(self:InferRun):
     "Go on after a stop"
@@ -791,7 +799,7 @@ def start_inference(
     "Answer every row of a file in the background, with a dashboard"
     return InferRun(s, listeners).start()
 
-# %% ../nbs/09_dashboard.ipynb #c73
+# %% ../nbs/09_dashboard.ipynb #c75
 def _required(cls): return {f.name:'x' for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
 def _default(f): return None if f.default is f.default_factory else f.default if f.default is not MISSING else f.default_factory()
 def _kinds(tp): return get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (tp,)
@@ -802,7 +810,7 @@ def _as_text(value):
     if isinstance(value, list): return ','.join(map(str, value))
     return 'null' if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
-# %% ../nbs/09_dashboard.ipynb #c74
+# %% ../nbs/09_dashboard.ipynb #c76
 class SettingsForm:
     "A form for a command's settings; `settings` is what it says"
     def __init__(self,
@@ -828,7 +836,7 @@ class SettingsForm:
     @property
     def settings(self): return self.cls(**self.values)
 
-# %% ../nbs/09_dashboard.ipynb #c75
+# %% ../nbs/09_dashboard.ipynb #c77
 @patch
 def argv(self:SettingsForm)->list[str]: # Arguments
     "The arguments of the command that say what the form says"
@@ -848,7 +856,7 @@ def yaml(self:SettingsForm)->str: # For `--config`
     plain = to_dict(types.SimpleNamespace(**self.values))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else ''
 
-# %% ../nbs/09_dashboard.ipynb #c76
+# %% ../nbs/09_dashboard.ipynb #c78
 @patch
 def verdict(self:SettingsForm):
     "What is wrong or missing, or the command and the file"
@@ -870,7 +878,7 @@ def _repr_html_(self:SettingsForm):
     family = lambda title, opts: f"<details {'open' if set(opts) & set(self.values) else ''}><summary>{title}</summary>{_table([], [(f'<code>{n}</code>', value(n), self._help(n, t)) for n,t in opts.items()])}</details>"
     return _box(''.join(family(*g) for g in option_groups(self.cls).items()) + self.verdict())
 
-# %% ../nbs/09_dashboard.ipynb #c78
+# %% ../nbs/09_dashboard.ipynb #c80
 @patch
 def _widget(self:SettingsForm, name):
     "The widget of a field"
@@ -895,7 +903,7 @@ def _row(self:SettingsForm, name, text):
     self.boxes[name] = field
     return w.HBox([field, help])
 
-# %% ../nbs/09_dashboard.ipynb #c79
+# %% ../nbs/09_dashboard.ipynb #c81
 @patch
 def widget(self:SettingsForm):
     "The form as an ipywidgets widget"
@@ -909,5 +917,8 @@ def widget(self:SettingsForm):
 @patch
 def _ipython_display_(self:SettingsForm):
     from IPython.display import display
-    live = self.widget()._repr_mimebundle_() if _in_kernel() else {}
-    display(live | {'text/plain':self.command(), 'text/html':self._repr_html_()}, raw=True)
+    static = self._repr_html_()
+    if _in_kernel():
+        display(self.widget())
+        static = f'<details><summary>The form as it was when this cell ran</summary>{static}</details>'
+    display({'text/plain':self.command(), 'text/html':static}, raw=True)

@@ -1,4 +1,5 @@
 "The dashboards in a real JupyterLab, in a real browser, by clicks alone"
+import csv
 import json
 import os
 import re
@@ -21,6 +22,7 @@ if not chromium: pytest.skip("no Chromium: apt-get install chromium", allow_modu
 sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install jupyterlab")
 
+pytestmark = pytest.mark.slow
 flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 shots = os.environ.get("SCREENSHOTS")  # a folder for pictures of what the tests see
 errors = '[data-mime-type="application/vnd.jupyter.error"]'
@@ -113,7 +115,7 @@ class Notebook:
     def buttons(self): return self.page.locator(".jp-OutputArea button.jupyter-button").all_inner_texts()
     def shot(self, name, scroll=None):
         if not shots: return
-        if scroll: self.page.locator(scroll).last.scroll_into_view_if_needed()
+        if scroll: self.page.locator(scroll).last.evaluate("e => e.closest('.jp-Cell').scrollIntoView()")
         self.page.screenshot(path=f"{shots}/{name}.png")
 
 
@@ -136,7 +138,7 @@ def test_first_steps(browser, lab):
     def look():
         live = nb.page.locator(".jp-OutputArea .widget-html:visible, .jp-OutputArea .jupyter-widgets:visible").count()
         if live and (now := (nb.step(), nb.curve())) not in seen[-1:]: seen.append(now)
-        if len(seen) == 12: nb.shot("training", "text=loss per token")
+        if live and nb.step() > 110: nb.shot("training", ".jp-OutputArea button.jupyter-button")
         return nb.done()
     until(look, 240, .3)
     steps, points = zip(*[s for s in seen if s[0]])
@@ -206,8 +208,7 @@ answering"""
     until(lambda: "600 rows in answers.csv" in nb.text(), 180)
     assert not nb.buttons()
     nb.shot("answered")
-    lines = out.read_text().splitlines()
-    assert [line.split(",")[2] for line in lines] == ["n", *map(str, range(600))]
+    with open(out, encoding="utf-8", newline="") as f: assert [row[2] for row in csv.reader(f)] == ["n", *map(str, range(600))]
     assert not list(lab[1].glob("answers.csv.*"))
 
 
@@ -217,7 +218,7 @@ def test_form(browser, lab):
     nb = Notebook(browser, lab, notebook(lab, "form.ipynb", form, "print('rank', form.settings.lora_rank)"))
     nb.run_all()
     until(lambda: "mdl_train --train-dataset a.csv --output runs/a" in nb.text())
-    nb.page.get_by_text("What is trained", exact=True).click()
+    nb.page.get_by_text("What is trained", exact=True).first.click()
     rank = nb.page.get_by_label("lora_rank", exact=True)
     rank.fill("0")
     until(lambda: "--lora-rank: got 0, expected at least 1" in nb.text())

@@ -80,7 +80,7 @@ def run(folder, line):
     return done.stdout, spent() - before
 
 
-TUNING = {"lora": "--lr 2e-3 --lora-alpha 64", "full": "--tuning full --lr 1e-3"}
+TUNING = {"lora": "--lr 2e-3 --lora-alpha 64 --max-steps 400", "full": "--tuning full --train-target decoder,embed_tokens,lm_head --lr 1e-3 --max-steps 500"}
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_reverse_and_spell(spelling, tuning):
     "From records to answers by command lines alone: at least 95 % exact, in less than four minutes"
     for task in ("reverse", "spell"): assert "bad: 0" in run(spelling, f"mdl_check tasks/{task}/words.jsonl")[0]
     _, seconds = run(spelling, f"mdl_train --train-dataset tasks --validation-split 0.02 --loss-mode case3 --model-name tiny-text --output {tuning} {TUNING[tuning]} --warmup-steps 0.05 --lr-scheduler-type cosine "
-                               "--max-steps 400 --packing true --seq-length 128 --batch-size 8 --eval-batch-size 80 --eval-steps 100 --gradient-checkpointing false")
+                               "--packing true --seq-length 128 --batch-size 8 --eval-batch-size 80 --eval-steps 100 --gradient-checkpointing false")
     run(spelling, f"mdl_infer test.jsonl --output {tuning}.jsonl --model-name {tuning}/final --max-new-tokens 16")
     run(spelling, f"mdl_eval {tuning}.jsonl --reference test.jsonl --output {tuning}.json")
     right, figures = exact(spelling/f"{tuning}.jsonl"), json.loads((spelling/f"{tuning}.json").read_text())
