@@ -138,7 +138,7 @@ def test_first_steps(browser, lab):
     def look():
         live = nb.page.locator(".jp-OutputArea .widget-html:visible, .jp-OutputArea .jupyter-widgets:visible").count()
         if live and (now := (nb.step(), nb.curve())) not in seen[-1:]: seen.append(now)
-        if live and nb.step() > 110: nb.shot("training", ".jp-OutputArea button.jupyter-button")
+        if 110 < nb.step() and "Stop" in nb.buttons(): nb.shot("training", "text=loss per token")
         return nb.done()
     until(look, 240, .3)
     steps, points = zip(*[s for s in seen if s[0]])

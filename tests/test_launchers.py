@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import history
 from safetensors.torch import load_file
+from training_runs import history
 
 from mdl_nbdev.sounds import make_sounds
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import finish, history, kill_later, start, wait_until, weights
+from training_runs import finish, history, kill_later, start, wait_until, weights
 
 from mdl_nbdev.checkpoints import check_checkpoint, last_checkpoint
 from mdl_nbdev.config import InputError, TrainSettings, from_args
