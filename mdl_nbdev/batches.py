@@ -204,6 +204,7 @@ _colours = [('#b7e4c7', '#2d6a4f'), ('#bfdbfe', '#1d4ed8'), ('#fde68a', '#b45309
 
 class Batch(dict):
     "A batch of tensors, by the names of the model's arguments"
+    def __repr__(self): return f"{len(self['task'])} samples in {len(self['sample'])} rows of {self['sample'].shape[1]} tokens"
     def _repr_html_(self):
         sample, labels = self['sample'].cpu().numpy(), self['labels'].cpu().numpy()
         audio = f", {len(self['audio_length'])} clips, {int(self['audio_length'].sum())/SAMPLE_RATE:.1f} s" if 'audio_length' in self else ''

@@ -20,7 +20,7 @@ from .sounds import SOUND_LABELS, make_sounds
 TINY_LORA = dict(model_name='tiny', lr=2e-3, lr_scheduler_type='cosine', warmup_steps=.1, batch_size=16, gradient_checkpointing=False)
 
 def _settings(out, csv, seed, epochs): # Of the training run
-    return TrainSettings(train_dataset=csv, base_dir=csv.parent, output=out/'run', num_epochs=epochs, save_steps=1., seed=seed, logging_steps=5, **TINY_LORA)
+    return TrainSettings(train_dataset=csv, base_dir=csv.parent, output=out/'run', num_epochs=epochs, seed=seed, logging_steps=5, **TINY_LORA)
 
 # %% ../nbs/09a_demo.ipynb #c8
 @dataclass

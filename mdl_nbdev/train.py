@@ -110,7 +110,7 @@ def read_metrics(
     return [json.loads(l) for l in lines[:-1]]
 
 # %% ../nbs/07_train.ipynb #c15
-@dataclass
+@dataclass(repr=False)
 class TrainReport:
     "What a run did and where things lie"
     output:Path # The run folder
@@ -147,6 +147,7 @@ class TrainReport:
         if not self.whole: return f"{done}\nStopped by {self.stopped}. {self.checkpoint} has everything so far: go on with --resume-from-checkpoint true"
         early = f"\nStopped early by {self.stopped}: the model is that of {self.best}" if self.stopped else ''
         return f"{done}; the model is in {self.final}{early}"
+    __repr__ = __str__
 
 # %% ../nbs/07_train.ipynb #c16
 @patch

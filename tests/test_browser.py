@@ -113,9 +113,9 @@ class Notebook:
     def curve(self): return max((len(p.split()) for p in self.page.eval_on_selector_all(".jp-OutputArea svg polyline", "all => all.map(p => p.getAttribute('points'))")), default=0)
     def click(self, label): self.page.get_by_role("button", name=label, exact=True).last.click()
     def buttons(self): return self.page.locator(".jp-OutputArea button.jupyter-button").all_inner_texts()
-    def shot(self, name, scroll=None):
+    def shot(self, name, code=None):
         if not shots: return
-        if scroll: self.page.locator(scroll).last.evaluate("e => e.closest('.jp-Cell').scrollIntoView()")
+        if code: self.page.locator(".jp-CodeCell").filter(has_text=code).first.evaluate("e => e.scrollIntoView()")
         self.page.screenshot(path=f"{shots}/{name}.png")
 
 
@@ -138,14 +138,14 @@ def test_first_steps(browser, lab):
     def look():
         live = nb.page.locator(".jp-OutputArea .widget-html:visible, .jp-OutputArea .jupyter-widgets:visible").count()
         if live and (now := (nb.step(), nb.curve())) not in seen[-1:]: seen.append(now)
-        if 110 < nb.step() and "Stop" in nb.buttons(): nb.shot("training", "text=loss per token")
+        if 105 < nb.step() < 130 and "Save now" in nb.buttons(): nb.shot("training", "start_training(form")
         return nb.done()
     until(look, 240, .3)
     steps, points = zip(*[s for s in seen if s[0]])
     assert len(set(steps)) > 8 and list(steps[:8]) == sorted(steps[:8]), "the progress grows while the run goes on"
     assert len(set(points)) > 5, "and so does the curve"
     assert "finished" in nb.text() and "Answers at step 150" in nb.text() and "exact match" in nb.text()
-    nb.shot("finished", "text=Answering into")
+    nb.shot("finished", "start_inference(")
 
 
 @pytest.mark.parametrize("waiting", [False, True], ids=["idle kernel", "a cell waits"])
