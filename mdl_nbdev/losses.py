@@ -8,8 +8,10 @@ __all__ = ['count_labels', 'loss_weights', 'weighted_losses', 'CoBa']
 # %% ../nbs/06a_losses.ipynb #c4
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 from .config import InputError
 from .midashenglm import next_position, weighted_sums
@@ -108,7 +110,7 @@ def _slope(y): # [looks, ...]
     x = np.arange(len(y)) - (len(y) - 1)/2
     return np.tensordot(x, y - y[-1], 1) / (x @ x or 1.)
 
-# %% ../nbs/06a_losses.ipynb #c29
+# %% ../nbs/06a_losses.ipynb #c28
 class CoBa:
     "Weights of tasks from the slopes of their validation losses"
     def __init__(self,
@@ -121,24 +123,7 @@ class CoBa:
         self.weights = np.full(n_tasks, 1/n_tasks)
         self.looks, self.first, self.ratios, self.slopes, self.worst = 0, [None]*n_tasks, [], [], []
 
-    def state_dict(self)->dict: # Numbers and lists
-        "All it remembers"
-        return {k:getattr(self, k) for k in ('looks', 'first', 'ratios', 'slopes', 'worst')} | dict(weights=self.weights.tolist())
-
 # %% ../nbs/06a_losses.ipynb #c30
-from fastcore.basics import patch
-
-@patch
-def load_state_dict(self:CoBa,
-    state:dict, # From `state_dict`
-):
-    "Go on from a state"
-    if len(state['first']) != self.n_tasks:
-        raise InputError(f"coba: the saved history is of {len(state['first'])} tasks, and there are {self.n_tasks} now; start a new run")
-    for k in ('looks', 'first', 'ratios', 'slopes', 'worst'): setattr(self, k, state[k] if k == 'looks' else list(state[k]))
-    self.weights = np.array(state['weights'])
-
-# %% ../nbs/06a_losses.ipynb #c32
 @patch
 def _add_ratios(self:CoBa, losses):
     "Append the ratios of one look"
@@ -150,7 +135,7 @@ def _add_ratios(self:CoBa, losses):
     ratio = [r if loss is None else loss/first if first else 1. for r,loss,first in zip(before, losses, self.first)]
     self.ratios = [*self.ratios, ratio][-self.window:]
 
-# %% ../nbs/06a_losses.ipynb #c33
+# %% ../nbs/06a_losses.ipynb #c31
 @patch
 def update(self:CoBa,
     losses:list[float|None], # Validation loss of each task; None: not measured this time
@@ -167,3 +152,21 @@ def update(self:CoBa,
         df = len(self.worst) * _softmax(-self.tau*_scaled(np.array(self.worst)))[-1]
         self.weights = _softmax(self.n_tasks*(df*rcs + (1 - df)*acs))
     return self.weights
+
+# %% ../nbs/06a_losses.ipynb #c37
+_history = ('looks', 'first', 'ratios', 'slopes', 'worst')
+
+@patch
+def state_dict(self:CoBa)->dict: # Numbers and lists
+    "All it remembers"
+    return {k:deepcopy(getattr(self, k)) for k in _history} | dict(weights=self.weights.tolist())
+
+@patch
+def load_state_dict(self:CoBa,
+    state:dict, # From `state_dict`
+):
+    "Go on from a state"
+    if len(state['first']) != self.n_tasks:
+        raise InputError(f"coba: the saved history is of {len(state['first'])} tasks, and there are {self.n_tasks} now; start a new run")
+    for k in _history: setattr(self, k, deepcopy(state[k]))
+    self.weights = np.array(state['weights'])

@@ -266,6 +266,37 @@ def test_no_label_gives_zero_and_zero_gradients(rows):
     for k, p in model.named_parameters(): assert p.grad is not None and not p.grad.any(), k
 
 
+@pytest.mark.parametrize("pieces", [2**25, 700])
+def test_weighted_sums_equal_those_of_full_logits(model, rows, pieces, monkeypatch):
+    "Two planes of weights, some of them zero, in value and in gradient; through an adapter's wrapper as well"
+    monkeypatch.setattr(mdl, "LOSS_LOGITS", pieces)
+    model = copy.deepcopy(model).train()
+    batch, g, grads = make_batch(rows[:4], labels=6), torch.Generator().manual_seed(0), []
+    weights = torch.rand(2, *batch["labels"].shape, generator=g)
+    weights[0, 1] = 0
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    each = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
+    full = torch.stack([(w[:, 1:].flatten()*each).sum() for w in weights])
+    for sums in (model(**batch, loss_weights=weights).loss, full):
+        model.zero_grad()
+        assert sums.shape == (2,) and sums.dtype == torch.float32
+        sums[0].backward()
+        grads.append((sums.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}))
+    (a, ga), (b, gb) = grads
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-6)
+    for k in ga: torch.testing.assert_close(ga[k], gb[k], atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(lora(model)(**batch, loss_weights=weights).loss, b, atol=1e-5, rtol=1e-6)
+
+
+def test_weights_without_labels_give_zeros_and_zero_gradients(rows):
+    model, batch = lively(MiDashengLMModel(small_config())).train(), make_batch(rows[:2], labels=3)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = model(**batch, loss_weights=torch.ones(3, *batch["labels"].shape)).loss
+    loss[0].backward()
+    assert loss.tolist() == [0, 0, 0]
+    for k, p in model.named_parameters(): assert p.grad is not None and not p.grad.any(), k
+
+
 def test_padding_side_does_not_matter(model, rows):
     model = copy.deepcopy(model).train()
     found = []
@@ -289,13 +320,15 @@ head, hidden = torch.nn.Linear(16, vocabulary, bias=False), torch.randn(2, 384, 
 ballast = torch.ones(150_000_000) # more than the imports needed at their peak
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])/1024 # getrusage's begins at that of the parent
 def ours(labels): return labelled_loss(hidden, labels, head, vocabulary)
+planes = torch.rand(8, 2, 384)
+def weighted(labels): return labelled_loss(hidden, labels, head, vocabulary, loss_weights=planes)[0]
 def full(labels): return F.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 everywhere = torch.randint(0, vocabulary, (2, 384))
 answers = everywhere.clone()
 answers[:, :352] = -100
 hidden.sum().backward()
 before = peak()
-for loss, labels in (ours, answers), (ours, everywhere), (full, answers):
+for loss, labels in (ours, answers), (ours, everywhere), (weighted, everywhere), (full, answers):
     head.zero_grad()
     value = loss(labels)
     value.backward()
@@ -306,10 +339,10 @@ for loss, labels in (ours, answers), (ours, everywhere), (full, answers):
 def test_loss_memory_at_a_large_vocabulary():
     "Peak of a process's resident memory in MiB, forward and backward; it can only rise, so the small cases come first"
     r = subprocess.run([sys.executable, "-c", memory], capture_output=True, text=True, check=True)
-    (answers, a), (everything, _), (full, b) = ([float(x) for x in line.split()] for line in r.stdout.splitlines())
-    print(f"768 positions, 64 labelled: {answers:.0f} MiB; all labelled: {everything:.0f} MiB; full logits: {full:.0f} MiB")
+    (answers, a), (everything, _), (weighted, _), (full, b) = ([float(x) for x in line.split()] for line in r.stdout.splitlines())
+    print(f"768 positions, 64 labelled: {answers:.0f} MiB; all labelled: {everything:.0f} MiB; all weighted in eight ways: {weighted:.0f} MiB; full logits: {full:.0f} MiB")
     assert abs(a - b) < 1e-4
-    assert answers < full/8 and everything < full/2
+    assert answers < full/8 and everything < full/2 and weighted < 1.2*everything
 
 
 # Clips and their places

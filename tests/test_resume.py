@@ -50,7 +50,7 @@ def test_killed_at_five_moments(csv, tmp_path, case):
     assert weights(run) == weights(tmp_path/"whole")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_saves_once_and_stops(csv, tmp_path, name):
     args, log, run = arguments(csv, save_steps=1000, num_epochs=3), tmp_path/"log", tmp_path/"run"
     process = start([*args, "--output", run], log)
@@ -119,6 +119,7 @@ def test_changed_rows_are_refused_unless_allowed(csv, run, tmp_path):
     assert train(s).steps == 20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a tmpfs, for which it must be root on Linux")
 def test_a_full_disk_leaves_the_last_checkpoint_whole(csv, tmp_path):
     small, log = tmp_path/"small", tmp_path/"log"
