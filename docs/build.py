@@ -81,11 +81,11 @@ def heading(page): # Its path inside nbs/
     return title.strip("# "), subtitle.strip("\n> ")
 
 
-def contents(title, subtitle, listed): # Of a section, and its pages
+def contents(title, subtitle, listed, picture=""): # Of a section, and its pages
     "The first page of a section: its pages with their subtitles"
     rows = "\n".join(f"| [{heading(p)[0]}]({p.name}) | {escape(heading(p)[1])} |" for p in listed)
     toc = "\n".join(p.stem for p in listed)
-    return f"# {title}\n\n{{.lead}}\n{subtitle}\n\n| Chapter | |\n|---|---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n"
+    return f"# {title}\n\n{{.lead}}\n{subtitle}\n\n{picture}\n\n| Page | |\n|---|---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n"
 
 
 def write(source): # An empty folder
@@ -103,9 +103,10 @@ def write(source): # An empty folder
         (source/"reference"/f"{name}.md").write_text(linked_reference(name, names), encoding="utf-8")
     guide = [p for p in everything if p.parent == Path() and p.name in {v[0] for v in chapters().values()}]
     tutorials = [p for p in everything if p.parent.name == "tutorials"]
+    dashboard = "![The dashboard of a training run: progress, curves, and answers beside the references](../images/dashboard.png)"
     texts = {"reference/index.md": reference_index(), "commands.md": commands_page(),
              "guide.md": contents("Guide", "How it works, a chapter for each module: what is defined, why, and an example that runs", guide),
-             "tutorials/index.md": contents("Tutorials", "Stories to run from top to bottom; each says at its top what you will have at its end", tutorials),
+             "tutorials/index.md": contents("Tutorials", "Stories to run from top to bottom; each says at its top what you will have at its end", tutorials, dashboard),
              "changelog.md": (root/"CHANGELOG.md").read_text(encoding="utf-8")}
     for name, text in texts.items(): (source/name).write_text(text, encoding="utf-8")
     for folder in ("images", "tutorials/images"):

@@ -40,6 +40,7 @@ html_copy_source = False
 html_show_sphinx = False
 html_theme_options = dict(github_url=cfg["git_url"], logo=dict(text=project), show_toc_level=2, navigation_depth=2, navigation_with_keys=False, show_nav_level=1,
                           search_bar_text="Search", footer_start=["copyright"], footer_end=[], back_to_top_button=False)
+html_sidebars = {name: [] for name in ("index", "commands", "changelog")} # they have no pages below them
 html_context = dict(default_mode="auto")
 
 

@@ -213,7 +213,7 @@ def commands_page():
     parts = ["# Commands\n", "{.lead}\nEvery option of every console script, as `--help` shows it\n", "| Script | |\n|---|---|"]
     parsers = {c: command_parser(c) for c in commands}
     parts += [f"| [`{c}`](#{c.replace('_', '-')}) | {escape(p.description)} |" for c, p in parsers.items()]
-    parts += ["", escape(next(iter(parsers.values())).epilog) + " `--config FILE` reads settings from a YAML or JSON file, by the same names; options given on the command line win over it.\n"]
+    parts += ["", re.sub(r"--\S*\w", r"`\g<0>`", next(iter(parsers.values())).epilog) + " `--config FILE` reads settings from a YAML or JSON file, by the same names; options given on the command line win over it.\n"]
     for command, p in parsers.items():
         parts += [f"({command.replace('_', '-')})=", f"## {command}\n", escape(p.description) + ".\n"]
         for title, rows in arguments(p):
