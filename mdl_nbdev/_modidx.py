@@ -999,5 +999,6 @@ d = { 'settings': { 'branch': 'main',
                                                                                       'mdl_nbdev/trainer.py'),
                                    'mdl_nbdev.trainer._Loader': ('trainer.html#_loader', 'mdl_nbdev/trainer.py'),
                                    'mdl_nbdev.trainer._Loader.set_epoch': ('trainer.html#_loader.set_epoch', 'mdl_nbdev/trainer.py'),
+                                   'mdl_nbdev.trainer._arguments_of': ('trainer.html#_arguments_of', 'mdl_nbdev/trainer.py'),
                                    'mdl_nbdev.trainer._whole': ('trainer.html#_whole', 'mdl_nbdev/trainer.py'),
                                    'mdl_nbdev.trainer._worker': ('trainer.html#_worker', 'mdl_nbdev/trainer.py')}}}

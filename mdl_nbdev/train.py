@@ -10,7 +10,7 @@ import json, math, os, shutil, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-import numpy as np, torch
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
@@ -272,8 +272,8 @@ def _is_main(): return int(os.environ.get('RANK', 0))==0
 # %% ../nbs/07_train.ipynb #c23
 def _check_tasks(s, training, evaluation):
     "What a loss mode needs"
-    needs = [k for k in ('early_stopping_patience',) if getattr(s, k)] + ['loss_mode coba']*(s.loss_mode=='coba')
-    if needs and not evaluation: raise InputError(f"--{needs[0].replace('_', '-')}: needs evaluation data: --eval-dataset, or --validation-split")
+    needs = '--early-stopping-patience' if s.early_stopping_patience else '--loss-mode coba' if s.loss_mode=='coba' else None
+    if needs and not evaluation: raise InputError(f"{needs}: needs evaluation data: --eval-dataset, or --validation-split")
     if s.loss_mode=='coba':
         lacking = [t for i,t in enumerate(training.task_names) if not (evaluation.task_ids==i).any()]
         if lacking: raise InputError(f"--loss-mode coba: the evaluation data has no rows of the task {lacking[0]}, whose convergence it would follow")
@@ -289,8 +289,8 @@ def _adapted(s, device=None):
 def _estimate(trainer):
     "The memory that the longest batch needs"
     s, ds = trainer.s, trainer.train_dataset
-    items = [list(i) for step in trainer._sampler(ds, s.batch_size).order(0) for i in step] if s.packing else np.arange(len(ds))[:, None]
-    most = lambda lengths: max(int(lengths[i].sum()) for i in items)
+    packs = [list(i) for step in trainer._sampler(ds, s.batch_size).order(0) for i in step] if s.packing else None
+    most = lambda lengths: max(int(lengths[p].sum()) for p in packs) if packs else int(lengths.max())
     return estimate_memory(trainer.model, s.batch_size, most(ds.n_tokens), most(ds.n_samples)/SAMPLE_RATE, s)
 
 # %% ../nbs/07_train.ipynb #c26

@@ -19,7 +19,7 @@ from .batches import Collator, StepSampler
 from .checkpoints import EarlyStopping, keep, load_state, random_state, save_state, set_random_state, write_checkpoint
 from .config import InputError, TrainSettings
 from .dataset import end_with_parent
-from .losses import CoBa, loss_weights, weighted_losses
+from .losses import CoBa, _labelled, loss_weights, weighted_losses
 
 logging.getLogger('transformers.trainer_utils').addFilter(lambda r: 'do not match the ones in' not in r.getMessage()) # takes fractions of steps for changes; `identity` looks closer
 
@@ -39,6 +39,7 @@ class TaskTrainer(Trainer):
         given = self.train_dataset.by_task(s.task_weights, '--task-weights')
         self.task_weights = self.weights = np.array([given.get(k, 1.) for k in range(len(self.tasks))])
         self.coba = CoBa(len(self.tasks), -(-s.coba_warmup_steps//s.coba_interval), s.coba_window, s.coba_tau) if s.loss_mode=='coba' else None
+        self.validation_rows = [np.random.default_rng([self.args.seed, k]).permutation(np.flatnonzero(self.eval_dataset.task_ids==k)) for k in range(len(self.tasks))] if self.coba else []
         self.stopping = EarlyStopping(s.early_stopping_patience)
         self.rows, self.stop_requested, self.resumed = 0, None, None
         self._clear_task_losses()
@@ -89,12 +90,14 @@ def _prepare_input(self:TaskTrainer, data):
     "Tensors go to the device as they are: DeepSpeed's number type is too coarse for waveforms and weights"
     return data.to(self.args.device, non_blocking=True) if isinstance(data, torch.Tensor) else data
 
+def _arguments_of(inputs): return {k:v for k,v in inputs.items() if k not in ('sample', 'task')} # what the model itself takes
+
 @patch
 def compute_loss(self:TaskTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
     "This rank's share of the step's loss, times the number of ranks"
     weights = inputs.pop('loss_weights')
     self.rows += len(inputs['task'])*self.args.world_size
-    sums = weighted_losses(model, {k:v for k,v in inputs.items() if k not in ('sample', 'task')}, weights)
+    sums = weighted_losses(model, _arguments_of(inputs), weights)
     self._task_sums += sums[1:].detach().double()
     return sums[0]*self.args.world_size
 
@@ -134,13 +137,10 @@ def _mean_loss(self:TaskTrainer, sums, tokens):
 def _task_token_losses(self:TaskTrainer, inputs):
     "[sums of the loss over a batch's labels, numbers of labels] of each task: [2, tasks]"
     was, inputs = self.model.training, self._prepare_inputs(inputs)
-    sample, task = inputs.pop('sample'), inputs.pop('task')
-    labelled = (inputs['labels'] != -100) & (sample >= 0)
-    labelled[:, 0] = False # what begins a row is predicted from nothing
-    of = task[sample.clamp(min=0)]
+    labelled, of = _labelled(inputs), inputs['task'][inputs['sample'].clamp(min=0)]
     planes = torch.stack([(of==k) & labelled for k in range(len(self.tasks))]).float()
     self.model.eval()
-    with self.accelerator.autocast(): sums = weighted_losses(self.model, inputs, planes)
+    with self.accelerator.autocast(): sums = weighted_losses(self.model, _arguments_of(inputs), planes)
     self.model.train(was)
     return torch.stack([sums.double(), planes.sum((1, 2)).double()])
 
@@ -149,8 +149,7 @@ def _validation_losses(self:TaskTrainer):
     "The loss of each task on its next validation mini-batch, for coba"
     ds, size, world, rank = self.eval_dataset, self.args.eval_batch_size, self.args.world_size, self.args.process_index
     n, out = self.state.global_step//self.s.coba_interval, torch.zeros(2, len(self.tasks), dtype=torch.float64, device=self.args.device)
-    for k in range(len(self.tasks)):
-        rows = np.random.default_rng([self.args.seed, k]).permutation(np.flatnonzero(ds.task_ids==k))
+    for rows in self.validation_rows:
         mine = np.take(rows, np.arange(n*size, n*size + min(size, len(rows))), mode='wrap')[rank::world].tolist() or [~int(rows[0])]
         out += self._task_token_losses(self.data_collator([ds[i] for i in mine]))
     sums, tokens = self._sum_over_ranks(out.cpu())
@@ -209,7 +208,7 @@ def trained_tensors(self:TaskTrainer)->dict: # Name -> tensor; every rank must c
     if self.is_fsdp_enabled:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
         whole = get_model_state_dict(self.model_wrapped, options=_whole(ignore_frozen_params=True))
-        return {k:v for k,v in whole.items() if k in trainable_state(self.model)} # without buffers
+        return {k:whole[k] for k in trainable_state(self.model)} # without buffers
     if not self.is_deepspeed_enabled: return trainable_state(self.model)
     from deepspeed.zero import GatheredParameters
     with GatheredParameters([p for p in self.model.parameters() if p.requires_grad]):

@@ -23,12 +23,7 @@ from mdl_nbdev.model import tiny_model
 LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=200)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows_of(items): return sorted(int(r) for i in items for r in (i if isinstance(i, tuple) else [i]))

@@ -21,12 +21,7 @@ from mdl_nbdev.train import train
 PACKED = dict(model_name="tiny-text", packing=True, seq_length=128, lr_scheduler_type="cosine", gradient_checkpointing=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write(path, records):

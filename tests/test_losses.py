@@ -20,12 +20,7 @@ from mdl_nbdev.losses import CoBa, loss_weights, weighted_losses
 MODES = ["case1", "case2", "case3", "case4"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def example(rng, task, n, labelled, vocabulary=50):

@@ -14,12 +14,7 @@ from mdl_nbdev.train import train
 ROLE = "<|role_start|>{}<|role_end|>"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write(path, pairs):
