@@ -384,7 +384,7 @@ def set_random_state(
 
 # %% ../nbs/06b_checkpoints.ipynb #c54
 _FREE = {'output', 'train_dataset', 'eval_dataset', 'base_dir', 'num_workers', 'tokenizing_batch_size', 'from_modelscope', 'chat_template', 'gradient_checkpointing',
-         'eval_strategy', 'eval_steps', 'eval_batch_size', 'eval_accumulation_steps', 'save_steps', 'save_total_limit', 'extra_save_by_epoch', 'early_stopping_patience',
+         'eval_strategy', 'eval_steps', 'eval_batch_size', 'eval_accumulation_steps', 'sample_answers', 'save_steps', 'save_total_limit', 'extra_save_by_epoch', 'early_stopping_patience',
          'merge_lora', 'resume_from_checkpoint', 'allow_changes', 'dry_run', 'logging_steps', 'report_to'}
 
 def identity(

@@ -227,6 +227,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     eval_steps:int|float=every(500) # Evaluate every so many steps; below 1: a fraction of all steps
     eval_batch_size:int|None=at_least(1, None) # Rows in an evaluation batch; null: batch_size
     eval_accumulation_steps:int|None=at_least(1, None) # Evaluation batches between two moves of results to the CPU
+    sample_answers:int=at_least(0, 4) # Evaluation rows to answer after every evaluation, into samples.jsonl; 0: none
     save_steps:int|float=every(500) # Write a checkpoint every so many steps; below 1: a fraction of all steps
     save_total_limit:int|None=at_least(1, None) # Keep this many checkpoints, the best and the latest among them; null: all
     extra_save_by_epoch:bool=False # Also keep a checkpoint of every epoch, as epoch-N, which is not counted

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
+from .samples import SampleAnswers
 from .trainer import Flow, TaskTrainer
 from .model import Trainable, adapt, load_model, load_processor, load_trainable_state, merge, pick_dtype, save_model
 from transformers import SchedulerType, TrainerCallback, TrainingArguments, set_seed
@@ -72,6 +73,7 @@ def _check_identity(s, checkpoint, now):
 # %% ../nbs/07_train.ipynb #c11
 class ProgressLine(TrainerCallback):
     "A progress bar with loss, learning rate, speed and time to go"
+    bar = None
     def on_train_begin(self, args, state, control, **kwargs):
         from tqdm.auto import tqdm
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc='training', unit='step', mininterval=0.5, disable=not state.is_world_process_zero)
@@ -81,7 +83,10 @@ class ProgressLine(TrainerCallback):
         shown = getattr(self, 'shown', {}) | {names[k]:f'{v:.4g}' for k,v in logs.items() if k in names}
         self.shown = shown
         self.bar.set_postfix(shown, refresh=False)
-    def on_train_end(self, args, state, control, **kwargs): self.bar.close()
+    def on_train_end(self, args, state, control, **kwargs): self.close()
+    def close(self):
+        "Leave the bar as it is, with the end of its line"
+        if self.bar: self.bar.close()
 
 # %% ../nbs/07_train.ipynb #c12
 class MetricsFile(TrainerCallback):
@@ -298,7 +303,7 @@ def _trainer(s, model, tok, training, evaluation, callbacks):
     "The trainer of a run"
     args = _arguments(s, pick_dtype(s.bf16, model.device), model.device, evaluation)
     trainer = TaskTrainer(s, model, load_processor(s.model_name, s.from_modelscope, s.chat_template), tok.pad_token_id, args=args, train_dataset=training, eval_dataset=evaluation,
-        processing_class=tok, callbacks=[MetricsFile(s.output/'metrics.jsonl'), *callbacks])
+        processing_class=tok, callbacks=[MetricsFile(s.output/'metrics.jsonl'), SampleAnswers(s), *callbacks])
     if not any(getattr(c, 'shows_progress', False) for c in callbacks): trainer.add_callback(ProgressLine())
     trainer.add_callback(Flow(trainer))
     trainer.size, trainer.memory = Trainable(model), _estimate(trainer) # now, since a launcher may cut the model to pieces later
@@ -378,6 +383,9 @@ def _run(trainer, checkpoint):
         if lost: raise InputError(f"rank {trainer.args.process_index}: another process of this run has ended or cannot be reached ({' '.join(str(e).split())[:160]}); "
                                   "its own messages say why. Start all again with --resume-from-checkpoint true") from e
         raise
+    finally:
+        for c in trainer.callback_handler.callbacks:
+            if isinstance(c, ProgressLine): c.close() # before a message is printed
 
 # %% ../nbs/07_train.ipynb #c32
 def _finish(trainer, datasets):

@@ -6,7 +6,7 @@
 __all__ = ['TaskTrainer', 'Flow']
 
 # %% ../nbs/06d_trainer.ipynb #c4
-import logging, time
+import logging, os, sys, time
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
@@ -41,7 +41,7 @@ class TaskTrainer(Trainer):
         self.coba = CoBa(len(self.tasks), -(-s.coba_warmup_steps//s.coba_interval), s.coba_window, s.coba_tau) if s.loss_mode=='coba' else None
         self.validation_rows = [np.random.default_rng([self.args.seed, k]).permutation(np.flatnonzero(self.eval_dataset.task_ids==k)) for k in range(len(self.tasks))] if self.coba else []
         self.stopping = EarlyStopping(s.early_stopping_patience)
-        self.rows, self.stop_requested, self.resumed = 0, None, None
+        self.rows, self._places, self.stop_requested, self.resumed = 0, [0, 0], None, None # places: without a token, in all
         self._clear_task_losses()
 
 # %% ../nbs/06d_trainer.ipynb #c7
@@ -79,6 +79,7 @@ def get_batch_samples(self:TaskTrainer, epoch_iterator, num_batches, device):
     planes, tokens = loss_weights(batches, mode, self.weights, len(self.tasks), self._sum_over_ranks)
     for b,p in zip(batches, planes): b['loss_weights'] = p
     self._task_steps += (tokens > 0).cpu()
+    for b in batches: self._places = [self._places[0] + int((b['sample'] < 0).sum()), self._places[1] + b['sample'].numel()]
     return batches, None
 
 @patch
@@ -188,17 +189,23 @@ def _task_losses(self:TaskTrainer):
     self._clear_task_losses()
     return {f'loss_{t}':float(l/n) for t,l,n in zip(self.tasks, sums, steps) if n}
 
+def _peak_memory(device):
+    "The most memory that this process has had, in GiB; not known on Windows"
+    if device.type=='cuda': return {'peak_memory_gib':round(torch.cuda.max_memory_allocated()/2**30, 3)}
+    if os.name != 'posix': return {}
+    import resource
+    return {'peak_memory_gib':round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**30 if sys.platform=='darwin' else 2**20), 3)}
+
 @patch
 def log(self:TaskTrainer, logs, start_time=None):
-    "Add the losses of tasks, speed and memory to the metrics of training steps"
+    "Add the losses of tasks, speed, padding and memory to the metrics of training steps"
     if 'loss' in logs:
-        now, (before, rows) = time.perf_counter(), self._last_log
+        now, (before, rows), (empty, places) = time.perf_counter(), self._last_log, self._places
         tasks = self._task_losses()
         if len(self.tasks) > 1: logs = logs | tasks
         if self.coba: logs = logs | {f'weight_{t}':float(w) for t,w in zip(self.tasks, self.weights)}
-        logs = logs | {'samples_per_second': round((self.rows-rows)/(now-before), 3)}
-        if self.args.device.type=='cuda': logs['peak_memory_gib'] = round(torch.cuda.max_memory_allocated()/2**30, 3)
-        self._last_log = now, self.rows
+        logs = logs | {'samples_per_second':round((self.rows-rows)/(now-before), 3), 'padding':round(empty/places, 4)} | _peak_memory(self.args.device)
+        self._last_log, self._places = (now, self.rows), [0, 0]
     self._orig_log(logs, start_time)
 
 # %% ../nbs/06d_trainer.ipynb #c19
@@ -231,7 +238,7 @@ def _write_state(self:TaskTrainer, folder):
     save_state(folder, 'trained', trained)
     if not self.is_deepspeed_enabled: save_state(folder, 'optimizer', optimizer)
     save_state(folder, 'schedule', self.lr_scheduler.state_dict())
-    save_state(folder, 'run', dict(identity=self.identity, last_logged=self._globalstep_last_logged, task_steps=self._task_steps, rows=self.rows,
+    save_state(folder, 'run', dict(identity=self.identity, last_logged=self._globalstep_last_logged, task_steps=self._task_steps, places=self._places, rows=self.rows,
         stopping=self.stopping.state_dict(), coba=self.coba and self.coba.state_dict(), weights=self.weights))
     self.state.save_to_json(str(folder/TRAINER_STATE_NAME))
     if self.s.tuning=='full' and self._sharded(): return # `trained` is all there is of it
@@ -300,7 +307,7 @@ def _take_up(self:TaskTrainer):
         if self.coba: self.coba.load_state_dict(run['coba'])
         if (self.resumed/f'{rank}.json').exists():
             own = load_state(self.resumed, rank)
-            self._globalstep_last_logged, self._task_steps = run['last_logged'], run['task_steps']
+            self._globalstep_last_logged, self._task_steps, self._places = run['last_logged'], run['task_steps'], run['places']
             self._tr_loss, self._task_sums = (own[k].to(self.args.device) for k in ('loss', 'task_sums'))
     self._last_log = time.perf_counter(), self.rows
 

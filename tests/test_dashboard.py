@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,8 +14,9 @@ import pytest
 
 from mdl_nbdev import config
 from mdl_nbdev.config import CheckSettings, InferSettings, InputError, TrainSettings, from_args, read_config
-from mdl_nbdev.dashboard import Curve, Live, Pace, SampleAnswers, SettingsForm, TrainView, View, chart, read_samples, start_inference, start_training, watch
+from mdl_nbdev.dashboard import Curve, Live, Pace, SettingsForm, TrainView, View, chart, start_inference, start_training, watch
 from mdl_nbdev.infer import infer
+from mdl_nbdev.samples import SampleAnswers, read_samples
 from mdl_nbdev.sounds import make_sounds
 from mdl_nbdev.train import train
 
@@ -162,14 +164,28 @@ def test_training_is_the_same_with_a_dashboard(sounds, tmp_path):
 
 
 def test_samples(sounds, tmp_path):
-    train(train_settings(sounds, tmp_path/"run"), [SampleAnswers(train_settings(sounds, tmp_path/"run"), 3)])
+    train(train_settings(sounds, tmp_path/"run", sample_answers=3))
     samples = read_samples(tmp_path/"run"/"samples.jsonl")
     assert [a["step"] for a in samples] == [6]*3 + [12]*3
     rows = sounds.read_text().splitlines()[1:]
     assert all(a["reference"] == rows[a["row"]].split(",")[1] for a in samples)
     assert all((tmp_path/"run"/c).stat().st_size > 1000 for a in samples for c in a["clips"])
-    seen = watch(tmp_path/"run")
-    assert "Answers at step 12" in seen._repr_html_() and seen._repr_html_().count("<audio") == 3
+    seen = watch(tmp_path/"run")._repr_html_()
+    assert "Answers at step 12" in seen and seen.count("<audio") == 3
+    assert "peak memory" in seen and "padding" in seen, "all that the run's own dashboard shows"
+    train(train_settings(sounds, tmp_path/"none", sample_answers=0))
+    assert not (tmp_path/"none"/"samples.jsonl").exists()
+
+
+def test_samples_of_a_resumed_run(sounds, tmp_path):
+    "What was answered after the checkpoint is answered again, once"
+    whole = train_settings(sounds, tmp_path/"run", save_steps=6)
+    train(whole)
+    expected = read_samples(tmp_path/"run"/"samples.jsonl")
+    shutil.rmtree(tmp_path/"run"/"final")
+    shutil.rmtree(tmp_path/"run"/"checkpoint-12")
+    train(replace(whole, resume_from_checkpoint=True))
+    assert read_samples(tmp_path/"run"/"samples.jsonl") == expected
 
 
 class Boom(Exception): pass
@@ -187,10 +203,12 @@ def test_a_dashboard_that_dies_leaves_the_run_alone(what, sounds, tmp_path, monk
     assert "no paper" in run._repr_html_() and str(report.final) in run._repr_html_()
 
 
-def test_answers_that_fail_leave_the_run_alone(sounds, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(SampleAnswers, "_ask", boom)
-    assert start_training(train_settings(sounds, tmp_path/"run")).wait().whole
-    assert capfd.readouterr().err.count("switched itself off") == 1
+def test_answers_that_fail_leave_the_run_alone(sounds, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(SampleAnswers, "_answers", boom)
+    run = start_training(train_settings(sounds, tmp_path/"run"))
+    assert run.wait().whole and not run.view.dead and "no more sample answers, the run goes on: Boom: no paper" in run._repr_html_()
+    assert train(train_settings(sounds, tmp_path/"again")).whole
+    assert caplog.text.count("no more sample answers") == 2
 
 
 def test_an_interrupt_ends_the_waiting_alone(sounds, tmp_path, monkeypatch, capfd):

@@ -54,7 +54,7 @@ def kill_later(process, most):
 
 def history(run):
     "What the run's metrics say, without what depends on the clock"
-    clock = ("time", "samples_per_second", "runtime", "steps_per_second")
+    clock = ("time", "samples_per_second", "runtime", "steps_per_second", "peak_memory_gib")
     lines = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in m.items() if not k.endswith(clock)} for m in lines if "train_loss" not in m]
 
