@@ -214,8 +214,8 @@ def trained_tensors(self:TaskTrainer)->dict: # Name -> tensor; every rank must c
     "What is trained, gathered from all ranks"
     if self.is_fsdp_enabled:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
-        whole = get_model_state_dict(self.model_wrapped, options=_whole(ignore_frozen_params=True))
-        return {k:whole[k] for k in trainable_state(self.model)} # without buffers
+        names = trainable_state(self.model) # without buffers
+        return {k:v for k,v in get_model_state_dict(self.model_wrapped, options=_whole(ignore_frozen_params=True)).items() if k in names} # rank 0 gets them
     if not self.is_deepspeed_enabled: return trainable_state(self.model)
     from deepspeed.zero import GatheredParameters
     with GatheredParameters([p for p in self.model.parameters() if p.requires_grad]):
