@@ -31,16 +31,17 @@ lab: install  ## Open the notebooks in JupyterLab
 docs: install  ## Build the documentation site into docs/_site
 	$(VENV)/bin/python docs/build.py
 
-# No step needs the network. Two notebooks run at a time with one thread each, then pytest with two threads
-test: export HF_HUB_OFFLINE := 1
-test: export TOKENIZERS_PARALLELISM := false
+# No step needs the network. Two notebooks at a time, then two files of tests at a time, with one thread each
+test test-slow: export HF_HUB_OFFLINE := 1
+test test-slow: export TOKENIZERS_PARALLELISM := false
+test test-slow: export OMP_NUM_THREADS := 1
+PYTEST := python -m pytest tests -q -n 2 --dist loadfile
+
 test: install  ## Run every check: sync, lint, notebooks, pytest
 	tests/in_sync.sh
 	ruff check tests benchmarks docs setup.py
-	OMP_NUM_THREADS=1 nbdev_test --flags slow --n_workers 2 --do_print --timing
-	OMP_NUM_THREADS=2 python -m pytest tests -q --durations=10
+	nbdev_test --flags slow --n_workers 2 --do_print --timing
+	$(PYTEST) --durations=10
 
-test-slow: export HF_HUB_OFFLINE := 1
-test-slow: export TOKENIZERS_PARALLELISM := false
 test-slow: install  ## Run the tests that take long
-	OMP_NUM_THREADS=2 python -m pytest tests -q --slow -m slow --durations=0
+	$(PYTEST) --slow -m slow --durations=0

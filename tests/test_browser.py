@@ -22,7 +22,6 @@ if not chromium: pytest.skip("no Chromium: apt-get install chromium", allow_modu
 sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install jupyterlab")
 
-pytestmark = pytest.mark.slow
 flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 shots = os.environ.get("SCREENSHOTS")  # a folder for pictures of what the tests see
 errors = '[data-mime-type="application/vnd.jupyter.error"]'
