@@ -99,9 +99,9 @@ def _summary(self:CheckReport):
 # %% ../nbs/02b_check.ipynb #c18
 @patch
 def _histograms(self:CheckReport):
-    "[(title, bins)] of what there is to show"
+    "[(title, bins)] of what there is to show; transcripts, most of which differ, have no histogram"
     turns = [(f"{n} question{'s'*(n != 1)}" if n else "text", rows) for n, rows in sorted(self.turns.items())]
-    all = [("tasks", _label_bins(self.tasks)), ("turns", turns if set(self.turns)-{1} else []), ("durations", _duration_bins(self.seconds)), ("predictions", _label_bins(self.labels))]
+    all = [("tasks", _label_bins(self.tasks)), ("turns", turns if set(self.turns)-{1} else []), ("durations", _duration_bins(self.seconds)), ("predictions", _label_bins(self.labels) if len(self.labels) <= max(20, self.labels.total()/2) else [])]
     return [(title, bins) for title, bins in all if bins]
 
 # %% ../nbs/02b_check.ipynb #c19

@@ -253,7 +253,7 @@ class TrainView(View):
         steps:int|None=None, # Steps that it will make, once known
     ):
         super().__init__(f'Training {folder.name}')
-        self.folder, self.epochs, self.steps, self.shown, self.last, self.best, self.samples = folder, epochs, steps, {}, {}, None, []
+        self.folder, self.epochs, self.steps, self.shown, self.last, self.best, self.samples, self.written = folder, epochs, steps, {}, {}, None, [], None
     def add(self,
         line:dict, # A line of metrics.jsonl
     ):
@@ -265,6 +265,7 @@ class TrainView(View):
         for k,v in line.items():
             if re.match(r'(eval_)?loss($|_)|(learning_rate|samples_per_second)$', k): self.shown.setdefault(k, Curve()).add(step, v)
         if 'eval_loss' in line and (self.best is None or line['eval_loss'] < self.best[0]): self.best = line['eval_loss'], step
+    def quiet(self): return time.time() - self.written if self.written and self.phase=='running' else 0 # seconds without a new line, where a file is watched
     def hear(self):
         "Read the answers after the last evaluation"
         found = read_samples(path) if (path := self.folder/'samples.jsonl').exists() else []
@@ -276,7 +277,7 @@ def head(self:TrainView):
     "Progress and figures"
     step, last, number = self.pace.now[0] if self.pace.now else 0, self.last, lambda k, f: format(self.last[k], f) if k in self.last else None
     text = ' · '.join([f'step {step:,}' + (f' of {self.steps:,}' if self.steps else ''), *([f"epoch {last['epoch']:.2f} of {self.epochs:g}"] if 'epoch' in last else []),
-                       self.pace.text(self.steps if self.phase=='running' else None)])
+                       self.pace.text(self.steps if self.phase=='running' else None), *([f'no news for {_clock(quiet)}'] if (quiet := self.quiet()) > 60 else [])])
     return self._headline(text, step/(self.steps or math.inf), {'loss':number('loss', '.4f'), 'evaluation loss':number('eval_loss', '.4f'),
         'best evaluation':self.best and f'{self.best[0]:.4f} at step {self.best[1]:,}', 'learning rate':number('learning_rate', '.3g'), 'samples/s':number('samples_per_second', '.1f'),
         'peak memory (GiB)':number('peak_memory_gib', '.2f'), 'padding':number('padding', '.1%')})
@@ -577,6 +578,7 @@ def poll(self:Watch):
         if at.st_ino != self.inode or at.st_size < self.read: # written anew: the run was resumed
             self.inode, self.read, fresh = at.st_ino, 0, self._new_view()
             vars(self.view).update(vars(fresh))
+        self.view.written = at.st_mtime
         f.seek(self.read)
         *lines, rest = f.read().split(b'\n')
         self.read += sum(len(l)+1 for l in lines)

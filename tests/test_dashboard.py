@@ -261,6 +261,10 @@ def test_watch_follows_a_file(tmp_path):
     path.write_text(line(10) + line(20))
     news()
     assert [x for x, _ in seen.view.shown["loss"].line] == [10, 20] and "0:10 gone, 0:30 to go" in seen._repr_html_()
+    assert "no news" not in seen._repr_html_()
+    os.utime(path, (time.time() - 125,)*2)
+    news()
+    assert "no news for 2:05" in seen._repr_html_(), "it may have died"
     new = tmp_path/"new"
     new.write_text(line(10) + line(15))
     os.replace(new, path)
