@@ -56,6 +56,15 @@ def api(cell, module, names): # An exported cell, its module, from `public_names
     yield cell
 
 
+def joined(outputs): # Of a cell
+    "What a process printed in several pieces as one text, or lines would be broken where a piece ends"
+    out = []
+    for o in outputs:
+        if out and o.output_type == "stream" == out[-1].output_type and o.name == out[-1].name: out[-1].text += o.text
+        else: out.append(o)
+    return out
+
+
 def notebook(page, names): # Its path inside nbs/, from `public_names`
     "A notebook as a page: hidden cells and directives left out, exported cells folded"
     nb = nbformat.read(nbs/page, 4)
@@ -67,6 +76,7 @@ def notebook(page, names): # Its path inside nbs/, from `public_names`
         if c.cell_type == "code":
             silent = re.search(r"^#\| *echo: *false", c.source, re.M)
             c.source = re.sub(r"^#\| .*\n?", "", c.source, flags=re.M).strip("\n")
+            c.outputs = joined(c.outputs)
             if silent: c.metadata = dict(tags=["remove-input"])
             if c.source or c.outputs: cells += api(c, module, names) if flags & {"export", "exporti", "exports"} else [c]
         elif c.cell_type == "markdown": cells.append(markdown(c, page, names))

@@ -97,7 +97,7 @@ def call(o): # A function or class
         keyword |= p.kind is p.KEYWORD_ONLY
         stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
         default = "" if p.default is EMPTY else f"={value_name(p.default, 24)}"
-        shown.append(f"{stars}{name}{default if '…' not in default and '<' not in default else '=...'}")
+        shown.append(f"{stars}{name}{default if not re.search('…|<|_HAS_DEFAULT_FACTORY', default) else '=...'}")
     return f"({', '.join(shown)})"
 
 

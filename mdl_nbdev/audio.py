@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MAX_PEAK', 'AudioError', 'is_url', 'resolve', 'AudioInfo', 'audio_info', 'load_audio', 'to_int16',
-           'from_int16', 'cache_dir', 'fetch', 'audio_html', 'waveform_svg']
+           'from_int16', 'cache_dir', 'fetch', 'audio_html', 'svg_image', 'duration_text', 'waveform_html']
 
 # %% ../nbs/01_audio.ipynb #c4
 import base64, concurrent.futures, hashlib, io, os, re, struct, tempfile, threading, time
@@ -295,15 +295,30 @@ def audio_html(
     return f'<audio controls preload="none" src="data:audio/mpeg;base64,{base64.b64encode(out.getvalue()).decode()}"></audio>{note}'
 
 # %% ../nbs/01_audio.ipynb #c60
-def waveform_svg(
+def svg_image(
+    svg:str, # An SVG element, with its `xmlns`
+    alt:str='', # What it shows, for those who do not see it
+)->str: # An HTML `<img>` element
+    "An SVG picture that is shown in any notebook"
+    return f'<img alt="{alt}" style="max-width:100%" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
+
+def duration_text(
+    seconds:float, # How long
+)->str: # Such as: 2.50 hours, 8.5 minutes, 12.0 s
+    "A duration as one says it"
+    return f'{seconds/3600:,.2f} hours' if seconds >= 3600 else f'{seconds/60:.1f} minutes' if seconds >= 60 else f'{seconds:.1f} s'
+
+# %% ../nbs/01_audio.ipynb #c61
+def waveform_html(
     waveform:np.ndarray, # [samples] float32 in [-1, 1] or int16, mono
     width:int=300, # Pixels
     height:int=48, # Pixels
-)->str: # An SVG element
+)->str: # An HTML `<img>` element
     "The outline of a waveform: the highest and lowest sample of every other pixel"
     full = 32768 if waveform.dtype == np.int16 else 1
     parts = np.array_split(waveform, min(width//2, len(waveform)))
     tops, bottoms = [[(.5 - f(p)/full/2) * height for p in parts] for f in (np.max, np.min)]
     xs = np.linspace(0, width, len(parts))
     points = ' '.join(f'{x:.0f},{y:.1f}' for x, y in [*zip(xs, tops), *zip(xs[::-1], bottoms[::-1])])
-    return f'<svg width="{width}" height="{height}" role="img" aria-label="waveform"><polygon points="{points}" fill="#4a90c2" stroke="#4a90c2" stroke-width="0.5"/></svg>'
+    shape = f'<polygon points="{points}" fill="#4a90c2" stroke="#4a90c2" stroke-width="0.5"/>'
+    return svg_image(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{shape}</svg>', 'waveform')

@@ -431,5 +431,5 @@ def _repr_html_(self:LabelView):
     clips = ''.join(f'<div>🔊{i} {audio_html(from_int16(c))}</div>' for i,c in enumerate(ex.clips, 1))
     n = count(1)
     text = ''.join(_span_html(k, f'🔊{next(n)} × {len(ids)}', ids[:1]) if k=='clip' else _span_html(k, t, ids) for k,t,ids in _label_spans(ex, self.tok))
-    legend = ' '.join(_span_html(k, f' {what} ') for k,what in [('loss', 'carries loss'), ('control', 'control token')])
-    return f'<div>{clips}<pre style="white-space:pre-wrap">{text}</pre><small>{self._counts} &emsp; {legend}</small></div>'
+    legend = ' &ensp; '.join(_span_html(k, f' {what} ') for k,what in [('loss', 'carries loss'), ('control', 'control token'), *[('clip', 'clip')]*bool(ex.clips)])
+    return f'<div>{clips}<pre style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5">{text}</pre><small>{self._counts} &emsp; {legend}</small></div>'

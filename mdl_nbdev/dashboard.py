@@ -18,7 +18,7 @@ import types
 from fastcore.basics import patch
 from .model import load_model # before transformers: it quietens bitsandbytes
 from transformers import TrainerCallback
-from .audio import audio_html, load_audio
+from .audio import audio_html, load_audio, svg_image
 from .config import InferSettings, InputError, TrainSettings, coerce, option, option_groups, to_dict
 from .evaluate import score
 from .infer import infer
@@ -83,11 +83,12 @@ def _paper(curves, width, height, top, log):
     left, right, lo, hi = (f(b[i] for b in buckets) for f,i in ((min, 0), (max, 1), (min, 2), (max, 3)))
     log = log and lo > 0 and hi > 1.5*lo
     if not log: lo, hi = lo - (pad := max(.05*(hi-lo), .02*abs(hi)) or 1), hi + pad
-    f = math.log10 if log else float
-    x, y = _scale(left, right, 44, width-8), _scale(f(lo), f(hi), height-20, top)
+    f, ticks = math.log10 if log else float, _log_numbers(lo, hi) if log else _round_numbers(lo, hi, 4)
+    edge = 14 + 6*max(len(f'{v:.6g}') for v in ticks) # pixels for the numbers at the left
+    x, y = _scale(left, right, edge, width-8), _scale(f(lo), f(hi), height-20, top)
     at = lambda px, py: (x(px), y(f(py)))
     label = lambda px, py, anchor, text: f'<text x="{px:.1f}" y="{py:.1f}" text-anchor="{anchor}">{text}</text>'
-    grid = [f'<path d="M44 {y(f(v)):.1f}H{width-8}" stroke="{_grey}" stroke-opacity=".25"/>' + label(40, y(f(v))+3, 'end', f'{v:.6g}') for v in (_log_numbers(lo, hi) if log else _round_numbers(lo, hi, 4))]
+    grid = [f'<path d="M{edge} {y(f(v)):.1f}H{width-8}" stroke="{_grey}" stroke-opacity=".25"/>' + label(edge-4, y(f(v))+3, 'end', f'{v:.6g}') for v in ticks]
     grid += [label(x(v), height-6, 'end' if x(v) > width-24 else 'middle', f'{v:,.0f}') for v in _round_numbers(left, right, width//110) if v==int(v)]
     return at, ''.join(grid)
 
@@ -125,7 +126,7 @@ def chart(
     if shown:
         at, grid = _paper(shown.values(), width, height, y+10, log)
         inner = grid + ''.join(_trace(c, at, _colours[i % len(_colours)], name.startswith('eval')) for i,(name,c) in enumerate(shown.items()))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" style="max-width:100%" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" style="max-width:100%;height:auto" '
             f'font-family="system-ui,sans-serif" font-size="10" fill="{_grey}">{head}{inner}</svg>')
 
 # %% ../nbs/09_dashboard.ipynb #c17
@@ -236,7 +237,11 @@ def remarks(self:View):
 @patch
 def _repr_html_(self:View):
     drawn = [self.safely(getattr(self, name)) for name in self.parts]
-    return _box(f'The dashboard has switched itself off. {_cut(self.dead)}') + self.result() if self.dead else ''.join(drawn)
+    return _still(_box(f'The dashboard has switched itself off. {_cut(self.dead)}') + self.result() if self.dead else ''.join(drawn))
+
+def _still(page):
+    "A page whose curves are pictures"
+    return re.sub('<svg.*?</svg>', lambda m: svg_image(m[0], 'curves'), page, flags=re.S)
 
 @patch
 def result(self:View):
@@ -252,7 +257,7 @@ class TrainView(View):
         epochs:float, # Passes over the data that it will make
         steps:int|None=None, # Steps that it will make, once known
     ):
-        super().__init__(f'Training {folder.name}')
+        super().__init__(f'Training {folder}')
         self.folder, self.epochs, self.steps, self.shown, self.last, self.best, self.samples, self.written = folder, epochs, steps, {}, {}, None, [], None
     def add(self,
         line:dict, # A line of metrics.jsonl
@@ -346,7 +351,7 @@ def _paint(self:Live, now=False):
         if not now and time.monotonic() < self.due[name]: continue
         start = time.thread_time()
         box.value = getattr(self.view, name)()
-        self.due[name] = time.monotonic() + max(.1, 200*(time.thread_time()-start))
+        self.due[name] = time.monotonic() + min(15, max(.1, 200*(time.thread_time()-start)))
     self._offer(self.actions())
 
 # %% ../nbs/09_dashboard.ipynb #c35
@@ -619,7 +624,7 @@ class InferView(View):
         elif self.pace.start[1]==self.since: self.pace.start = self.pace.now # the first window's time was mostly the model's loading
         self.pace.at(done)
         self.done, self.total, self.answered = done, total, self.answered+len(questions)
-        self.newest.extend(questions[:self.newest.maxlen])
+        self.newest.extend(questions[-self.newest.maxlen:])
         bad = [q for q in questions if q.reason is not None]
         self.without += len(bad)
         self.rejected.extend(bad)
@@ -633,7 +638,7 @@ class InferView(View):
 def head(self:InferView):
     "Progress and figures"
     c = self.counts
-    text = f"{self.done:,} of {self.total:,} rows · {self.pace.text(self.total)}" if self.total else 'reading the file and loading the model'
+    text = f"{self.done:,} of {self.total:,} rows · {self.pace.text(self.total if self.phase=='running' else None)}" if self.total else 'reading the file and loading the model'
     return self._headline(text, self.done/(self.total or math.inf), {'rows/s':f'{self.pace.rate:.1f}' if self.pace.rate else None,
         'exact match':f"{c['right']/c['rows']:.1%} of {c['rows']:,}" if c['rows'] else None,
         'word error rate':f"{c['edits']/c['words']:.1%}" if c['words'] > 1.5*c['rows'] else None, 'without an answer':f'{self.without:,}' if self.answered else None})
@@ -764,21 +769,32 @@ def verdict(self:SettingsForm):
     "What is wrong or missing, or the command and the file"
     code = lambda title, text: f'<div style="margin-top:6px"><b>{title}</b> <small>(a click marks it all)</small><pre style="user-select:all;white-space:pre-wrap;background:rgba(128,128,128,.12);padding:6px 10px;border-radius:4px;margin:2px 0">{html.escape(text)}</pre></div>'
     wrong = [*self.faults.values(), *(f'{n} is required' for n in self.missing)]
-    if wrong: return _box('<b>Not yet complete</b>' + ''.join(f'<div style="color:#dc2626">{html.escape(w)}</div>' for w in wrong))
+    if wrong: return _box('<b>Wrong or missing</b>' + ''.join(f'<div style="color:#dc2626">{html.escape(w)}</div>' for w in wrong))
     return _box(code('Command', self.command()) + code('YAML, for --config', self.yaml()))
 
 @patch
 def _help(self:SettingsForm, name, text):
     "A field's help, or what is wrong with what is in it"
     fault = self.faults.get(name)
-    return f'<div style="font:12px/1.4 system-ui,sans-serif;{"color:#dc2626" if fault else "opacity:.8"}">{html.escape(fault or text)}</div>'
+    words = re.sub('`(.+?)`', r'<code>\1</code>', html.escape(fault or text))
+    return f'<div style="font:12px/1.4 system-ui,sans-serif;padding-top:6px;{"color:#dc2626" if fault else "opacity:.8"}">{words}</div>'
+
+@patch
+def groups(self:SettingsForm)->dict[str, dict[str, str]]: # Family's title -> {name: help}
+    "The settings by family; before the families, where things are"
+    families = option_groups(self.cls)
+    texts = {n:t for opts in families.values() for n,t in opts.items()}
+    first, rest = {n:texts[n] for n in _FIRST if n in texts}, {title:{n:t for n,t in opts.items() if n not in _FIRST} for title,opts in families.items()}
+    return {'Data, model and output':first} | {title:opts for title,opts in rest.items() if opts}
+
+_FIRST = ('input', 'train_dataset', 'eval_dataset', 'reference', 'base_dir', 'model_name', 'adapter', 'chat_template', 'output')
 
 @patch
 def _repr_html_(self:SettingsForm):
     "All options with their values and help texts, a family at a time"
     value = lambda n: f'<b>{_cut(_as_text(self.values[n]))}</b>' if n in self.values else '<i>required</i>' if n in self.missing else _cut(_as_text(_default(self.fields[n])))
     family = lambda title, opts: f"<details {'open' if set(opts) & set(self.values) else ''}><summary>{title}</summary>{_table([], [(f'<code>{n}</code>', value(n), self._help(n, t)) for n,t in opts.items()])}</details>"
-    return _box(''.join(family(*g) for g in option_groups(self.cls).items()) + self.verdict())
+    return _box(''.join(family(*g) for g in self.groups().items()) + self.verdict())
 
 # %% ../nbs/09_dashboard.ipynb #c75
 @patch
@@ -786,7 +802,7 @@ def _widget(self:SettingsForm, name):
     "The widget of a field"
     import ipywidgets as w
     kinds, value = _kinds(self.fields[name].type), self.values.get(name, _default(self.fields[name]))
-    common = dict(description=name, style=dict(description_width='190px'), layout=w.Layout(width='460px', flex='0 0 auto'))
+    common = dict(description=name, style=dict(description_width='220px'), layout=w.Layout(width='490px', flex='0 0 auto'))
     choices = next((get_args(k) for k in kinds if get_origin(k) is Literal), None)
     if kinds==(bool,): return w.Checkbox(value=bool(value), indent=True, **common)
     if choices: return w.Dropdown(options=[('null', None)]*(type(None) in kinds) + [(str(c), c) for c in choices], value=value, **common)
@@ -810,10 +826,10 @@ def _row(self:SettingsForm, name, text):
 def widget(self:SettingsForm):
     "The form as an ipywidgets widget"
     import ipywidgets as w
-    groups = option_groups(self.cls)
+    groups = self.groups()
     self.bottom = w.HTML(self.verdict())
     families = w.Accordion([w.VBox([self._row(*o) for o in opts.items()]) for opts in groups.values()], titles=list(groups))
-    families.selected_index = next((i for i,opts in enumerate(groups.values()) if set(opts) & set(_required(self.cls))), 0)
+    families.selected_index = 0
     return w.VBox([families, self.bottom])
 
 @patch

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from fastcore.basics import patch
-from .audio import SAMPLE_RATE, audio_html, from_int16, load_audio, to_int16
+from .audio import SAMPLE_RATE, audio_html, duration_text, from_int16, load_audio, to_int16
 from .chat import AUDIO, AUDIO_BOS, AUDIO_EOS, Example, check_conversation, fingerprint, load_tokenizer, n_audio_tokens, tokenize
 from .config import ConvertSettings, InputError
 from .data import BadRow, bad_rows_error, format_row
@@ -195,7 +195,7 @@ class ConvertReport:
     path:Path # The dataset's folder
     rows:int # Rows in it
     audio_seconds:float # Seconds of audio in it
-    def __str__(self): return f"{self.rows:,} rows, {self.audio_seconds/3600:.3f} hours of audio in {self.path}"
+    def __str__(self): return f"{self.rows:,} rows, {duration_text(self.audio_seconds)} of audio in {self.path}"
 
 # %% ../nbs/04_dataset.ipynb #c26
 def convert(
@@ -353,7 +353,7 @@ def _repr_html_(self:AudioDataset, most=3):
     "The first rows with players, and what all rows hold"
     rows = ''.join(f"<tr><td>{e.line or i}</td><td>{''.join(audio_html(c if c.dtype==np.float32 else from_int16(c)) for c in e.clips)}</td>"
                    f"<td>{len(e.input_ids)}</td><td>{int((e.labels>=0).sum())}</td></tr>" for i,e in ((i, self[i]) for i in range(min(most, len(self)))))
-    return (f"<table><caption>{len(self):,} rows, {self.n_samples.sum()/SAMPLE_RATE/3600:.3f} hours of audio, {self.n_tokens.sum():,} tokens</caption>"
+    return (f"<table><caption>{len(self):,} rows, {duration_text(self.n_samples.sum()/SAMPLE_RATE)} of audio, {self.n_tokens.sum():,} tokens</caption>"
             f"<tr><th>line</th><th>clips</th><th>tokens</th><th>with loss</th></tr>{rows}</table>")
 
 # %% ../nbs/04_dataset.ipynb #c46
@@ -421,20 +421,20 @@ def take(self:Mix,
 
 # %% ../nbs/04_dataset.ipynb #c52
 @patch
-def describe(self:Mix)->dict[str,dict]: # By task: rows, hours, tokens
+def describe(self:Mix)->dict[str,dict]: # By task: rows, seconds of audio, tokens
     "What a mix holds"
     of = lambda k: self.task_ids==k
-    return {name: dict(rows=int(of(k).sum()), hours=float(self.n_samples[of(k)].sum()/SAMPLE_RATE/3600), tokens=int(self.n_tokens[of(k)].sum())) for k,name in enumerate(self.task_names)}
+    return {name: dict(rows=int(of(k).sum()), seconds=float(self.n_samples[of(k)].sum()/SAMPLE_RATE), tokens=int(self.n_tokens[of(k)].sum())) for k,name in enumerate(self.task_names)}
 
 @patch
 def __str__(self:Mix):
-    audio = lambda hours: f"{hours:.2f} hours of audio, " if hours else ""
-    return '\n'.join(f"{name}: {d['rows']:,} rows, {audio(d['hours'])}{d['tokens']:,} tokens" for name,d in self.describe().items())
+    audio = lambda seconds: f"{duration_text(seconds)} of audio, " if seconds else ""
+    return '\n'.join(f"{name}: {d['rows']:,} rows, {audio(d['seconds'])}{d['tokens']:,} tokens" for name,d in self.describe().items())
 
 @patch
 def _repr_html_(self:Mix):
-    rows = ''.join(f"<tr><td>{html.escape(name)}</td><td>{d['rows']:,}</td><td>{d['hours']:.3f}</td><td>{d['tokens']:,}</td></tr>" for name,d in self.describe().items())
-    return f"<table><tr><th>task</th><th>rows</th><th>hours of audio</th><th>tokens</th></tr>{rows}</table>"
+    rows = ''.join(f"<tr><td>{html.escape(name)}</td><td>{d['rows']:,}</td><td>{duration_text(d['seconds'])}</td><td>{d['tokens']:,}</td></tr>" for name,d in self.describe().items())
+    return f"<table><tr><th>task</th><th>rows</th><th>audio</th><th>tokens</th></tr>{rows}</table>"
 
 # %% ../nbs/04_dataset.ipynb #c53
 @patch

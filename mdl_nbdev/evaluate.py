@@ -69,7 +69,7 @@ def score(
 # %% ../nbs/08a_evaluate.ipynb #c11
 def _rates(s): # The rates of scores `s` as lines of text
     "The scores in words"
-    edits = lambda rate, e, of, what: f"{rate:.2%} ({e.sum():,} edits of {of.sum():,} {what})"
+    edits = lambda rate, e, of, what: f"{rate:.2%} ({e.sum():,} edit{'' if e.sum()==1 else 's'} of {of.sum():,} {what})"
     return [f"exact match: {s.exact:.2%} ({s.correct.sum():,} of {len(s.correct):,} rows)" + f", without a prediction: {s.empty.sum():,}"*bool(s.empty.any()),
             "word error rate: " + edits(s.wer, s.word_edits, s.words, 'words'), "character error rate: " + edits(s.cer, s.char_edits, s.chars, 'characters')]
 
@@ -249,7 +249,8 @@ def _corrections(reference, prediction):
 def _repr_html_(self:EvalReport):
     head = '<br>'.join(map(html.escape, [f"{Path(self.input).name}, compared with {Path(self.reference).name}", *_rates(self.scores)]))
     if self.by_label: table = self._confusion_html() if len(self.labels) <= min(12, self.most) else self._labels_html()
-    else: table = _html_table([(self.lines[i], f"{self.scores.word_edits[i]/self.scores.words[i]:.0%}", _corrections(self.references[i], self.predictions[i])) for i in self.worst()], ['line', 'WER', 'corrections'])
+    elif not (rows := self.worst()): table = ''
+    else: table = _html_table([(self.lines[i], f"{self.scores.word_edits[i]/self.scores.words[i]:.0%}", _corrections(self.references[i], self.predictions[i])) for i in rows], ['line', 'WER', 'corrections'])
     return f"<p>{head}</p>" + table*bool(self.most)
 
 # %% ../nbs/08a_evaluate.ipynb #c39

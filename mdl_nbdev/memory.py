@@ -261,7 +261,7 @@ _COLOURS = dict(weights='#1d4ed8', gradients='#7c3aed', optimizer='#c026d3', act
 def _repr_html_(self:MemoryEstimate):
     whole = max(self.total, self.capacity or 0)
     bar = ''.join(f'<span style="display:inline-block;height:14px;width:{420*v/whole:.1f}px;background:{_COLOURS[k]}" title="{k}"></span>' for k,v in self.parts().items())
-    rows = ''.join(f'<tr><td style="color:{_COLOURS[k]}">&#9632; {k}</td><td>{_amount(v)}</td></tr>' for k,v in self.parts().items())
+    rows = ''.join(f'<tr><td><span style="color:{_COLOURS[k]}">&#9632;</span> {k}</td><td>{_amount(v)}</td></tr>' for k,v in self.parts().items())
     of = f" of {_amount(self.capacity)}" if self.capacity else ''
     return f'<div style="width:420px;background:#e2e8f0;line-height:0">{bar}</div><table><caption>about {_amount(self.total)}{of}</caption>{rows}</table>'
 

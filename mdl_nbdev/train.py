@@ -6,7 +6,7 @@
 __all__ = ['ProgressLine', 'MetricsFile', 'read_metrics', 'TrainReport', 'model_card', 'train', 'DryRun', 'dry_run']
 
 # %% ../nbs/07_train.ipynb #c4
-import json, math, os, shutil, signal, sys, threading, time
+import html, json, math, os, shutil, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -408,7 +408,7 @@ def _announce(trainer):
     sampler = trainer._sampler(mix, trainer.s.batch_size)
     print(mix)
     print(f"{size.trainable:,} of {size.total:,} parameters train in {trainer.model.dtype} on {trainer.args.device}; "
-          f"padding {padding_waste(sampler.lengths, sampler.batches(0)):.1%}".replace('torch.', ''))
+          f"padding {padding_waste(mix.n_tokens, sampler.batches(0)):.1%}".replace('torch.', ''))
 
 # %% ../nbs/07_train.ipynb #c40
 @dataclass(repr=False)
@@ -424,7 +424,7 @@ class DryRun:
     def _longest(self): return f"the longest batch: {self.memory.rows} rows of up to {self.memory.tokens:,} tokens" + f" and {self.memory.seconds:.1f} s of audio"*(self.memory.seconds > 0)
     __repr__ = __str__
     def _repr_html_(self):
-        return f"{self.trainable._repr_html_()}<p>{self.rows}</p>{''.join(v._repr_html_() for v in self.first)}<p>{self._longest()}</p>{self.memory._repr_html_()}"
+        return f"{self.trainable._repr_html_()}<p>{'<br>'.join(map(html.escape, self.rows.splitlines()))}</p>{''.join(v._repr_html_() for v in self.first)}<p>{self._longest()}</p>{self.memory._repr_html_()}"
 
 # %% ../nbs/07_train.ipynb #c41
 def dry_run(

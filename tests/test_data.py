@@ -344,8 +344,10 @@ def test_audio_cells_that_are_no_paths(tmp_path, clips):
 def test_many_labels(tmp_path, clips):
     names = ["".join(n) for n in zip(string.ascii_lowercase, string.ascii_uppercase)]
     r = run(write(tmp_path, "audio,prediction\n" + "".join(f"a.wav,{n}\n" for n in names)), clips)
-    assert "predictions: 26, different ones: 26" in str(r) and "(6 others)" in str(r)
+    assert "predictions: 26, different ones: 26" in str(r) and "others" not in str(r), "texts that all differ are no labels"
     assert r.conflicting == 25
+    r = run(write(tmp_path, "audio,prediction\n" + "".join(f"a.wav,{n}\n" for n in names*2)), clips)
+    assert "predictions: 52, different ones: 26" in str(r) and "(6 others)" in str(r)
 
 
 def test_plain_settings_do(tmp_path, clips):
