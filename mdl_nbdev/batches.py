@@ -32,6 +32,7 @@ class StepSampler:
         self.lengths, self.batch_size, self.seed, self.pack, self.shuffle = np.asarray(lengths), batch_size, seed, pack, shuffle
         self.world_size, self.rank, self.accumulation, self.task_ids, self.sampling = world_size, rank, accumulation, task_ids, sampling
         self.epoch, self.drop_last, self._packed = 0, False, None
+        if pack and any(f != int(f) for f in (sampling or {}).values()): raise InputError("--packing: --task-sampling must be whole numbers, since parts of a task would fill another number of sequences in each epoch; choose those, or use --task-weights")
         if pack and self.lengths.max() > pack: raise InputError(f"packing: a row has {self.lengths.max():,} tokens, and a sequence {pack:,}; raise --seq-length")
     @property
     def step_size(self): return self.batch_size*self.world_size*self.accumulation

@@ -309,7 +309,7 @@ def from_hub(
     except (OSError, ValueError) as e:
         if isinstance(e, InputError): raise
         why = ' '.join(str(e).split())
-        if Path(name).is_dir(): raise InputError(f"--model-name {name}: this folder cannot be loaded: {why[:300]}") from e
+        if Path(name).is_dir(): raise InputError(f"--model-name {name}: " + (f"this is a run; its model is {Path(name)/'final'}" if (Path(name)/'final').is_dir() else f"this folder cannot be loaded: {why[:300]}")) from e
         raise InputError(f"--model-name {name}: no such folder, and it cannot be fetched from the hub (offline, misspelt, or access not granted). "
             f"Give a folder that holds the model, a hub id that this machine can reach, or a built-in model, `tiny` or `tiny-text`. The hub said: {why[:200]}") from e
 

@@ -88,7 +88,7 @@ def _summary(self:CheckReport):
     n, s = len({b[:2] for b in self.bad}), self.seconds
     lines = [f"rows: {self.rows:,}, bad: {n:,}"]
     if len(s): lines.append(f"audio: {duration_text(sum(s))} in clips of {min(s):.2f} to {max(s):.2f} s, {sum(s)/len(s):.2f} s on average")
-    if self.rows and not self.clips: lines.append("audio: none, the rows are text")
+    if self.rows > n and not self.clips: lines.append("audio: none, the rows are text")
     lines.append(f"predictions: {self.labels.total():,}, different ones: {len(self.labels):,}")
     for count, what in [(self.no_system_prompt, "without a system prompt"), (self.no_user_prompt, "without a user prompt"),
                         (self.repeated, "that repeat an earlier row"), (self.conflicting, "with the question of an earlier row, and another answer")]:

@@ -262,8 +262,12 @@ class EarlyStopping:
         best = math.inf if self.best is None else self.best
         if loss < best: self.best, self.best_step = float(loss), step
         self.counter = 0 if loss <= best else self.counter + 1
-        return bool(self.patience) and self.counter >= self.patience
+        return self.over
 
+    @property
+    def over(self)->bool:
+        "Has it been too long?"
+        return bool(self.patience) and self.counter >= self.patience
     def state_dict(self)->dict: # Plain numbers
         "What has been seen, without the setting"
         return {k:v for k,v in asdict(self).items() if k != 'patience'}

@@ -556,7 +556,7 @@ class Watch(Live):
     def __init__(self,
         folder:str|Path, # The run folder
     ):
-        self.folder, self.read, self.inode, self.closed = Path(folder), 0, None, False
+        self.folder, self.read, self.inode, self.heard, self.closed = Path(folder), 0, None, None, False
         if not self.folder.is_dir(): raise InputError(f"{folder}: no such folder; give the --output of a training run")
         super().__init__(self._new_view())
         self.poll()
@@ -581,20 +581,24 @@ def poll(self:Watch):
     with open(path, 'rb') as f:
         at = os.fstat(f.fileno())
         if at.st_ino != self.inode or at.st_size < self.read: # written anew: the run was resumed
-            self.inode, self.read, fresh = at.st_ino, 0, self._new_view()
+            self.inode, self.read, self.heard, fresh = at.st_ino, 0, None, self._new_view()
             vars(self.view).update(vars(fresh))
         self.view.written = at.st_mtime
         f.seek(self.read)
         *lines, rest = f.read().split(b'\n')
         self.read += sum(len(l)+1 for l in lines)
     for line in lines: self.view.add(json.loads(line))
-    self._look(lines)
+    self._look()
 
 @patch
-def _look(self:Watch, lines):
-    "Phase and sample answers, once there are new lines"
+def _look(self:Watch):
+    "Phase and sample answers"
     self.view.phase = 'finished' if (self.folder/'final').exists() else 'running' if self.view.last else 'starting'
-    if lines: self.view.hear()
+    samples = self.folder/'samples.jsonl'
+    stamp = samples.stat().st_mtime_ns if samples.exists() else None
+    if stamp != self.heard:
+        self.heard = stamp
+        self.view.hear()
 
 # %% ../nbs/09_dashboard.ipynb #c57
 def watch(

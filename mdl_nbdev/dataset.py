@@ -18,7 +18,7 @@ import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from fastcore.basics import patch
 from .audio import SAMPLE_RATE, audio_html, duration_text, from_int16, load_audio, to_int16
 from .chat import AUDIO, AUDIO_BOS, AUDIO_EOS, Example, check_conversation, fingerprint, load_tokenizer, n_audio_tokens, tokenize
-from .config import ConvertSettings, InputError
+from .config import ConvertSettings, InputError, option
 from .data import BadRow, bad_rows_error, format_row
 from .records import find_tasks, open_rows, to_conversation
 
@@ -365,13 +365,20 @@ def open_dataset(
 )->AudioDataset: # Ready to read
     "Open a converted dataset, or convert a file first"
     path, cache = Path(path), Path(cache)
-    if path.is_dir(): return AudioDataset(path, fingerprint(tok))
+    if path.is_dir(): return _with_prompts(AudioDataset(path, fingerprint(tok)), settings)
     s = ConvertSettings(input=path, output=cache, overwrite=True, **settings)
     key = hashlib.sha256('\n'.join(_shard_path(j).name for j in _jobs(s, tok, cache)).encode()).hexdigest()[:16]
     if not (cache/'key').exists() or (cache/'key').read_text() != key:
         convert(s, tok)
         (cache/'key').write_text(key)
     return AudioDataset(cache, fingerprint(tok), path.stem)
+
+def _with_prompts(ds, settings):
+    "A converted dataset, if its prompts are those of `settings`, where these name any"
+    for k in ('system_prompt', 'user_prompt'):
+        asked, was = settings.get(k), ds.meta.get(k)
+        if asked and asked != was: raise InputError(f"{ds.path}: was converted {f'with {option(k)} {was!r}' if was else f'without {option(k)}'}, and its rows cannot be changed now; convert them again with {asked!r}, or leave {option(k)} out")
+    return ds
 
 # %% ../nbs/04_dataset.ipynb #c49
 class Mix:

@@ -122,7 +122,7 @@ class _Output:
         self.path, self.source, suffix = Path(path), source, Path(path).suffix.lower()
         self.state, self.rejects = Path(f'{path}.part.json'), Path(f'{path}.rejects.csv')
         mine = ('.jsonl',) if source.out_suffix=='.jsonl' else ('.csv', '.tsv')
-        if suffix in SUFFIXES and suffix not in mine: raise InputError(f"{path}: the answers to {source.path} are written as {' or '.join(mine)}; choose an --output that ends so")
+        if suffix in (*SUFFIXES, '.json', '.xls', '.xlsx') and suffix not in mine: raise InputError(f"{path}: the answers to {source.path} are written as {' or '.join(mine)}; choose an --output that ends so")
         self.delimiter = '\t' if suffix=='.tsv' else ','
     @property
     def header(self): return self.source.header(self.delimiter)
@@ -230,8 +230,8 @@ def begin(self:_Output, s):
     if not s.overwrite and self.state.exists():
         have, want = json.loads(self.state.read_text(encoding='utf-8')), _identity(s)
         diff = [f"{k} was {have.get(k)!r}, is {v!r}" for k,v in want.items() if have.get(k) != v]
-        if diff: raise InputError(f"{self.path}.part: an unfinished run with other settings ({'; '.join(diff)}); finish it with those, or start again with --overwrite true")
-        return
+        if not diff: return
+        if any(list(p.entries()) for p in self.parts()): raise InputError(f"{self.path}.part: an unfinished run with other settings ({'; '.join(diff)}); finish it with those, or start again with --overwrite true")
     try:
         self.clear()
         self.rejects.unlink(missing_ok=True)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MIN_SAMPLES', 'QWEN2_7B', 'LOSS_LOGITS', 'n_audio_tokens', 'MiDashengAudioConfig', 'MiDashengLMConfig',
            'reflect_ends', 'log_mel', 'ChunkPlan', 'plan_chunks', 'MiDashengAudioBlock', 'MiDashengAudioEncoder',
-           'MiDashengAudioProjector', 'weighted_sums', 'next_position', 'labelled_loss', 'MiDashengLMPreTrainedModel',
-           'MiDashengLMModel', 'MiDashengLMProcessor']
+           'MiDashengAudioProjector', 'weighted_sums', 'loss_pieces', 'next_position', 'labelled_loss',
+           'MiDashengLMPreTrainedModel', 'MiDashengLMModel', 'MiDashengLMProcessor']
 
 # %% ../nbs/05_midashenglm.ipynb #c4
 import io, os, re
@@ -239,12 +239,11 @@ class _Chunking(nn.Module):
         mel = F.pad(mel, (0, -mel.shape[2] % wide)).unflatten(2, (-1, wide))
         parts, layout, base, at = [], [], torch.empty_like(plan.clip), 0
         group = torch.where(plan.keys == self.span, 0, 1 + (plan.width - 1)//64)
-        for g in group.unique():
-            i = (group == g).nonzero().squeeze(1)
+        sets = [(group == g).nonzero().squeeze(1) for g in group.unique()]
+        cut = [mel[plan.clip[i].to(dev), :, plan.chunk[i].to(dev), :4*int(plan.width[i].max())] for i in sets]
+        for i, x in zip(sets, self._patches(cut)):
             l = int(plan.width[i].max())
-            x = mel[plan.clip[i].to(dev), :, plan.chunk[i].to(dev), :4*l]
-            x = self.patch_embed(self.init_bn(x[:, :, None]).transpose(1, 2))
-            x = self.pos_drop(x + self.time_pos_embed[..., :l] + self.freq_pos_embed)
+            x = x + self.time_pos_embed[..., :l] + self.freq_pos_embed
             parts.append(x.flatten(2).transpose(1, 2).flatten(0, 1))
             full = bool((plan.keys[i] == l).all())
             mask = None if full else (torch.arange(l) < plan.keys[i, None])[:, None, None].to(dev)
@@ -253,7 +252,14 @@ class _Chunking(nn.Module):
             at += l*len(i)
         used = plan.used
         order = torch.arange(int(used.sum())) + (base - used.cumsum(0) + used).repeat_interleave(used)
-        return torch.cat(parts), layout, order
+        return self.pos_drop(torch.cat(parts)), layout, order
+
+    def _patches(self, cut): # Spectra [chunks, mels, frames] of several lengths -> [chunks, features, 1, patches]
+        "Patches do not overlap, so those of all lengths are embedded in one row. Sharded weights are gathered at each call, and all processes must call as often"
+        row = torch.cat([c.transpose(0, 1).flatten(1) for c in cut], 1)[None, :, None]
+        row = self.patch_embed(self.init_bn(row).transpose(1, 2))[0, :, 0]
+        sizes = [(len(c), c.shape[2]//4) for c in cut]
+        return [x.unflatten(1, size).transpose(0, 1)[:, :, None] for x, size in zip(row.split([a*b for a, b in sizes], 1), sizes)]
 
 # %% ../nbs/05_midashenglm.ipynb #c38
 class MiDashengAudioEncoder(_Chunking):
@@ -306,15 +312,23 @@ def weighted_sums(
     weights:torch.Tensor, # [..., positions] float32
     lm_head, # Features to logits
     vocab_size:int, # Width of the logits
+    pieces:int|None=None, # In how many pieces; else as few as `LOSS_LOGITS` allows
 )->torch.Tensor: # [...] float32
     "Sums of weight times cross entropy, of which no more than a piece of logits is kept at once"
     def piece(h, t, w):
         logits = lm_head(h)
         losses = F.cross_entropy(logits.float(), t.to(logits.device), reduction="none")
         return (w.to(logits.device) * losses).sum(-1)
-    n = max(1, LOSS_LOGITS // vocab_size)
-    if len(target) <= n: return piece(hidden, target, weights)
-    return sum(checkpoint(piece, *x, use_reentrant=False) for x in zip(hidden.split(n), target.split(n), weights.split(n, -1)))
+    n = pieces or loss_pieces(len(target), vocab_size)
+    if n == 1: return piece(hidden, target, weights)
+    return sum(checkpoint(piece, *x, use_reentrant=False) for x in zip(hidden.tensor_split(n), target.tensor_split(n), weights.tensor_split(n, -1)))
+
+def loss_pieces(
+    labels:int, # How many labels
+    vocab_size:int, # Width of the logits
+)->int: # At least 1
+    "In how many pieces the loss of so many labels is computed"
+    return max(1, -(-labels // max(1, LOSS_LOGITS // vocab_size)))
 
 # %% ../nbs/05_midashenglm.ipynb #c47
 def next_position(
@@ -332,13 +346,14 @@ def labelled_loss(
     vocab_size:int, # Width of the logits
     num_items=None, # Divide by this, as a number or a tensor, rather than by the number of labels in the batch
     loss_weights:torch.Tensor|None=None, # [sums, rows, positions] float32: what each label weighs in each sum; then nothing is divided
+    pieces:int|None=None, # In how many pieces to compute; several processes that share out the weights must use as many
 )->torch.Tensor: # A float32 scalar, or [sums] with weights; 0 if there is no label
     "Cross entropy of the next token at labelled positions"
     target = next_position(labels, -100).flatten().to(hidden.device)
     at = (target != -100).nonzero().squeeze(1)
     if loss_weights is None: weights = torch.ones(len(at), device=at.device)
     else: weights = next_position(loss_weights).flatten(1).to(at.device).index_select(1, at)
-    total = weighted_sums(hidden.flatten(0, 1).index_select(0, at), target[at], weights, lm_head, vocab_size)
+    total = weighted_sums(hidden.flatten(0, 1).index_select(0, at), target[at], weights, lm_head, vocab_size, pieces)
     if loss_weights is not None: return total
     if num_items is None: num_items = max(1, len(at))
     return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
@@ -424,8 +439,8 @@ class MiDashengLMModel(_Listening, MiDashengLMPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, input_values=None, audio_length=None, labels=None, position_ids=None,
-                past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None, num_items_in_batch=None, loss_weights=None, **kwargs):
-        "Loss or logits of the rows [rows, positions] with their clips [clips, samples]; `labelled_loss` says what the last two named arguments do"
+                past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None, num_items_in_batch=None, loss_weights=None, loss_pieces=None, **kwargs):
+        "Loss or logits of the rows [rows, positions] with their clips [clips, samples]; `labelled_loss` says what the last three named arguments do"
         if inputs_embeds is None:
             later = past_key_values is not None and past_key_values.get_seq_length() > 0 and input_values is None
             inputs_embeds = self.get_input_embeddings()(input_ids) if later else self.embed(input_ids, input_values, audio_length)
@@ -435,7 +450,7 @@ class MiDashengLMModel(_Listening, MiDashengLMPreTrainedModel, GenerationMixin):
                                  past_key_values=past_key_values, use_cache=use_cache if labels is None else False, **kwargs)
         hidden, loss, logits = out.last_hidden_state, None, None
         if labels is not None:
-            loss = labelled_loss(hidden, labels, self.decoder.lm_head, self.config.text_config.vocab_size, num_items_in_batch, loss_weights)
+            loss = labelled_loss(hidden, labels, self.decoder.lm_head, self.config.text_config.vocab_size, num_items_in_batch, loss_weights, loss_pieces)
         if labels is None or logits_to_keep is not None:
             keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(-(logits_to_keep or 0), None)
             logits = self.decoder.lm_head(hidden[:, keep])

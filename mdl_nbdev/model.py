@@ -132,11 +132,10 @@ def _no_pickle(where):
     return InputError(f"{where}: has no weights in safetensors format; files such as .bin or .pt are pickles, which can run code when they are opened, "
                       "so they are not loaded: convert them to safetensors")
 
-def _from_pretrained(path, dtype, quantization, device):
+def _from_pretrained(path, dtype, quantization, device, model_class=AutoModelForCausalLM, **kwargs):
     "Load a folder or a hub id onto one device; every weight must be there"
-    kwargs = dict(quantization_config=_quantization(quantization, dtype)) if quantization else {}
-    try: model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={'':device}, use_safetensors=True, trust_remote_code=False,
-                                                             output_loading_info=True, **kwargs)
+    if quantization: kwargs['quantization_config'] = _quantization(quantization, dtype)
+    try: model, found = model_class.from_pretrained(path, dtype=dtype, device_map={'':device}, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **kwargs)
     except (SafetensorError, RuntimeError) as e: raise OSError(f"damaged weights: {e}") from e
     except pickle.UnpicklingError: raise _no_pickle(f"--model-name {path}") from None
     except OSError as e:
@@ -150,12 +149,10 @@ def _from_pretrained(path, dtype, quantization, device):
 _BUILT_IN = {'tiny':tiny_model, 'tiny-text':tiny_text_model}
 
 def _load_built_in(name, dtype, quantization, device):
-    "A built-in model; in another type or quantised it goes through a folder, as any model does"
+    "A built-in model; in another type or quantised it is loaded as any model is, from its own weights"
     model = _BUILT_IN[name]()
     if dtype == torch.float32 and not quantization: return model.to(device)
-    with TemporaryDirectory() as d:
-        model.save_pretrained(d)
-        model = _from_pretrained(d, dtype, quantization, device)
+    model = _from_pretrained(None, dtype, quantization, device, config=model.config, state_dict=model.state_dict(), model_class=type(model))
     model.name_or_path = model.config.name_or_path = name
     return model
 
@@ -343,7 +340,7 @@ def adapt(
     config = _lora_config(model, s)
     try:
         with _quiet_peft(): model = get_peft_model(model, config)
-    except ValueError as e: raise InputError(f"--lora-target-modules {s.lora_target_modules}: {' '.join(str(e).split())[:300]}") from e
+    except ValueError as e: raise InputError(f"--lora-target-modules {s.lora_target_modules}: "*bool(s.lora_target_modules) + ' '.join(str(e).split())[:300]) from e
     return _savable(model, _pissa(model) if s.lora_init == 'pissa' else None)
 
 # %% ../nbs/06_model.ipynb #c63
@@ -418,7 +415,8 @@ def _adapter_config(folder):
     "The configuration of the adapter in a folder"
     path = Path(folder)/'adapter_config.json'
     if not path.exists():
-        raise InputError(f"{folder}: no LoRA adapter here: there is no " + (path.name if Path(folder).is_dir() else 'such folder'))
+        hint = f"; did you mean {path.parent/'final'}?" if (path.parent/'final'/path.name).exists() else '; this is a whole model: give it as --model-name' if (path.parent/'config.json').exists() else ''
+        raise InputError(f"{folder}: no LoRA adapter here: there is no " + (path.name if Path(folder).is_dir() else 'such folder') + hint)
     try: return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise InputError(f"{path}: not valid JSON: {e}") from None
 

@@ -102,7 +102,7 @@ def _form(raw):
     forms = _forms(raw)
     if len(forms)==1: return forms[0]
     if forms: raise InputError(f"has more than one conversation: {', '.join('/'.join(f) for f in forms)}; keep one of them")
-    raise InputError(f"no conversation in the keys {_shorten(', '.join(raw), 200) or '(none)'}; it needs chat_rounds, messages, text, or a question and an answer such as prompt/answer")
+    raise InputError(f"no conversation in the keys {_shorten(', '.join(raw), 200) or '(none)'}; it needs chat_rounds, messages, text, a question and an answer such as prompt/answer, or audio and an answer")
 
 # %% ../nbs/02a_records.ipynb #c28
 def _pair(raw, form):

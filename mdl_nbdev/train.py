@@ -9,6 +9,7 @@ __all__ = ['ProgressLine', 'MetricsFile', 'read_metrics', 'TrainReport', 'model_
 import html, json, math, os, shutil, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 import torch
 from accelerate import PartialState
@@ -28,18 +29,19 @@ from .config import InputError, TrainSettings, save_config, to_dict
 from .batches import padding_waste
 from .dataset import make_folder, LengthReport, limit_length, open_mix, split
 from .memory import MemoryEstimate, estimate_memory, is_out_of_memory, memory_advice
+from .records import find_tasks
 
 # %% ../nbs/07_train.ipynb #c6
 def _on_main(f, *args):
     "What `f` gives on the main process, for all processes"
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1)) # the others wait while one converts, hashes or merges
     if state.num_processes==1: return f(*args)
     out = [None]
     if state.is_main_process:
         try: out = [f(*args)]
         except InputError as e: out = [e]
     broadcast_object_list(out)
-    if isinstance(out[0], InputError): raise out[0]
+    if isinstance(out[0], InputError): raise out[0] if state.is_main_process else SystemExit(2) # one process speaks for all
     return out[0]
 
 # %% ../nbs/07_train.ipynb #c7
@@ -150,7 +152,7 @@ class TrainReport:
         parts = [f"{k} {v:.4f}" for k,v in [('loss', self.last('loss')), ('eval loss', self.eval_loss)] if v is not None]
         done = f"{', '.join([f'{self.steps} steps', *parts])}; {self.trainable:,} of {self.parameters:,} parameters trained"
         if not self.whole: return f"{done}\nStopped by {self.stopped}. {self.checkpoint} has everything so far: go on with --resume-from-checkpoint true"
-        early = f"\nStopped early by {self.stopped}: the model is that of {self.best}" if self.stopped else ''
+        early = f"\nStopped early: the model is that of {self.best}" if self.stopped else ''
         return f"{done}; the model is in {self.final}{early}"
     __repr__ = __str__
 
@@ -232,10 +234,6 @@ def model_card(
 # %% ../nbs/07_train.ipynb #c21
 def _arguments(s, dtype, device, eval_dataset):
     "The settings as transformers' `TrainingArguments`"
-    known = [t.value for t in SchedulerType]
-    if s.lr_scheduler_type not in known: raise InputError(f"--lr-scheduler-type {s.lr_scheduler_type}: no such schedule; there are {', '.join(known)}")
-    unknown = set(s.report_to) - {'all', 'none', *(trackers := get_available_reporting_integrations())}
-    if unknown: raise InputError(f"--report-to {min(unknown)}: not installed, or no such tracker; installed are: {', '.join(trackers) or 'none'}")
     cuda = device.type=='cuda'
     args = TrainingArguments(output_dir=str(s.output), per_device_train_batch_size=s.batch_size, per_device_eval_batch_size=s.eval_batch_size or s.batch_size,
         gradient_accumulation_steps=s.gradient_accumulation_steps, eval_accumulation_steps=s.eval_accumulation_steps, learning_rate=s.lr,
@@ -253,10 +251,11 @@ def _arguments(s, dtype, device, eval_dataset):
 def _datasets(s, tok):
     "The rows for training and for evaluation; tables and records are converted into the run folder"
     conversion = {k:getattr(s, k) for k in ('model_name', 'from_modelscope', 'chat_template', 'system_prompt', 'user_prompt', 'base_dir', 'max_audio_seconds', 'num_workers', 'tokenizing_batch_size')}
-    with PartialState().main_process_first():
+    def opened():
         training = open_mix(s.train_dataset, tok, s.output/'data'/'train', **conversion)
-        evaluation = open_mix(s.eval_dataset, tok, s.output/'data'/'eval', names=training.task_names, **conversion) if s.eval_dataset else None
-    if s.validation_split and evaluation: raise InputError("--validation-split: there is an --eval-dataset already; give one of the two")
+        return training, open_mix(s.eval_dataset, tok, s.output/'data'/'eval', names=training.task_names, **conversion) if s.eval_dataset else None
+    if PartialState().num_processes > 1: _on_main(lambda: opened() and None) # one process converts
+    training, evaluation = opened()
     if s.validation_split: training, evaluation = split(training, s.validation_split, s.seed)
     return training, evaluation
 
@@ -275,10 +274,20 @@ def _limited(s, tok, training, evaluation):
 def _is_main(): return int(os.environ.get('RANK', 0))==0
 
 # %% ../nbs/07_train.ipynb #c23
+def _check_settings(s):
+    "What can be told before anything is read or loaded"
+    known = [t.value for t in SchedulerType]
+    if s.lr_scheduler_type not in known: raise InputError(f"--lr-scheduler-type {s.lr_scheduler_type}: no such schedule; there are {', '.join(known)}")
+    unknown = set(s.report_to) - {'all', 'none', *(trackers := get_available_reporting_integrations())}
+    if unknown: raise InputError(f"--report-to {min(unknown)}: not installed, or no such tracker; installed are: {', '.join(trackers) or 'none'}")
+    if s.min_lr > s.lr: raise InputError(f"--min-lr {s.min_lr:g}: is above --lr, which is {s.lr:g}")
+    if s.validation_split and s.eval_dataset: raise InputError("--validation-split: there is an --eval-dataset already; give one of the two")
+    needs = '--early-stopping-patience' if s.early_stopping_patience else '--loss-mode coba' if s.loss_mode=='coba' else None
+    if needs and not s.eval_dataset and not s.validation_split: raise InputError(f"{needs}: needs evaluation data: --eval-dataset, or --validation-split")
+    for paths in (s.train_dataset, s.eval_dataset): find_tasks(paths)
+
 def _check_tasks(s, training, evaluation):
     "What a loss mode needs"
-    needs = '--early-stopping-patience' if s.early_stopping_patience else '--loss-mode coba' if s.loss_mode=='coba' else None
-    if needs and not evaluation: raise InputError(f"{needs}: needs evaluation data: --eval-dataset, or --validation-split")
     if s.loss_mode=='coba':
         lacking = [t for i,t in enumerate(training.task_names) if not (evaluation.task_ids==i).any()]
         if lacking: raise InputError(f"--loss-mode coba: the evaluation data has no rows of the task {lacking[0]}, whose convergence it would follow")
@@ -330,17 +339,19 @@ def _stop_on_signals(trainer):
     finally: restore()
 
 # %% ../nbs/07_train.ipynb #c29
-def _save_final(trainer, report, datasets):
-    "Write `final/`: first beside it, then in its place; every rank must call it"
-    s, part, model = trainer.s, report.output/'final.part', trainer.model
-    trained = trainer.trained_tensors() if trainer._sharded() else None
+def _save_final(trainer, report, datasets, checkpoint):
+    "Write `final/` of the present weights or those of a checkpoint: first beside it, then in its place; every rank must call it"
+    s, part, sharded = trainer.s, report.output/'final.part', trainer._sharded()
+    trained = trainer.trained_tensors() if sharded and not checkpoint else None
     if trainer.is_world_process_zero():
-        if trained is not None:
-            unset_hf_deepspeed_config() # else transformers would share the new model out as well
-            load_trainable_state(model := _adapted(s, 'cpu'), trained)
+        if sharded: unset_hf_deepspeed_config() # else transformers would share the new model out as well
+        model = _adapted(s, 'cpu') if sharded else trainer.model
+        if checkpoint: trained = load_state(checkpoint, 'trained')
+        if trained is not None: load_trainable_state(model, trained)
         if s.tuning=='full' or s.merge_lora: model = merge(model, s.from_modelscope)
         shutil.rmtree(part, ignore_errors=True)
-        save_model(model, trainer.processor, part)
+        try: save_model(model, trainer.processor, part)
+        except BaseException: shutil.rmtree(part, ignore_errors=True); raise # a part would fill the disk
         (part/'README.md').write_text(model_card(s, report, datasets), encoding='utf-8')
         shutil.rmtree(report.final, ignore_errors=True)
         os.replace(part, report.final)
@@ -352,6 +363,7 @@ def train(
     callbacks:list[TrainerCallback]=(), # Further listeners
 )->'TrainReport|DryRun': # What was done and where things lie
     "Fine-tune a model; writes checkpoints and `final/` into `s.output`"
+    _on_main(_check_settings, s)
     checkpoint = _on_main(_resume_from, s)
     _on_main(_prepare_output, s, checkpoint)
     set_seed(s.seed)
@@ -375,6 +387,7 @@ def train(
 def _run(trainer, checkpoint):
     "The loop; what a user can mend becomes one message"
     trainer.resumed = checkpoint
+    if checkpoint and trainer.has_ended(): return # nothing is left to do
     try:
         with _stop_on_signals(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as e:
@@ -391,14 +404,13 @@ def _run(trainer, checkpoint):
 def _finish(trainer, datasets):
     "What is left at the end of a run"
     s, state, size = trainer.s, trainer.state, trainer.size
-    early = bool(s.early_stopping_patience) and trainer.stopping.counter >= s.early_stopping_patience
+    early = trainer.stopping.over
     stopped = None if state.global_step >= state.max_steps else trainer.stop_requested or ('early stopping' if early else 'a listener')
     report = TrainReport(s.output, state.global_step, size.trainable, size.total, stopped=stopped, whole=stopped in (None, 'early stopping'), best=trainer.best_checkpoint())
-    if early and report.best: trainer._load_from_checkpoint(report.best, trainer.model_wrapped)
     if trainer.is_world_process_zero():
         report.metrics = read_metrics(s.output/'metrics.jsonl')
         report.checkpoint = s.output/f'checkpoint-{state.global_step}'
-    if report.whole: _save_final(trainer, report, datasets)
+    if report.whole: _save_final(trainer, report, datasets, report.best if early else trainer.resumed if trainer.idle else None)
     return report
 
 # %% ../nbs/07_train.ipynb #c33

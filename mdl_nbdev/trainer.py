@@ -7,6 +7,7 @@ __all__ = ['TaskTrainer', 'Flow']
 
 # %% ../nbs/06d_trainer.ipynb #c4
 import logging, os, sys, time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch
@@ -15,11 +16,13 @@ from torch.utils.data import DataLoader
 from .model import load_trainable_state, optimizer_groups, trainable_state # before Trainer: it quietens bitsandbytes
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from .batches import Collator, StepSampler
 from .checkpoints import EarlyStopping, keep, load_state, random_state, save_state, set_random_state, write_checkpoint
 from .config import InputError, TrainSettings
 from .dataset import end_with_parent
 from .losses import CoBa, _labelled, loss_weights, weighted_losses
+from .midashenglm import loss_pieces
 
 logging.getLogger('transformers.trainer_utils').addFilter(lambda r: 'do not match the ones in' not in r.getMessage()) # takes fractions of steps for changes; `identity` looks closer
 
@@ -35,14 +38,26 @@ class TaskTrainer(Trainer):
     ):
         super().__init__(model=model, data_collator=Collator(pad_id), **kwargs)
         self.s, self.processor, self.loss_is_scaled_for_ga = s, processor, True
+        if self.is_fsdp_enabled and self.args.bf16: self.accelerator.state.fsdp_plugin.mixed_precision_policy = _mixed()
         self.tasks = self.train_dataset.task_names
         given = self.train_dataset.by_task(s.task_weights, '--task-weights')
         self.task_weights = self.weights = np.array([given.get(k, 1.) for k in range(len(self.tasks))])
         self.coba = CoBa(len(self.tasks), -(-s.coba_warmup_steps//s.coba_interval), s.coba_window, s.coba_tau) if s.loss_mode=='coba' else None
         self.validation_rows = [np.random.default_rng([self.args.seed, k]).permutation(np.flatnonzero(self.eval_dataset.task_ids==k)) for k in range(len(self.tasks))] if self.coba else []
         self.stopping = EarlyStopping(s.early_stopping_patience)
-        self.rows, self._places, self.stop_requested, self.resumed = 0, [0, 0], None, None # places: without a token, in all
+        self.rows, self._places, self.stop_requested, self.resumed, self.idle = 0, [0, 0], None, None, False # places: without a token, in all
         self._clear_task_losses()
+
+def _mixed():
+    "FSDP2 in bfloat16, with gradients summed in float32"
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16)
+
+def _unrounded(model):
+    "Let waveforms and weights of the loss go into a model that FSDP2 has sharded, and losses come out, as they are: in float32"
+    if not hasattr(model, '_get_fsdp_state'): return
+    state = model._get_fsdp_state()
+    state._mp_policy = replace(state._mp_policy, cast_forward_inputs=False, output_dtype=None)
 
 # %% ../nbs/06d_trainer.ipynb #c7
 class _Loader(DataLoader):
@@ -89,16 +104,24 @@ def _sum_over_ranks(self:TaskTrainer, t): return self.accelerator.reduce(t.to(se
 @patch
 def _prepare_input(self:TaskTrainer, data):
     "Tensors go to the device as they are: DeepSpeed's number type is too coarse for waveforms and weights"
+    if isinstance(data, dict): return type(data)({k:self._prepare_input(v) for k,v in data.items()})
     return data.to(self.args.device, non_blocking=True) if isinstance(data, torch.Tensor) else data
 
-def _arguments_of(inputs): return {k:v for k,v in inputs.items() if k not in ('sample', 'task')} # what the model itself takes
+@patch
+def _arguments_of(self:TaskTrainer, inputs):
+    "What the model itself takes; with sharded weights also the number of pieces of its loss, the same on all ranks"
+    out = {k:v for k,v in inputs.items() if k not in ('sample', 'task')}
+    if self._sharded() and self.model.config.model_type=='midashenglm':
+        torch.distributed.all_reduce(n := (inputs['labels'] != -100).sum(), torch.distributed.ReduceOp.MAX)
+        out['loss_pieces'] = loss_pieces(int(n), self.model.config.text_config.vocab_size)
+    return out
 
 @patch
 def compute_loss(self:TaskTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
     "This rank's share of the step's loss, times the number of ranks"
     weights = inputs.pop('loss_weights')
     self.rows += len(inputs['task'])*self.args.world_size
-    sums = weighted_losses(model, _arguments_of(inputs), weights)
+    sums = weighted_losses(model, self._arguments_of(inputs), weights)
     self._task_sums += sums[1:].detach().double()
     return sums[0]*self.args.world_size
 
@@ -141,7 +164,7 @@ def _task_token_losses(self:TaskTrainer, inputs):
     labelled, of = _labelled(inputs), inputs['task'][inputs['sample'].clamp(min=0)]
     planes = torch.stack([(of==k) & labelled for k in range(len(self.tasks))]).float()
     self.model.eval()
-    with self.accelerator.autocast(): sums = weighted_losses(self.model, _arguments_of(inputs), planes)
+    with self.accelerator.autocast(): sums = weighted_losses(self.model, self._arguments_of(inputs), planes)
     self.model.train(was)
     return torch.stack([sums.double(), planes.sum((1, 2)).double()])
 
@@ -198,7 +221,8 @@ def _peak_memory(device):
 
 @patch
 def log(self:TaskTrainer, logs, start_time=None):
-    "Add the losses of tasks, speed, padding and memory to the metrics of training steps"
+    "Add the losses of tasks, speed, padding and memory to the metrics of training steps; the summary at the end is left out, as it knows nothing of what came before a resume"
+    if 'train_runtime' in logs: return
     if 'loss' in logs:
         now, (before, rows), (empty, places) = time.perf_counter(), self._last_log, self._places
         tasks = self._task_losses()
@@ -217,9 +241,8 @@ def trained_tensors(self:TaskTrainer)->dict: # Name -> tensor; every rank must c
         names = trainable_state(self.model) # without buffers
         return {k:v for k,v in get_model_state_dict(self.model_wrapped, options=_whole(ignore_frozen_params=True)).items() if k in names} # rank 0 gets them
     if not self.is_deepspeed_enabled: return trainable_state(self.model)
-    from deepspeed.zero import GatheredParameters
-    with GatheredParameters([p for p in self.model.parameters() if p.requires_grad]):
-        return {k:v.cpu().clone() for k,v in trainable_state(self.model).items()}
+    from deepspeed.utils import safe_get_full_fp32_param
+    return {n:safe_get_full_fp32_param(p).detach().cpu().clone() for n,p in self.model.named_parameters() if p.requires_grad}
 
 def _whole(**kwargs):
     "Options of torch's sharded state: whole tensors, on the CPU"
@@ -231,7 +254,7 @@ def _whole(**kwargs):
 def _write_state(self:TaskTrainer, folder):
     "Write a checkpoint's files; every rank must call it"
     trained, main = self.trained_tensors(), self.is_world_process_zero()
-    if self.is_deepspeed_enabled: self.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=True)
+    if self.is_deepspeed_enabled: self.model_wrapped.save_checkpoint(str(folder), exclude_frozen_parameters=self.s.tuning=='lora')
     else: optimizer = self._optimizer_state()
     save_state(folder, f'rank-{self.args.process_index}', dict(random=random_state(self.args.device), loss=self._tr_loss, task_sums=self._task_sums))
     if not main: return
@@ -298,6 +321,15 @@ def _load_rng_state(self:TaskTrainer, checkpoint):
     if own.exists(): set_random_state(load_state(Path(checkpoint), own.stem)['random'], self.args.device)
 
 @patch
+def has_ended(self:TaskTrainer)->bool: # If so, the state of its end is taken up
+    "Had the run that this one goes on from come to its end?"
+    state = TrainerState.load_from_json(str(self.resumed/TRAINER_STATE_NAME))
+    self.stopping.load_state_dict(load_state(self.resumed, 'run')['stopping'])
+    early = self.stopping.over and (self.resumed.parent/f'checkpoint-{state.best_global_step}').is_dir()
+    if early or self.s.max_steps and state.global_step >= self.s.max_steps: self.state, self.idle = state, True
+    return self.idle
+
+@patch
 def _take_up(self:TaskTrainer):
     "Take up the sums of the next log line, the counter of early stopping, and coba's history"
     if self.resumed:
@@ -319,13 +351,16 @@ class Flow(TrainerCallback):
     ): self.trainer, self.group = trainer, None
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.trainer.steps_per_epoch = -(-len(train_dataloader)//args.gradient_accumulation_steps)
+        _unrounded(self.trainer.model_wrapped)
         self.trainer._take_up()
+        state.compute_steps(args, state.max_steps) # how often to log, evaluate and save may change when a run goes on
         if args.world_size > 1: self.group = torch.distributed.new_group(backend='gloo')
     def on_step_end(self, args, state, control, **kwargs):
         t, step = self.trainer, state.global_step
         epoch_end = step % t.steps_per_epoch==0
         if t.eval_dataset and (epoch_end and 'epoch' in t.s.eval_strategy or step >= state.max_steps): control.should_evaluate = True
         if epoch_end and t.s.extra_save_by_epoch: control.should_save = True
+        if step >= state.max_steps: control.should_log = True
         if self.stop_requested(): control.should_save = control.should_training_stop = True
     def stop_requested(self):
         "Has any rank been asked to stop?"

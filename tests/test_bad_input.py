@@ -351,6 +351,7 @@ def test_unfinished_run_with_other_settings(capfd):
     args = given("infer", "sounds.csv")
     refused(capfd, *args, "--on-error", "raise")
     assert Path("out.csv.part").exists()
+    Path("out.csv.part.log").write_text('{"window": 0, "start": 0, "end": 0, "digest": ""}\n') # as if there were an answer
     message = refused(capfd, *args, "--user-prompt", "What?")
     assert re.match("out.csv.part: an unfinished run with other settings .user_prompt was None, is 'What.'.*--overwrite true", message)
 
@@ -531,3 +532,50 @@ def test_damaged_adapter(capfd, adapted):
     weights.write_bytes(weights.read_bytes()[:99999])
     assert "--model-name base: this folder cannot be loaded" in refused(capfd, "mdl_infer", "sounds.csv", "--model-name", "base", "--output", "out")
     assert not Path("out").exists()
+
+
+def test_a_run_that_has_answered_nothing_is_in_nobodys_way(capfd):
+    make_sounds(".", 3)
+    Path("sounds/0001.wav").unlink()
+    refused(capfd, *given("infer", "sounds.csv"), "--on-error", "raise")
+    run(*given("infer", "sounds.csv"), "--user-prompt", "What?")
+    assert len(Path("out.csv").read_text().splitlines()) == 4
+
+
+LIMITS = [("infer", "--temperature", 0, "more than 0"), ("infer", "--top-p", 2, "at most 1"), ("infer", "--repetition-penalty", 0, "more than 0"), ("infer", "--output", "", "a path"),
+          ("train", "--lora-dropout", 1.5, "less than 1"), ("train", "--validation-split", 1, "less than 1"), ("train", "--train-dataset", "", "a path")]
+
+
+@pytest.mark.parametrize("command,option,value,expected", LIMITS, ids=[f"{o}={v}" for _, o, v, _ in LIMITS])
+def test_limits(capfd, command, option, value, expected):
+    make_sounds(".", 3)
+    message = refused(capfd, *given(command, "sounds.csv"), option, value)
+    assert re.match(f"{option}: got .*expected .*{expected}", message)
+
+
+def test_a_bad_value_in_a_configuration_names_its_file(capfd):
+    make_sounds(".", 3)
+    Path("c.yaml").write_text("lr: fast\n")
+    assert "c.yaml: --lr: got 'fast'" in refused(capfd, *given("train", "sounds.csv"), "--config", "c.yaml")
+
+
+def test_a_run_folder_is_not_its_model(capfd):
+    make_sounds(".", 3)
+    Path("run/final").mkdir(parents=True)
+    Path("run/final/adapter_config.json").write_text("{}")
+    assert "this is a run; its model is run/final" in refused(capfd, "mdl_infer", "sounds.csv", "--output", "o.csv", "--model-name", "run")
+    assert "did you mean run/final" in refused(capfd, "mdl_merge", "run", "--output", "merged")
+
+
+@pytest.mark.parametrize("command,size", [("mdl_convert", "1m"), ("mdl_train", "12m")])
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a tmpfs, for which it must be root on Linux")
+def test_a_full_disk_is_one_message(command, size):
+    make_sounds(".", 60)
+    Path("small").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "small"]).returncode: pytest.skip("no mount here")
+    source = ["sounds.csv"] if command == "mdl_convert" else ["--train-dataset", "sounds.csv", "--max-steps", 1, "--save-steps", 1]
+    try:
+        done = run(command, *source, "--model-name", "tiny", "--output", "small/out")
+        assert done.returncode == 2 and "the disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not list(Path("small").rglob("final.part"))
+    finally: subprocess.run(["umount", "small"])

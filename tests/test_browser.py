@@ -130,6 +130,7 @@ def steps_logged(run): return len((run/"metrics.jsonl").read_text().splitlines()
 
 def test_first_steps(browser, lab):
     nb = Notebook(browser, lab, "tutorials/00_first_steps.ipynb")
+    until(lambda: nb.page.locator('.jp-OutputArea img[alt="curves"]').count() > 3) # what is stored is shown, although nobody here has run it
     nb.page.get_by_role("menuitem", name="Edit", exact=True).click()
     nb.page.get_by_role("menuitem", name="Clear Outputs of All Cells").click()
     nb.run_all()

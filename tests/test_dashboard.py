@@ -255,7 +255,7 @@ def test_watch_follows_a_file(tmp_path):
     with pytest.raises(InputError, match="no such folder"): watch(tmp_path/"none")
     seen = watch(tmp_path)
     news = lambda: (seen.due.clear(), seen.poll())
-    assert seen.running and "waiting" in seen._repr_html_()
+    assert seen.running and "waiting" in seen.view.curves()
     path.write_text(line(10) + line(20)[:9])
     (tmp_path/"config.json").write_text(json.dumps(dict(num_epochs=5, max_steps=None)))
     news()

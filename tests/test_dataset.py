@@ -276,3 +276,12 @@ def test_rejected_rows_are_listed(mix, tmp_path):
     same, nothing = limit_length(mix, 10_000, "reject", TOK)
     assert len(same) == 178 and not nothing.rows and same.fingerprint() == mix.fingerprint()
     with pytest.raises(InputError, match="--seq-length 3: every row has more tokens, the shortest"): limit_length(mix, 3, "reject", TOK)
+
+
+def test_prompts_of_a_converted_dataset_cannot_be_changed(csv, tmp_path):
+    "A prompt that was not converted with the rows is refused, not passed over"
+    out = convert(settings(csv, tmp_path / "d", user_prompt="What?")).path
+    opened = lambda **kw: len(open_dataset(out, TOK, tmp_path / "cache", **kw))
+    assert opened() == opened(user_prompt="What?", system_prompt=None)
+    with pytest.raises(InputError, match="with --user-prompt 'What.'.*convert them again with 'Who.'"): opened(user_prompt="Who?")
+    with pytest.raises(InputError, match="without --system-prompt"): opened(system_prompt="Listen.")

@@ -244,6 +244,14 @@ def test_loss_equals_loss_of_full_logits(model, rows, pieces, monkeypatch):
     for k in ga: torch.testing.assert_close(ga[k], gb[k], atol=1e-5, rtol=1e-4)
 
 
+def test_loss_in_any_number_of_pieces(model2, rows):
+    "Also in more of them than there are labels, as another process may need"
+    batch = make_batch(rows[:3], labels=5)
+    weights = torch.rand(2, *batch["labels"].shape, generator=torch.Generator().manual_seed(0))
+    whole = model2(**batch, loss_weights=weights).loss
+    for n in (1, 2, 7, 40): torch.testing.assert_close(model2(**batch, loss_weights=weights, loss_pieces=n).loss, whole, atol=1e-5, rtol=1e-6)
+
+
 def test_loss_options(model2, rows):
     batch = make_batch(rows[:3], labels=5)
     out = model2(**batch)

@@ -128,6 +128,10 @@ def test_early_stopping_leaves_the_best(tasks, tmp_path):
     merged = merge(load_adapter(load_model("tiny-text"), r.best)).state_dict()
     final = load_model(str(r.final)).state_dict()
     assert all(torch.equal(merged[k], final[k]) for k in merged)
+    told, shards = (r.output/"metrics.jsonl").read_bytes(), {p.name: p.read_bytes() for p in r.final.glob("*.safetensors")}
+    again = train(settings(tasks, r.output, num_epochs=20, eval_steps=1, lr=.05, max_grad_norm=0, early_stopping_patience=2, save_total_limit=2, resume_from_checkpoint=True))
+    assert (again.stopped, again.steps, again.best) == (r.stopped, r.steps, r.best), "nothing is left to do"
+    assert told == (r.output/"metrics.jsonl").read_bytes() and shards == {p.name: p.read_bytes() for p in r.final.glob("*.safetensors")}
 
 
 BAD = {
@@ -135,7 +139,10 @@ BAD = {
     "no such task in the mix": (dict(task_sampling={"sing": 2}), "--task-sampling: no task is called .sing"),
     "coba without evaluation": (dict(loss_mode="coba", validation_split=0), "--loss-mode coba: needs evaluation data"),
     "patience without evaluation": (dict(early_stopping_patience=1, validation_split=0), "--early-stopping-patience: needs evaluation data"),
-    "two evaluations": (dict(eval_dataset=["x"], validation_split=.1), "x"),
+    "two evaluations": (dict(eval_dataset=["x"], validation_split=.1), "one of the two"),
+    "no such evaluation": (dict(eval_dataset=["nowhere.csv"], validation_split=0), "nowhere.csv"),
+    "a floor above the peak": (dict(lr=1e-4, min_lr=1e-3), "--min-lr 0.001: is above --lr"),
+    "packs of changing number": (dict(packing=True, seq_length=64, task_sampling={"shout": .5}), "--packing: --task-sampling must be whole numbers"),
     "quantised and full": (dict(tuning="full", quantization="4bit"), "quantization"),
 }
 

@@ -2,6 +2,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from safetensors.torch import load_file
 
 from mdl_nbdev.batches import Collator
 from mdl_nbdev.chat import tiny_tokenizer
-from mdl_nbdev.config import InputError, TrainSettings, from_args
-from mdl_nbdev.dataset import AudioDataset
+from mdl_nbdev.config import ConvertSettings, InputError, TrainSettings, from_args
+from mdl_nbdev.dataset import AudioDataset, convert
 from mdl_nbdev.model import load_adapter, load_model, tiny_model
 from mdl_nbdev.sounds import make_sounds
 from mdl_nbdev.train import read_metrics, train
+from mdl_nbdev.trainer import TaskTrainer
 
 TOK = tiny_tokenizer()
 
@@ -121,6 +123,33 @@ def test_checkpoints_and_files(csv, tmp_path):
     assert r.steps == 5 and json.loads((r.output / "config.json").read_text())["max_steps"] == 5
     card = (r.final / "README.md").read_text()
     assert "24 rows" in card and "`lora_rank` | `8`" in card and "mdl_infer" in card
+
+
+def test_a_short_run_tells_its_loss(csv, tmp_path):
+    "Fewer steps than --logging-steps; a rerun of a finished run leaves what was told alone"
+    s = settings(csv, tmp_path / "r", max_steps=2, logging_steps=10, save_steps=2)
+    r = train(s)
+    assert [m["step"] for m in r.metrics if "loss" in m] == [2] and "loss" in str(r) and "| loss |" in (r.final / "README.md").read_text()
+    assert train(replace(s, resume_from_checkpoint=True)).metrics == r.metrics
+
+
+def test_how_often_may_change_when_a_run_goes_on(csv, tmp_path):
+    s = settings(csv, tmp_path / "r", max_steps=8, logging_steps=1, save_steps=4, eval_dataset=csv, eval_steps=100)
+    train(s)
+    shutil.rmtree(s.output / "checkpoint-8")
+    r = train(replace(s, resume_from_checkpoint=True, save_steps=3, eval_steps=2, logging_steps=2))
+    assert [m["step"] for m in r.metrics if "loss" in m] == [1, 2, 3, 4, 6, 8] and [m["step"] for m in r.metrics if "eval_loss" in m] == [6, 8]
+    assert sorted(p.name for p in s.output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+def test_a_batch_goes_to_the_device_as_it_is(csv, tmp_path):
+    "All of its tensors, in their own types; `meta` stands for a GPU"
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("meta")))
+    trainer._prepare_input = lambda data: TaskTrainer._prepare_input(trainer, data)
+    ds = AudioDataset(convert(ConvertSettings(input=csv, output=tmp_path / "d", base_dir=csv.parent, model_name="tiny")).path)
+    batch = Collator(TOK.pad_token_id)([ds[i] for i in range(3)])
+    moved = trainer._prepare_input(batch)
+    assert {k: (v.device.type, v.dtype, v.shape) for k, v in moved.items()} == {k: ("meta", v.dtype, v.shape) for k, v in batch.items()}
 
 
 def test_half_an_epoch(csv, tmp_path): assert train(settings(csv, tmp_path / "r", num_epochs=0.5, batch_size=4)).steps == 3
