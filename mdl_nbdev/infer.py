@@ -453,6 +453,7 @@ def infer(
                 _tick(bar, progress)
                 for f in listeners: f(questions, progress.rows, total)
             ranks.wait(lambda: _tick(bar, progress))
+            _tick(bar, progress) # what was written since the last look
             if ranks.rank==0: report.rejected, report.cut = out.finish()
         report.seconds = time.perf_counter() - start
     return report
