@@ -16,7 +16,7 @@ from typing import Any, Callable
 import numpy as np, torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from .config import InputError, option, to_dict
+from .config import InputError, disk_is_full, option, to_dict
 
 # %% ../nbs/06b_checkpoints.ipynb #c6
 MANIFEST = 'manifest.json'
@@ -195,7 +195,7 @@ def _amount(n): # Bytes
 def _disk_error(final, e, written):
     "What went wrong with a checkpoint after so many bytes, and what to do"
     last = next((p for p in _newest_first(final.parent) if not check_checkpoint(p, contents=False)), None)
-    full = getattr(e, 'errno', 0)==errno.ENOSPC or 'os error 28' in str(e) or not isinstance(e, (OSError, SafetensorError))
+    full = disk_is_full(e) or not isinstance(e, (OSError, SafetensorError))
     need = f"It needs {_amount(max(_size(last), written))}" if last else f"It needs more than {_amount(written)}"
     try: free = f"; {_amount(shutil.disk_usage(final.parent).free)} are free"
     except OSError: free = ""

@@ -6,9 +6,9 @@
 __all__ = ['mdl_check', 'mdl_convert', 'mdl_train', 'mdl_merge', 'mdl_infer', 'mdl_eval', 'mdl_demo']
 
 # %% ../nbs/10_cli.ipynb #c4
-import errno, importlib, os, sys
+import importlib, os, sys
 from . import config
-from .config import InputError, from_args
+from .config import InputError, disk_is_full, from_args
 
 # %% ../nbs/10_cli.ipynb #c6
 def _main(prog, module, function, settings, argv):
@@ -19,7 +19,7 @@ def _main(prog, module, function, settings, argv):
         report = getattr(importlib.import_module(f'mdl_nbdev.{module}'), function)(s)
     except InputError as e: sys.exit(_complain(prog, e))
     except Exception as e:
-        if getattr(e, 'errno', None) != errno.ENOSPC and 'No space left on device' not in str(e): raise
+        if not disk_is_full(e): raise
         sys.exit(_complain(prog, f"the disk is full ({' '.join(str(e).split())[:200]}). What was finished is kept: make room, and give the command again" + ', with --resume-from-checkpoint true'*(prog=='mdl_train')))
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted; what was finished is kept", file=sys.stderr)

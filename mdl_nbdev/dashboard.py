@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .model import load_model # before transformers: it quietens bitsandbytes
 from transformers import TrainerCallback
 from .audio import audio_html, load_audio, svg_image
-from .config import InferSettings, InputError, TrainSettings, coerce, option, option_groups, to_dict
+from .config import InferSettings, InputError, TrainSettings, option, option_groups, to_dict
 from .evaluate import score
 from .infer import infer
 from .samples import read_samples

@@ -17,12 +17,11 @@ from typing import Callable
 import numpy as np, torch, torch.distributed as dist
 from fastcore.basics import chunked, patch
 from .audio import audio_info
-from .batches import Collator
 from .chat import encode, load_tokenizer, tokenize
 from .config import InferSettings, InputError, to_dict
 from .data import Conversation, Row, clip_html, format_row
 from .dataset import make_folder, new_output
-from .model import load_adapter, load_model, merge, pick_dtype
+from .model import generate_tokens, load_adapter, load_model, merge, pick_dtype
 from .records import SUFFIXES, Record, open_rows, to_conversation
 
 # %% ../nbs/08_infer.ipynb #c6
@@ -59,25 +58,17 @@ def _longest(model):
     return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or sys.maxsize
 
 # %% ../nbs/08_infer.ipynb #c10
-def _generation(s, model, tok, batch):
-    "Arguments of `generate` for a batch of questions"
-    eos = model.generation_config.eos_token_id
-    args = dict(do_sample=s.do_sample, num_beams=s.num_beams, repetition_penalty=s.repetition_penalty, pad_token_id=tok.pad_token_id,
-        eos_token_id=sorted({tok.eos_token_id, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])}), max_new_tokens=max(q.room for q in batch))
+def _generation(s, batch):
+    "Options of `generate` for a batch of questions"
+    args = dict(do_sample=s.do_sample, num_beams=s.num_beams, repetition_penalty=s.repetition_penalty, max_new_tokens=max(q.room for q in batch))
     return args | dict(temperature=s.temperature, top_p=s.top_p, top_k=0) if s.do_sample else args
 
 # %% ../nbs/08_infer.ipynb #c11
 @torch.inference_mode()
 def _answer(batch, examples, s, model, tok):
     "Fill in the answers of a batch"
-    batchful = Collator(tok.pad_token_id, 'left')(examples)
-    inputs = {k:batchful[k].to(model.device) for k in ('input_ids', 'attention_mask', 'input_values', 'audio_length') if k in batchful}
     if s.do_sample: torch.manual_seed(int(np.random.SeedSequence([s.seed, batch[0].row.line]).generate_state(1)[0]))
-    args = _generation(s, model, tok, batch)
-    prompt = 0 if model.config.model_type=='midashenglm' else inputs['input_ids'].shape[1]
-    out = model.generate(**inputs, **args)[:,prompt:].tolist()
-    for q,ids in zip(batch, out):
-        end = next((i for i,t in enumerate(ids) if t in args['eos_token_id']), len(ids))
+    for q,(ids,end) in zip(batch, generate_tokens(model, tok, examples, **_generation(s, batch))):
         q.cut = end > q.room or end==len(ids)
         q.answer = tok.decode(ids[:min(end, q.room)], skip_special_tokens=True)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['tiny_config', 'tiny_model', 'tiny_text_model', 'pick_device', 'pick_dtype', 'load_model', 'load_processor',
-           'linear_layers', 'adapt', 'Trainable', 'optimizer_groups', 'trainable_state', 'load_trainable_state',
-           'save_model', 'load_adapter', 'merge', 'merge_adapter']
+           'generate_tokens', 'linear_layers', 'adapt', 'Trainable', 'optimizer_groups', 'trainable_state',
+           'load_trainable_state', 'save_model', 'load_adapter', 'merge', 'merge_adapter']
 
 # %% ../nbs/06_model.ipynb #c4
 import copy, json, logging, math, os, pickle, re, shutil, warnings
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoXConfig, GPTNeoXForCausalLM, Wav2Vec2FeatureExtractor
 from transformers.pytorch_utils import Conv1D
+from .batches import Collator
 from .chat import AUDIO, from_hub, load_tokenizer, tiny_text_tokenizer, tiny_tokenizer
 from .config import InputError, MergeSettings, TuneSettings, option
 from .dataset import make_folder, new_output
@@ -168,6 +169,22 @@ def load_processor(
     return MiDashengLMProcessor(Wav2Vec2FeatureExtractor(sampling_rate=SAMPLE_RATE, do_normalize=False, return_attention_mask=True), tok)
 
 # %% ../nbs/06_model.ipynb #c33
+def generate_tokens(
+    model:nn.Module, # From `load_model`, with adapters or without
+    tok, # Its tokenizer
+    prompts:list, # `Example`s that end where their answers begin
+    **options # Of the model's `generate`, such as `max_new_tokens`
+)->list[tuple[list[int], int]]: # For each prompt the new tokens, and how many of them come before the one that ends the answer, or all
+    "Generate the answers of a batch of prompts"
+    batch = Collator(tok.pad_token_id, 'left')(prompts)
+    inputs = {k:batch[k].to(model.device) for k in ('input_ids', 'attention_mask', 'input_values', 'audio_length') if k in batch}
+    eos = model.generation_config.eos_token_id
+    stops = sorted({tok.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])})
+    start = 0 if model.config.model_type=='midashenglm' else inputs['input_ids'].shape[1]
+    out = model.generate(**inputs, eos_token_id=stops, pad_token_id=tok.pad_token_id, **options)[:,start:].tolist()
+    return [(ids, next((i for i,t in enumerate(ids) if t in stops), len(ids))) for ids in out]
+
+# %% ../nbs/06_model.ipynb #c36
 _PARTS = ('encoder', 'projector', 'decoder')
 
 def _part(name): # A module's full name
@@ -183,7 +200,7 @@ def linear_layers(
         if isinstance(m, (nn.Linear, Conv1D)) and m is not head: parts.setdefault(_part(name), []).append(name)
     return parts
 
-# %% ../nbs/06_model.ipynb #c37
+# %% ../nbs/06_model.ipynb #c40
 def _ends(model):
     "Full name of the input embeddings and of the output layer -> its name as a target"
     layers = dict(embed_tokens=model.get_input_embeddings(), lm_head=model.get_output_embeddings())
@@ -201,7 +218,7 @@ def _parts_of(model):
     ends = _ends(model)
     return {name: next((t for n, t in ends.items() if name.startswith(f'{n}.')), _part(name)) for name, _ in model.named_parameters()}
 
-# %% ../nbs/06_model.ipynb #c38
+# %% ../nbs/06_model.ipynb #c41
 def _wanted(model, train_target):
     "The targets among encoder, projector and decoder, checked against the model"
     parts, wanted = linear_layers(model), [t for t in _PARTS if t in train_target]
@@ -210,7 +227,7 @@ def _wanted(model, train_target):
         raise InputError(f"--train-target {missing[0]}: this model has no {missing[0]}; it has {', '.join(parts)}")
     return [t for t in wanted if t in parts]
 
-# %% ../nbs/06_model.ipynb #c40
+# %% ../nbs/06_model.ipynb #c43
 _adapter_settings = ('lora_target_modules', 'lora_init', 'use_rslora', 'use_dora', 'loraplus_lr_ratio')
 
 def _quantised(model): return getattr(model.config, 'quantization_config', None) is not None
@@ -229,12 +246,12 @@ def _train_parts(model, s):
         if p.requires_grad: p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
     return model
 
-# %% ../nbs/06_model.ipynb #c43
+# %% ../nbs/06_model.ipynb #c46
 def _pattern(names):
     "A regular expression for full module names, with any layer number"
     return '|'.join(dict.fromkeys(re.sub(r'\\\.\d+(?=\\\.)', r'\\.\\d+', re.escape(n)) for n in names))
 
-# %% ../nbs/06_model.ipynb #c45
+# %% ../nbs/06_model.ipynb #c48
 def _target_pattern(model, s):
     "The regular expression of the modules to adapt, checked against the model"
     parts, regex = linear_layers(model), s.lora_target_modules
@@ -249,7 +266,7 @@ def _target_pattern(model, s):
         raise InputError(f"--lora-target-modules {regex}: no module of this model has a name that matches all of it; names look like {some}")
     return regex
 
-# %% ../nbs/06_model.ipynb #c46
+# %% ../nbs/06_model.ipynb #c49
 @contextmanager
 def _quiet_peft():
     "Leave out warnings that are about `peft` itself"
@@ -258,7 +275,7 @@ def _quiet_peft():
         warnings.filterwarnings('ignore', 'fan_in_fan_out is set to False')
         yield
 
-# %% ../nbs/06_model.ipynb #c48
+# %% ../nbs/06_model.ipynb #c51
 def _check_variant(model, s, pattern):
     "Refuse what the model cannot do; PiSSA needs weights that are there in full, and no more singular vectors than they have"
     if s.use_dora and model.device.type == 'cpu' and getattr(model, 'is_loaded_in_8bit', False):
@@ -280,7 +297,7 @@ def _lora_config(model, s):
     return LoraConfig(r=s.lora_rank, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, use_rslora=s.use_rslora, use_dora=s.use_dora, target_modules=pattern,
                       modules_to_save=whole or None, ensure_weight_tying=bool(whole) and _tied(model), task_type='CAUSAL_LM')
 
-# %% ../nbs/06_model.ipynb #c50
+# %% ../nbs/06_model.ipynb #c53
 def _principal(weight, rank):
     "The strongest singular vectors of a matrix, and their values: U [out, rank], S [rank], V [rank, in]"
     start = torch.randn(weight.shape[1], min(rank + 8, *weight.shape), generator=torch.Generator().manual_seed(0))
@@ -303,7 +320,7 @@ def _pissa(model):
         weight.copy_(weight.float() - m.get_delta_weight('default').float())
     return {n:p.cpu().clone() for n, p in model.named_parameters() if re.search(r'\.lora_[AB]\.', n)}
 
-# %% ../nbs/06_model.ipynb #c53
+# %% ../nbs/06_model.ipynb #c56
 def _plain_lora(state, start, config): # All tensors by name, those of PiSSA's start, its configuration
     "PiSSA's matrices as a plain adapter: BA - B0 A0 = [B, -B0] [A; A0]"
     state, config = dict(state), copy.deepcopy(config)
@@ -315,7 +332,7 @@ def _plain_lora(state, start, config): # All tensors by name, those of PiSSA's s
     config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     return state, config
 
-# %% ../nbs/06_model.ipynb #c55
+# %% ../nbs/06_model.ipynb #c58
 def _savable(model, start=None): # A `PeftModel`; what PiSSA started from
     "Let a `PeftModel` save what fits its base model, without asking the hub"
     save = model.save_pretrained
@@ -327,7 +344,7 @@ def _savable(model, start=None): # A `PeftModel`; what PiSSA started from
     model.save_pretrained = save_pretrained
     return model
 
-# %% ../nbs/06_model.ipynb #c57
+# %% ../nbs/06_model.ipynb #c60
 def adapt(
     model:nn.Module, # From `load_model`; it is changed
     s:TuneSettings, # What to train, and how
@@ -343,7 +360,7 @@ def adapt(
     except ValueError as e: raise InputError(f"--lora-target-modules {s.lora_target_modules}: "*bool(s.lora_target_modules) + ' '.join(str(e).split())[:300]) from e
     return _savable(model, _pissa(model) if s.lora_init == 'pissa' else None)
 
-# %% ../nbs/06_model.ipynb #c63
+# %% ../nbs/06_model.ipynb #c66
 class Trainable:
     "What of a model is trained, part by part"
     def __init__(self,
@@ -364,7 +381,7 @@ class Trainable:
                        for name, (a, b, c) in [*self.parts.items(), ('all', (self.layers, self.trainable, self.total))])
         return f"<table><tr><th>part</th><th>adapted layers</th><th>trainable</th><th>parameters</th><th>share</th></tr>{rows}</table>"
 
-# %% ../nbs/06_model.ipynb #c68
+# %% ../nbs/06_model.ipynb #c71
 _rx_no_decay = re.compile(r'bias$|norm|ln_|gamma|magnitude')
 
 def optimizer_groups(
@@ -381,7 +398,7 @@ def optimizer_groups(
         groups.setdefault((rate, 0. if _rx_no_decay.search(name.lower()) else weight_decay), []).append(p)
     return [dict(params=ps, lr=rate, weight_decay=decay) for (rate, decay), ps in groups.items()]
 
-# %% ../nbs/06_model.ipynb #c71
+# %% ../nbs/06_model.ipynb #c74
 def trainable_state(
     model:nn.Module, # From `adapt`
 )->dict[str, torch.Tensor]: # The model's own tensors, not copies
@@ -398,7 +415,7 @@ def load_trainable_state(
     if wrong: raise InputError(f"these weights are not of this model with these settings: {len(wrong)} tensors are missing, left over or of another shape or type, {wrong[0]} among them")
     for n, p in mine.items(): p.copy_(tensors[n])
 
-# %% ../nbs/06_model.ipynb #c74
+# %% ../nbs/06_model.ipynb #c77
 def save_model(
     model:nn.Module, # A model, or an adapted one
     processor, # From `load_processor`
@@ -410,7 +427,7 @@ def save_model(
     processor.save_pretrained(folder)
     return folder
 
-# %% ../nbs/06_model.ipynb #c77
+# %% ../nbs/06_model.ipynb #c80
 def _adapter_config(folder):
     "The configuration of the adapter in a folder"
     path = Path(folder)/'adapter_config.json'
@@ -435,7 +452,7 @@ def load_adapter(
     except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as e:
         raise InputError(f"{folder}: this adapter does not fit {model.name_or_path}, or is damaged: {' '.join(str(e).split())[:300]}") from e
 
-# %% ../nbs/06_model.ipynb #c81
+# %% ../nbs/06_model.ipynb #c84
 def merge(
     model, # From `adapt` or `load_adapter`; use it no more
     from_modelscope:bool=False, # Where a quantised model's base is fetched from again
@@ -462,7 +479,7 @@ def _merge_folder(adapter, name, from_modelscope, dtype):
         raise InputError(f"--model-name {name}: these weights are quantised, and a merged model needs weights of 16 or 32 bits; give the model that they were made from")
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True)
 
-# %% ../nbs/06_model.ipynb #c85
+# %% ../nbs/06_model.ipynb #c88
 def merge_adapter(
     s:MergeSettings, # Adapter, base model and output
 )->Path: # The output folder

@@ -11,10 +11,9 @@ from itertools import zip_longest
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from .model import load_model # before transformers: it quietens bitsandbytes
+from .model import generate_tokens, load_model # before transformers: it quietens bitsandbytes
 from transformers import TrainerCallback
 from .audio import SAMPLE_RATE, to_int16
-from .batches import Collator
 from .chat import AUDIO, ROLE_END, ROLE_START, Example, decode_answer
 from .config import TrainSettings
 
@@ -80,22 +79,22 @@ def _answers(self:SampleAnswers, model, tok, mix, bf16):
     "The rows with the model's answers"
     if self.rows is None: self.rows = [_as_question(mix[i], self.path.parent, i, tok) for i in _spread(mix, self.n)]
     if not self.rows: return []
-    batch, was = Collator(tok.pad_token_id, 'left')([prompt for prompt,_,_ in self.rows]), model.training
-    inputs = {k:batch[k].to(model.device) for k in ('input_ids', 'attention_mask', 'input_values', 'audio_length') if k in batch}
-    eos = model.generation_config.eos_token_id
-    stops = sorted({tok.eos_token_id, *(eos if isinstance(eos, list) else [] if eos is None else [eos])})
+    prompts, known, lengths = zip(*self.rows)
+    was = model.training
     model.eval()
     try:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=min(256, 8+max(n for *_,n in self.rows)), eos_token_id=stops, pad_token_id=tok.pad_token_id).tolist()
+            out = generate_tokens(model, tok, list(prompts), do_sample=False, num_beams=1, max_new_tokens=min(256, 8+max(lengths)))
     finally: model.train(was)
-    prompt = 0 if model.config.model_type=='midashenglm' else inputs['input_ids'].shape[1]
-    upto = lambda ids: ids[:next((i for i,t in enumerate(ids) if t in stops), len(ids))]
-    return [dict(**known, answer=decode_answer(upto(ids[prompt:]), tok).strip()) for (_,known,_),ids in zip(self.rows, out)]
+    return [dict(**k, answer=decode_answer(ids[:end], tok).strip()) for k,(ids,end) in zip(known, out)]
 
 # %% ../nbs/06e_samples.ipynb #c13
+def _whole_lines(path):
+    "The lines of a file of JSON, without a last one that is still being written"
+    return [json.loads(l) for l in Path(path).read_text(encoding='utf-8').split('\n')[:-1]]
+
 def read_samples(
     path:str|Path, # A run's samples.jsonl
 )->list[dict]: # One dict a line: step, row, task, question, reference, answer, clips
     "The sample answers of a run; a last line that is still being written is left out"
-    return [json.loads(l) for l in Path(path).read_text(encoding='utf-8').split('\n')[:-1]]
+    return _whole_lines(path)

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
-from .samples import SampleAnswers
+from .samples import SampleAnswers, _whole_lines
 from .trainer import Flow, TaskTrainer
 from .model import Trainable, adapt, load_model, load_processor, load_trainable_state, merge, pick_dtype, save_model
 from transformers import SchedulerType, TrainerCallback, TrainingArguments, set_seed
@@ -113,8 +113,7 @@ def read_metrics(
     path:str|Path, # A run's metrics.jsonl
 )->list[dict]: # One dict a line
     "The metrics of a run; a last line that is still being written is left out"
-    lines = Path(path).read_text().split('\n')
-    return [json.loads(l) for l in lines[:-1]]
+    return _whole_lines(path)
 
 # %% ../nbs/07_train.ipynb #c15
 @dataclass(repr=False)
