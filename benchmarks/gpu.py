@@ -2,84 +2,143 @@
 
     python benchmarks/gpu.py --out benchmarks/results/gpu-NAME
 
-What the figures mean is told in README.md. `--small` runs the same code on the CPU with the tiny shape.
+README.md explains the figures, and how to run this on a machine without a network. `--small` runs the same code on the
+CPU with the tiny shape.
 """
 import argparse
+import configparser
+import csv
 import datetime
+import gc
 import importlib.metadata
 import json
+import os
 import platform
+import subprocess
 import sys
 import time
+import traceback
+import warnings
+from collections import Counter
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+# Everything that is used of the package: if its modules move, only these lines change
+from mdl_nbdev.batches import Collator
+from mdl_nbdev.chat import Example
 from mdl_nbdev.config import TuneSettings
+from mdl_nbdev.losses import loss_weights, weighted_losses
 from mdl_nbdev.midashenglm import MiDashengLMConfig, n_audio_tokens
 from mdl_nbdev.model import adapt, tiny_config
+from mdl_nbdev.sounds import make_sounds
 
+ROOT = Path(__file__).resolve().parent.parent
 RATE = 16_000
 PROMPT, ANSWER = 24, 8 # text tokens around a clip, and after it
+DETAILS = {"kind", "runs s", "synchronization sites", "traceback"} # in OUT.jsonl, but not in the tables
 
+
+# The model
 
 def build(small, device):
-    "A model of the 7B shape with random bfloat16 weights (or of the tiny one, float32), made on `device`"
+    "A model of the 7B shape, or of the tiny one, with random bfloat16 weights made on `device`"
     config = tiny_config() if small else MiDashengLMConfig() # whose defaults are the 7B shape
-    with device: return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if small else torch.bfloat16)
+    with device: return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 def adapted(model):
-    "`model`, LoRA of rank 32 put into every linear layer of its encoder, projector and decoder"
-    return adapt(model, TuneSettings(lora_rank=32)).get_base_model()
+    "`model` with float32 LoRA adapters of rank 32 on every linear layer of its encoder, projector and decoder"
+    return adapt(model, TuneSettings(lora_rank=32))
 
 
-def batch(model, clips, seconds, answer=True):
-    "`clips` rows of one random clip each: prompt, audio tokens and, with `answer`, labelled tokens"
-    device, samples = model.device, int(seconds * RATE)
+class Model:
+    "The model of all rows. It is built when first needed, and its adapters are added and removed as the rows require"
+    def __init__(self, small, device): self.small, self.device, self.base, self.peft = small, device, None, None
+
+    def plain(self):
+        "The model without adapters, for generation"
+        if self.base is None: self.base = build(self.small, self.device)
+        if self.peft is not None: self.base, self.peft = self.peft.unload(), None
+        return self.base.eval()
+
+    def trainable(self, checkpointing):
+        "The model with adapters, as `mdl_train` trains it"
+        if self.peft is None: self.peft = adapted(self.plain())
+        base = self.peft.get_base_model()
+        if checkpointing: base.activation_checkpointing_enable({"use_reentrant": False})
+        else: base.activation_checkpointing_disable()
+        return self.peft.train()
+
+
+# Batches
+
+def lengths(clips, seconds, padded):
+    "Samples of each clip: all `seconds` long, or from 40 % to 100 % of that"
+    return [int(seconds * share * RATE) for share in np.linspace(1, 0.4 if padded else 1, clips)]
+
+
+def example(samples, config, rng, answer):
+    "A prompt with one random clip and, with `answer`, labelled tokens after it"
     n = n_audio_tokens(samples)
-    ids = torch.randint(0, 256, (clips, PROMPT + n + ANSWER * answer), device=device)
-    ids[:, PROMPT//2:PROMPT//2 + n] = model.config.audio_token_id
-    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "audio_length": torch.full((clips,), samples, device=device),
-           "input_values": torch.randint(-20_000, 20_000, (clips, samples), dtype=torch.int16, device=device)}
-    if answer: out["labels"] = torch.where(torch.arange(ids.shape[1], device=device) >= ids.shape[1] - ANSWER, ids, -100)
-    return out
+    ids = rng.integers(0, 256, PROMPT + n + ANSWER * answer)
+    ids[PROMPT//2:PROMPT//2 + n] = config.audio_token_id
+    labels = np.where(np.arange(len(ids)) < PROMPT + n, -100, ids)
+    return Example(ids, labels, [rng.integers(-20_000, 20_000, samples).astype(np.int16)])
 
+
+def batch(config, samples, answer=True):
+    "Rows of one random clip each on the CPU, padded as in training or, without `answer`, as in inference"
+    rng = np.random.default_rng(0)
+    return Collator(0, "right" if answer else "left")([example(n, config, rng, answer) for n in samples])
+
+
+# Useful operations
 
 def weights(module, lora=False):
-    "How many weights of linear (and patch) layers a position meets in `module`; with `lora`, those of the adapter alone"
+    "How many weights of linear (and patch) layers a position meets in `module`; with `lora`, those of the adapters alone"
     layers = [(n, m) for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     return sum(m.weight.numel() for n, m in layers if not lora or "lora_" in n)
 
 
-def operations(model, clips, seconds, tokens, labelled):
-    "Useful operations of one forward pass of `clips` rows: those of linear layers, of the adapter's, and of attention"
-    patches, chunk = int(seconds * RATE) // 640, model.config.audio_encoder_config.target_length // 4
-    audio, text = model.config.audio_encoder_config, model.config.text_config
-    positions = {"audio_encoder": patches, "audio_projector": n_audio_tokens(int(seconds * RATE)), "decoder.model": tokens, "decoder.lm_head": labelled}
-    linear, lora = (2 * clips * sum(n * weights(model.get_submodule(k), only) for k, n in positions.items()) for only in (False, True))
-    chunks = [chunk] * (patches // chunk) + [patches % chunk]
-    attention = 4 * clips * (audio.depth * audio.embed_dim * sum(t * t for t in chunks)
-                             + text.num_hidden_layers * text.hidden_size * tokens * tokens / 2)
-    return linear, lora, attention
+def operations(model, samples, text, labelled):
+    """One forward pass over rows with clips of these `samples`, `text` other tokens in each row, and logits at `labelled`
+    positions of each: operations of linear layers, of the adapters among them, and of attention. Padding does not count"""
+    audio, decoder = model.config.audio_encoder_config, model.config.text_config
+    chunk, patches = audio.target_length // 4, [n // 640 for n in samples]
+    audio_tokens = [n_audio_tokens(n) for n in samples]
+    tokens = [text + n for n in audio_tokens]
+    positions = {"audio_encoder": sum(patches), "audio_projector": sum(audio_tokens), "decoder.model": sum(tokens),
+                 "decoder.lm_head": labelled * len(samples)}
+    count = lambda lora: 2 * sum(n * weights(model.get_submodule(part), lora) for part, n in positions.items())
+    chunks = sum(p // chunk * chunk**2 + (p % chunk)**2 for p in patches)
+    in_encoder = audio.depth * audio.embed_dim * chunks
+    in_decoder = decoder.num_hidden_layers * decoder.hidden_size * sum(t * t for t in tokens) / 2
+    return count(False), count(True), 4 * (in_encoder + in_decoder)
 
 
-def training_operations(*args):
-    "A step: forward, the gradients of all activations, and of the adapter's weights"
-    linear, lora, attention = operations(*args)
+def training_operations(model, samples):
+    "A step: forward, the gradients of all activations, and those of the adapters' weights"
+    linear, lora, attention = operations(model, samples, PROMPT + ANSWER, ANSWER)
     return 2 * linear + lora + 3 * attention
 
 
-def generation_operations(model, clips, seconds, prompt, new):
-    "The prompt, then `new` tokens one by one"
-    linear, _, attention = operations(model, clips, seconds, prompt, 1)
+def generation_operations(model, samples, new):
+    "The prompts, then `new` tokens one by one"
+    linear, _, attention = operations(model, samples, PROMPT, 1)
     text = model.config.text_config
-    each = 2 * (weights(model.decoder.model) + weights(model.decoder.lm_head)) + 4 * text.num_hidden_layers * text.hidden_size * (prompt + new / 2)
-    return linear + attention + clips * (new - 1) * each
+    a_token = 2 * (weights(model.decoder.model) + weights(model.decoder.lm_head))
+    seen = sum(PROMPT + n_audio_tokens(n) + new / 2 for n in samples) # keys that each new token of a row attends to
+    each = len(samples) * a_token + 4 * text.num_hidden_layers * text.hidden_size * seen
+    return linear + attention + (new - 1) * each
 
+
+# Timing
 
 def clock(device):
     if device.type == "cuda": torch.cuda.synchronize(device)
@@ -87,105 +146,259 @@ def clock(device):
 
 
 def timed(f, device, repeats, warmup=2):
-    "Median seconds of `f()` and the peak of device memory in bytes (0 on a CPU)"
+    "Seconds of each run of `f()` after the warm-up, and the peak of device memory in bytes (0 on a CPU)"
     seconds = []
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
     for _ in range(warmup + repeats):
         start = clock(device)
         f()
         seconds.append(clock(device) - start)
-    return median(seconds[warmup:]), torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return seconds[warmup:], torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def matrix_peak(device, dtype, side):
-    "Operations a second of one large matrix product on random data"
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / timed(lambda: a @ b, device, 10, 3)[0]
+def synchronizations(f, device):
+    "The places where one run of `f()` makes the host wait for the device, and how often (none on a CPU)"
+    if device.type != "cuda": return Counter()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            f()
+    finally: torch.cuda.set_sync_debug_mode("default")
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in seen if "called a synchronizing" in str(w.message))
 
 
-def train(model, peak, seconds, clips, repeats):
-    "One row of the training table"
-    rows, device = batch(model, clips, seconds), model.device
-    parameters = [p for p in model.parameters() if p.requires_grad]
+# Rows
+
+def device_row(device, side, repeats):
+    "What one large matrix product and one large copy reach on this device"
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = median(timed(lambda: a @ b, device, repeats, 3)[0])
+    big = torch.empty(8 * side * side, dtype=torch.uint8, device=device)
+    copy = median(timed(big.clone, device, repeats, 3)[0])
+    return {"matrix side": side, "matrix peak TFLOP/s": 2 * side**3 / product / 1e12, "copied MB": len(big) / 1e6,
+            "copy GB/s": 2 * len(big) / copy / 1e9}
+
+
+def model_row(model):
+    "Build the model and its adapters"
+    start = clock(model.device)
+    model.plain()
+    built = clock(model.device)
+    parameters = list(model.trainable(True).parameters())
+    count, trainable = (sum(p.numel() for p in parameters if p.requires_grad or not only) for only in (False, True))
+    return {"parameters": count, "trainable": trainable, "build s": built - start, "adapt s": clock(model.device) - built}
+
+
+def train_row(model, peak, repeats, clips, seconds, padded, checkpointing):
+    "Steps of training as `mdl_train` makes them: the batch to the device, forward under autocast, backward, clip, AdamW"
+    samples, device, net = lengths(clips, seconds, padded), model.device, model.trainable(checkpointing)
+    rows = batch(net.config, samples)
+    if device.type == "cuda": rows = {k: v.pin_memory() for k, v in rows.items()}
+    parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
 
     def step():
-        model(**rows).loss.backward()
+        (shares,), _ = loss_weights([rows], "case3", np.ones(1), 1)
+        inputs = {k: v.to(device, non_blocking=True) for k, v in rows.items() if k not in ("sample", "task")}
+        shares = shares.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16): loss = weighted_losses(net, inputs, shares)[0]
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    model.train()
-    elapsed, memory = timed(step, device, repeats)
-    useful = training_operations(model, clips, seconds, rows["input_ids"].shape[1], ANSWER)
-    return {"clip s": seconds, "batch": clips, "samples/s": clips / elapsed, "step s": elapsed, "peak GB": memory / 1e9, "share of peak": useful / elapsed / peak}
+    try:
+        runs, memory = timed(step, device, repeats)
+        waits = synchronizations(step, device)
+    finally: optimizer.zero_grad()
+    useful, elapsed = training_operations(net.get_base_model(), samples), median(runs)
+    return {"padding": padding(rows), "step s": elapsed, "samples/s": clips / elapsed, "peak GB": memory / 1e9,
+            **share_of(peak, useful / elapsed), "synchronizations": waits.total(), "synchronization sites": dict(waits), "runs s": runs}
 
 
 @torch.inference_mode()
-def generate(model, peak, seconds, clips, new, repeats):
-    "One row of the generation table"
-    rows, device = batch(model, clips, seconds, answer=False), model.device
-    model.eval()
-    elapsed, memory = timed(lambda: model.generate(**rows, max_new_tokens=new, min_new_tokens=new, do_sample=False), device, repeats, 1)
-    useful = generation_operations(model, clips, seconds, rows["input_ids"].shape[1], new)
-    return {"clip s": seconds, "batch": clips, "samples/s": clips / elapsed, "new tokens/s": clips * new / elapsed, "peak GB": memory / 1e9,
-            "share of peak": useful / elapsed / peak}
+def generate_row(model, peak, repeats, clips, seconds, padded, new):
+    "Greedy answers of `new` tokens; prompts are padded on the left"
+    samples, device, net = lengths(clips, seconds, padded), model.device, model.plain()
+    rows = batch(net.config, samples, answer=False)
+    inputs = {k: rows[k].to(device) for k in ("input_ids", "attention_mask", "input_values", "audio_length")}
+    answer = lambda n: net.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    encode = lambda: net.encode_audio(inputs["input_values"], inputs["audio_length"])
+    encoder = median(timed(encode, device, repeats, 1)[0])
+    first = median(timed(lambda: answer(1), device, repeats, 1)[0])
+    runs, memory = timed(lambda: answer(new), device, repeats, 0)
+    useful, elapsed = generation_operations(net, samples, new), median(runs)
+    return {"padding": padding(rows), "batch s": elapsed, "samples/s": clips / elapsed, "new tokens/s": clips * new / elapsed,
+            "peak GB": memory / 1e9, **share_of(peak, useful / elapsed), "encoder s": encoder, "prefill s": first - encoder,
+            "decode s/token": (elapsed - first) / (new - 1), "runs s": runs}
 
 
-def attempt(f, *args, **also):
-    "The row of `f`, or a row that says that memory ran out"
-    try: return {**also, **f(*args)}
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return {**also, "clip s": args[2], "batch": args[3], "out of memory": True}
+def padding(rows):
+    "The share of positions that belong to no sample"
+    return float((rows["sample"] < 0).float().mean())
 
 
-def sizes(small):
-    "Settings of the rows: training (seconds, batch), generation (seconds, batch, new tokens), repeats, side of the matrices"
-    if small: return [(1, 2), (2, 2)], [(2, 1, 8), (2, 4, 8)], 1, 512
-    return [(10, 8), (30, 8)], [(30, b, 100) for b in (1, 8, 32, 128, 200)], 5, 8192
+def share_of(peak, speed):
+    "The column that compares a speed with the matrix peak, if that is known"
+    return {"share of peak": speed / peak} if peak else {}
 
 
-def measure(small):
-    "Every row of both tables"
-    device = torch.device("cpu" if small else "cuda")
-    training, generation, repeats, side = sizes(small)
-    torch.manual_seed(0)
-    model = build(small, device)
-    peak = matrix_peak(device, model.dtype, side)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    out = {"date": datetime.date.today().isoformat(), "device": name, "python": platform.python_version(),
-           **{p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft")},
-           "parameters": sum(p.numel() for p in model.parameters()), "matrix peak TFLOP/s": peak / 1e12}
-    out["generation"] = [attempt(generate, model, peak, *row, repeats) for row in generation]
-    out["training"] = []
-    model = adapted(model)
-    out["trainable parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for checkpointing in (False, True):
-        if checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
-        out["training"] += [attempt(train, model, peak, *row, repeats, checkpointing=checkpointing) for row in training]
-    return out
+def command_row(name, arguments, folder, small, seconds):
+    "One of the package's commands as a process of its own"
+    config = configparser.ConfigParser()
+    config.read(ROOT/"settings.ini")
+    scripts = dict(line.split("=") for line in config["DEFAULT"]["console_scripts"].split())
+    module, function = scripts[name].split(":")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    if small: env["CUDA_VISIBLE_DEVICES"] = ""
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", f"from {module} import {function}; {function}()", *map(str, arguments)],
+                         cwd=folder, env=env, capture_output=True, text=True, timeout=max(1, seconds))
+    if run.returncode: raise RuntimeError(f"exit code {run.returncode}: {(run.stdout + run.stderr)[-1500:]}")
+    return {"s": time.perf_counter() - start}
+
+
+def mdl_train_row(folder, clips, small, seconds):
+    "`mdl_train` with the built-in tiny model on `clips` made sounds"
+    make_sounds(folder, clips, csv_name="sounds.csv")
+    files = ["--train-dataset", "sounds.csv", "--base-dir", ".", "--output", "run", "--model-name", "tiny"]
+    options = ["--batch-size", 16, "--num-epochs", 16, "--lr", 2e-3, "--logging-steps", 1]
+    row = command_row("mdl_train", [*files, *options], folder, small, seconds)
+    logged = [json.loads(line) for line in (folder/"run"/"metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in logged if "loss" in line]
+    speeds = [line["samples_per_second"] for line in logged if "samples_per_second" in line]
+    return {**row, "samples/s": median(speeds), "first loss": losses[0], "last loss": losses[-1]}
+
+
+def mdl_infer_row(folder, clips, small, seconds):
+    "`mdl_infer` with the model that `mdl_train` made, on the same `clips` sounds"
+    files = ["sounds.csv", "--base-dir", ".", "--output", "answers.csv", "--model-name", "run/final"]
+    row = command_row("mdl_infer", [*files, "--max-new-tokens", 24, "--batch-size", clips], folder, small, seconds)
+    answers, references = ([r["prediction"] for r in read_csv(folder/name)] for name in ("answers.csv", "sounds.csv"))
+    return {**row, "answered": sum(map(bool, answers)), "correct": sum(a == r for a, r in zip(answers, references))}
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
+
+
+# The run
+
+def plan(small):
+    "Kind and settings of each row, the most important ones first"
+    def row(kind, clips, seconds, padded, **more): return kind, dict(clips=clips, seconds=seconds, padded=padded, **more)
+    def train(*shape): return row("training", *shape[:3], checkpointing=shape[3])
+    def generate(*shape): return row("generation", *shape[:3], new=shape[3])
+    commands = [("commands", dict(command=name, rows=16 if small else 64)) for name in ("mdl_train", "mdl_infer")]
+    if small: # the same kinds of rows, in seconds
+        return [train(2, 2, True, True), generate(2, 2, True, 8), *commands, train(2, 1, False, False), generate(1, 2, False, 8)]
+    return [train(8, 30, True, True), train(8, 30, False, True), train(8, 10, True, True), train(8, 10, False, True),
+            generate(32, 30, False, 100), generate(1, 30, False, 100), generate(32, 30, True, 100), *commands,
+            train(8, 30, True, False), train(8, 30, False, False), train(8, 10, True, False), train(8, 10, False, False),
+            generate(8, 30, False, 100), generate(128, 30, False, 100), generate(200, 30, False, 100), train(32, 30, True, True)]
+
+
+def free(device):
+    "Give memory that nothing uses back to the device"
+    gc.collect()
+    if device.type == "cuda": torch.cuda.empty_cache()
+
+
+def attempt(f):
+    "What `f()` measured, or what went wrong"
+    start = time.perf_counter()
+    try: row = f()
+    except Exception as e:
+        message = "out of memory" if isinstance(e, torch.OutOfMemoryError) else f"{type(e).__name__}: {e}"
+        row = {"error": " ".join(message.split())[:300], "traceback": traceback.format_exc()[-4000:]}
+    return {**row, "took s": time.perf_counter() - start}
+
+
+class Results:
+    "OUT.jsonl, to which each row is added as it comes, and OUT.md, which is then written anew"
+    def __init__(self, out, facts):
+        self.jsonl, self.md, self.facts, self.rows = Path(f"{out}.jsonl"), Path(f"{out}.md"), facts, []
+        self.jsonl.parent.mkdir(parents=True, exist_ok=True)
+        self._write({"kind": "facts", **facts})
+
+    def add(self, kind, **row):
+        self.rows.append({"kind": kind, **row})
+        self._write(self.rows[-1])
+
+    def _write(self, line):
+        with open(self.jsonl, "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
+        new = Path(f"{self.md}.part")
+        new.write_text(self.report(), encoding="utf-8")
+        new.replace(self.md)
+        print(json.dumps({k: v for k, v in line.items() if k not in DETAILS - {"kind"}}), flush=True)
+
+    def report(self):
+        "All results as markdown"
+        text = "\n".join(f"* {k}: {v}" for k, v in self.facts.items()) + "\n"
+        for kind in dict.fromkeys(r["kind"] for r in self.rows):
+            text += f"\n{kind.capitalize()}\n\n{table([r for r in self.rows if r['kind'] == kind])}\n"
+        return text
 
 
 def table(rows):
-    "A markdown table of rows with the same keys, but those where memory ran out"
-    keys = list(max(rows, key=len))
+    "A markdown table of rows, which may lack some of the keys; errors come last"
+    keys = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in DETAILS | {"error"}]
+    if any("error" in r for r in rows): keys.append("error")
     lines = ["| " + " | ".join(keys) + " |", "|" + "---:|" * len(keys)]
-    text = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v)
-    return "\n".join(lines + ["| " + " | ".join(text(r[k]) if k in r else "out of memory" for k in keys) + " |" for r in rows])
+    return "\n".join(lines + ["| " + " | ".join(cell(r.get(k, "")) for k in keys) + " |" for r in rows])
 
 
-def main():
+def cell(value):
+    "A value as a cell of a markdown table shows it"
+    if isinstance(value, bool): return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def facts(device):
+    "The machine and the versions"
+    found = {"date": datetime.date.today().isoformat(), "device": platform.processor() or platform.machine()}
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        found |= {"device": torch.cuda.get_device_name(device), "device memory GB": round(memory / 1e9, 1), "CUDA": torch.version.cuda}
+    found["python"] = platform.python_version()
+    return found | {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "accelerate")}
+
+
+def measure(out, small, end):
+    "Every row that can begin before `end`, in seconds since the epoch"
+    device = torch.device("cpu" if small else "cuda")
+    left = lambda: end - time.time()
+    torch.manual_seed(0)
+    model, results = Model(small, device), Results(out, facts(device))
+    side, repeats, answers = (512, 1, 1) if small else (8192, 5, 3)
+    first = attempt(lambda: device_row(device, side, 2 * repeats))
+    results.add("device", **first)
+    peak = first.get("matrix peak TFLOP/s", 0) * 1e12
+    results.add("model", **attempt(lambda: model_row(model)))
+    with TemporaryDirectory() as folder:
+        commands = {"mdl_train": mdl_train_row, "mdl_infer": mdl_infer_row}
+        kinds = {"training": lambda **asked: train_row(model, peak, repeats, **asked),
+                 "generation": lambda **asked: generate_row(model, peak, answers, **asked),
+                 "commands": lambda command, rows: commands[command](Path(folder), rows, small, left())}
+        for kind, asked in plan(small):
+            free(device)
+            if left() > 0: found = attempt(lambda k=kind, a=asked: kinds[k](**a))
+            else: found = {"error": "not begun: the time was up"}
+            results.add(kind, **asked, **found)
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="writes OUT.json and OUT.md")
-    parser.add_argument("--small", action="store_true", help="the tiny shape on the CPU: does the script run?")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, required=True, help="writes OUT.jsonl and OUT.md, row by row")
+    parser.add_argument("--small", action="store_true", help="use the tiny shape on the CPU, to see whether the script runs")
+    parser.add_argument("--minutes", type=float, default=9, help="begin no new row after so many minutes; default 9")
+    parser.add_argument("--since", type=float, default=time.time(), help="when they began, in seconds since the epoch; default now")
+    args = parser.parse_args(argv)
     if not args.small and not torch.cuda.is_available(): sys.exit("no CUDA device: --small runs on the CPU")
-    out = measure(args.small)
-    facts = "\n".join(f"* {k}: {v}" for k, v in out.items() if k not in ("training", "generation"))
-    report = f"{facts}\n\nTraining\n\n{table(out['training'])}\n\nGeneration\n\n{table(out['generation'])}\n"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(out, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(report)
-    print(report)
+    if Path(f"{args.out}.jsonl").exists(): sys.exit(f"{args.out}.jsonl exists: choose another --out, or remove it")
+    measure(args.out, args.small, args.since + 60 * args.minutes)
+    print(Path(f"{args.out}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__": main()

@@ -1,8 +1,12 @@
 "The benchmark scripts run, on a few short clips: figures taken here mean nothing"
 import json
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+import pytest
 
 benchmarks = Path(__file__).parent.parent/"benchmarks"
 
@@ -18,16 +22,83 @@ def test_against_mdl_toolkit(tmp_path):
     assert "| conversion, s |" in (tmp_path/"r.md").read_text()
 
 
-def test_gpu(tmp_path):
-    run("gpu.py", "--small", "--out", tmp_path/"r")
-    rows = json.loads((tmp_path/"r.json").read_text())
-    assert len(rows["training"]) == 4 and all(r["share of peak"] > 0 for r in [*rows["training"], *rows["generation"]])
+def lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_useful_operations_are_those_counted(monkeypatch):
-    "The formulas count what torch counts, but for the half of the decoder's attention that a causal mask hides"
+@pytest.fixture
+def gpu(monkeypatch, one_thread):
     monkeypatch.syspath_prepend(benchmarks)
     import gpu
+    return gpu
+
+
+def test_gpu(tmp_path):
+    run("gpu.py", "--small", "--out", tmp_path/"r")
+    rows = lines(tmp_path/"r.jsonl")
+    assert not [r for r in rows if "error" in r]
+    of = lambda kind: [r for r in rows if r["kind"] == kind]
+    assert all(r["share of peak"] > 0 and (r["padding"] > 0) == r["padded"] for r in [*of("training"), *of("generation")])
+    assert {r["padded"] for r in of("training")} == {r["checkpointing"] for r in of("training")} == {True, False}
+    assert all(min(r["encoder s"], r["prefill s"], r["decode s/token"]) > 0 for r in of("generation"))
+    train, infer = of("commands")
+    assert train["last loss"] < train["first loss"] and infer["answered"] >= infer["correct"] > 0
+    assert all(f"\n{title}\n" in (tmp_path/"r.md").read_text() for title in ("Device", "Model", "Training", "Generation", "Commands"))
+
+
+def test_gpu_keeps_finished_rows_when_a_row_fails_or_the_script_dies(tmp_path, monkeypatch, gpu):
+    train = ("training", dict(clips=2, seconds=1, padded=True, checkpointing=True))
+    generate = ("generation", dict(clips=1, seconds=1, padded=False, new=2))
+    monkeypatch.setattr(gpu, "plan", lambda small: [generate, train, train, ("training", {}), train])
+    train_row, asked = gpu.train_row, []
+
+    def failing(*args, **kwargs):
+        asked.append(kwargs)
+        if len(asked) == 1: raise gpu.torch.OutOfMemoryError("as a device says it")
+        if not kwargs: raise KeyboardInterrupt
+        return train_row(*args, **kwargs)
+    monkeypatch.setattr(gpu, "train_row", failing)
+    with pytest.raises(KeyboardInterrupt): gpu.main(["--small", "--out", str(tmp_path/"r")])
+    rows = lines(tmp_path/"r.jsonl")
+    assert [r["kind"] for r in rows] == ["facts", "device", "model", "generation", "training", "training"]
+    assert [r.get("error") for r in rows[3:]] == [None, "out of memory", None]
+    assert "as a device says it" in rows[4]["traceback"] and rows[5]["step s"] > 0
+    assert "out of memory" in (tmp_path/"r.md").read_text()
+    with pytest.raises(SystemExit, match="choose another --out"): gpu.main(["--small", "--out", str(tmp_path/"r")])
+
+
+def test_gpu_begins_no_row_after_its_time(tmp_path, gpu):
+    gpu.main(["--small", "--out", str(tmp_path/"r"), "--minutes", "1", "--since", "0"])
+    rows = lines(tmp_path/"r.jsonl")
+    assert {r["error"] for r in rows[3:]} == {"not begun: the time was up"} and len(rows) == 3 + len(gpu.plan(True))
+
+
+def test_gpu_trains_as_mdl_train_does(gpu):
+    "Frozen bfloat16 weights, float32 adapters, products in bfloat16; generation gets a model without adapters"
+    import torch
+    model = gpu.Model(True, torch.device("cpu"))
+    layer = next(m for n, m in model.trainable(True).named_modules() if n.endswith("q_proj"))
+    types, adapter = [], layer.lora_A["default"]
+    adapter.register_forward_hook(lambda module, args, out: types.append(out.dtype))
+    gpu.train_row(model, 1e12, 1, 2, 1, True, True)
+    assert set(types) == {torch.bfloat16} and adapter.weight.dtype == torch.float32
+    assert layer.base_layer.weight.dtype == torch.bfloat16 and not layer.base_layer.weight.requires_grad
+    assert not [n for n, _ in model.plain().named_modules() if "lora" in n]
+
+
+def test_gpu_counts_synchronizations(monkeypatch, gpu):
+    import torch
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step():
+        for _ in range(2): warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+    assert gpu.synchronizations(step, torch.device("cuda")).total() == 2 and modes == ["warn", "default"]
+    assert gpu.synchronizations(step, torch.device("cpu")).total() == 0
+
+
+def test_useful_operations_are_those_counted(gpu):
+    "The formulas count what torch counts, but for the half of the decoder's attention that a causal mask hides"
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -35,11 +106,32 @@ def test_useful_operations_are_those_counted(monkeypatch):
     def counted(f):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: f()
         return counter.get_total_flops()
-    model = gpu.build(True, torch.device("cpu")).eval()
-    rows = gpu.batch(model, 2, 12, answer=False)
-    shape = 2, 12, rows["input_ids"].shape[1]
+
+    def arguments(samples, answer):
+        unused = ("sample", "task") if answer else ("sample", "task", "labels")
+        return {k: v for k, v in gpu.batch(model.config, samples, answer).items() if k not in unused}
+    model, samples = gpu.build(True, torch.device("cpu")).eval(), gpu.lengths(2, 12, False)
+    rows = arguments(samples, False)
     generate = counted(lambda: model.generate(**rows, max_new_tokens=8, min_new_tokens=8, do_sample=False))
-    assert 0.9 < gpu.generation_operations(model, *shape, 8) / generate < 1
-    model, rows = gpu.adapted(model), gpu.batch(model, 2, 12)
-    step = counted(lambda: model(**rows).loss.backward())
-    assert 0.9 < gpu.training_operations(model, 2, 12, rows["input_ids"].shape[1], gpu.ANSWER) / step < 1
+    assert 0.9 < gpu.generation_operations(model, samples, 8) / generate < 1
+    model = gpu.adapted(model).get_base_model()
+    rows = arguments(samples, True)
+    with torch.autocast("cpu", torch.bfloat16): step = counted(lambda: model(**rows).loss.backward())
+    assert 0.9 < gpu.training_operations(model, samples) / step < 1
+    one, two = (gpu.training_operations(model, [n]) for n in (16_000, 64_000))
+    assert gpu.training_operations(model, [16_000, 64_000]) == one + two # padding is no useful work
+
+
+def test_wheels_for_a_machine_without_network(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(benchmarks)
+    import gpu_wheels
+    pins = gpu_wheels.closure({"torch", "numpy"})
+    assert {"transformers", "tokenizers", "fastcore", "cffi", "pycparser"} <= set(pins) and not {"torch", "numpy", "sympy"} & set(pins)
+    for name in ("torch-0.1", "fastcore-999", "no_such_package-1"): (tmp_path/f"{name}-py3-none-any.whl").touch()
+    assert [w.name.split("-")[0] for w in gpu_wheels.lacking(tmp_path)] == ["fastcore", "no_such_package"]
+
+
+def test_gpu_sh_runs_without_wheels(tmp_path):
+    env = {**os.environ, "PYTHON": sys.executable, "WHEELS": str(tmp_path)}
+    shown = subprocess.run([benchmarks/"gpu.sh", "--help"], env=env, check=True, capture_output=True, text=True).stdout
+    assert "--minutes" in shown
