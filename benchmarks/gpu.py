@@ -29,14 +29,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-# Everything that is used of the package: if its modules move, only these lines change
-from mdl_nbdev.batches import Collator
-from mdl_nbdev.chat import Example
-from mdl_nbdev.config import TuneSettings
-from mdl_nbdev.losses import loss_weights, weighted_losses
-from mdl_nbdev.midashenglm import MiDashengLMConfig, n_audio_tokens
-from mdl_nbdev.model import adapt, tiny_config
-from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.base.settings import TuneSettings
+from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.model.chat import Example
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.load import adapt, tiny_config
+from mdl_nbdev.model.midashenglm import MiDashengLMConfig, n_audio_tokens
+from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16_000

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from mdl_nbdev.batches import Collator, StepSampler, padding_waste
-from mdl_nbdev.chat import Example, n_audio_tokens, tiny_tokenizer
-from mdl_nbdev.losses import loss_weights, weighted_losses
-from mdl_nbdev.model import tiny_model
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.train.batches import StepSampler, padding_waste
+from mdl_nbdev.model.chat import Example, n_audio_tokens, tiny_tokenizer
+from mdl_nbdev.train.losses import loss_weights, weighted_losses
+from mdl_nbdev.model.load import tiny_model
 
 # Name -> batch size, length of a pack, by length?
 WAYS = {"8 rows, at random": (8, None, False), "8 rows, by length": (8, None, True), "32 rows, by length": (32, None, True),

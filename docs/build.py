@@ -15,7 +15,7 @@ repository = "https://github.com/mdl-nbdev/mdl_nbdev/blob/main/"
 
 def pages(): # The notebooks of the site
     "Chapters and tutorials in order, as paths inside nbs/"
-    return [p.relative_to(nbs) for folder in (nbs, nbs/"tutorials") for p in sorted(folder.glob("*.ipynb"))]
+    return [p.relative_to(nbs) for folder in (nbs, *sorted(nbs.glob("[0-9]_*")), nbs/"tutorials") for p in sorted(folder.glob("*.ipynb"))]
 
 
 def public_names():
@@ -93,8 +93,8 @@ def heading(page): # Its path inside nbs/
 
 def contents(title, subtitle, listed, picture=""): # Of a section, and its pages
     "The first page of a section: its pages with their subtitles"
-    rows = "\n".join(f"| [{heading(p)[0]}]({p.name}) | {escape(heading(p)[1])} |" for p in listed)
-    toc = "\n".join(p.stem for p in listed)
+    rows = "\n".join(f"| [{heading(p)[0]}](/{p.as_posix()}) | {escape(heading(p)[1])} |" for p in listed)
+    toc = "\n".join(f"/{p.with_suffix('').as_posix()}" for p in listed)
     return f"# {title}\n\n{{.lead}}\n{subtitle}\n\n{picture}\n\n| Page | |\n|---|---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n"
 
 
@@ -111,7 +111,7 @@ def write(source): # An empty folder
     for name in modules:
         (source/"reference").mkdir(exist_ok=True)
         (source/"reference"/f"{name}.md").write_text(linked_reference(name, names), encoding="utf-8")
-    guide = [p for p in everything if p.parent == Path() and p.name in {v[0] for v in chapters().values()}]
+    guide = [p for p in everything if p.as_posix() in {v[0] for v in chapters().values()}]
     tutorials = [p for p in everything if p.parent.name == "tutorials"]
     dashboard = "![The dashboard of a training run: progress, curves, and answers beside the references](../images/dashboard.png)"
     texts = {"reference/index.md": reference_index(), "commands.md": commands_page(),

@@ -12,8 +12,8 @@ from fastcore.docments import docments
 root = Path(__file__).parent.parent
 sys.path.insert(0, str(root)) # the package of this checkout is the one described
 package = "mdl_nbdev"
-modules = sorted(p.stem for p in (root/package).glob("*.py") if not p.stem.startswith("_"))
-commands = re.findall(rf"^\s*(?:console_scripts = )?(\w+)={package}\.cli:", (root/"settings.ini").read_text(encoding="utf-8"), re.M)
+modules = sorted(".".join(p.relative_to(root/package).with_suffix("").parts) for p in (root/package).rglob("*.py") if not p.stem.startswith("_"))
+commands = re.findall(rf"^\s*(?:console_scripts = )?(\w+)={package}\.cli\.commands:", (root/"settings.ini").read_text(encoding="utf-8"), re.M)
 EMPTY = inspect.Parameter.empty
 PLAIN = ("required", "half the cores") # said in words, not as code
 
@@ -66,7 +66,7 @@ def field_params(cls): # A dataclass
     for f in dataclasses.fields(cls):
         if not f.init or f.name.startswith("_"): continue
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else EMPTY if f.default is dataclasses.MISSING else f.default
-        shown = "half the cores" if getattr(f.default_factory, "__name__", "") == "_half_cores" else value_name(default) # not this machine's number
+        shown = "half the cores" if getattr(f.default_factory, "__name__", "") == "half_the_cores" else value_name(default) # not this machine's number
         yield Param(f.name, type_name(f.type), shown, docs.get(f.name) or "")
 
 
@@ -155,13 +155,13 @@ def constant(m, name): # A module and the name of a value in it
 
 
 def chapters(): # From the notebooks
-    "Module -> (notebook's name, title, subtitle)"
+    "Module -> (notebook's path inside nbs/, title, subtitle)"
     found = {}
-    for path in sorted((root/"nbs").glob("*.ipynb")):
+    for path in sorted((root/"nbs").glob("[0-9]_*/*.ipynb")):
         cells = nbformat.read(path, 4).cells
         module = next((m[1] for c in cells if (m := re.search(r"^#\| *default_exp +(\S+)", c.source, re.M))), None)
         title, _, subtitle = cells[0].source.partition("\n")
-        if module: found[module] = path.name, title.strip("# "), subtitle.strip("\n> ")
+        if module: found[module] = path.relative_to(root/"nbs").as_posix(), title.strip("# "), subtitle.strip("\n> ")
     return found
 
 
@@ -185,11 +185,11 @@ def reference_index():
 
 def command_parser(command): # A console script's name
     "The parser that the console script itself uses"
-    cli, config = importlib.import_module(f"{package}.cli"), importlib.import_module(f"{package}.config")
-    seen, real = [], cli._main
-    cli._main = lambda prog, module, function, settings, argv: seen.append(config.parser(getattr(config, settings), prog))
-    try: getattr(cli, command)([])
-    finally: cli._main = real
+    commands, line, settings = (importlib.import_module(f"{package}.{m}") for m in ("cli.commands", "base.command_line", "base.settings"))
+    seen, real = [], commands._main
+    commands._main = lambda prog, module, function, settings_name, argv: seen.append(line.parser(getattr(settings, settings_name), prog))
+    try: getattr(commands, command)([])
+    finally: commands._main = real
     return seen[0]
 
 

@@ -1,1 +1,68 @@
+"""Fine-tune audio language models on your own recordings, check them, and run them over new files
+
+Names are loaded when they are first used, so importing the package loads neither torch nor transformers.
+"""
 __version__ = "0.1.0"
+
+import importlib
+import sys
+from types import ModuleType
+
+# Where the names that notebooks use are defined
+_HOMES = {
+    "base.errors": "InputError",
+    "base.settings": "CheckSettings ConvertSettings TrainSettings InferSettings MergeSettings EvalSettings DemoSettings",
+    "base.command_line": "save_config",
+    "data.audio": "load_audio audio_info AudioError",
+    "data.sounds": "SOUND_LABELS make_sound make_sounds",
+    "data.check": "check CheckReport",
+    "model.load": "load_model load_processor load_adapter merge_adapter save_model",
+    "train.dataset": "convert open_dataset open_mix",
+    "train.run": "train dry_run read_metrics TrainReport",
+    "infer.run": "infer InferReport",
+    "infer.evaluate": "evaluate score EvalReport",
+    "cli.dashboard": "watch start_training start_inference SettingsForm",
+    "cli.demo": "demo",
+}
+_home_of = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+# Modules of version 0.1.0 and where their names are now: imports written for it keep working
+_MOVED = dict(config="base.errors base.options base.settings base.command_line", audio="data.audio base.html base.text", sounds="data.sounds", data="data.tables",
+    records="data.records data.tables", check="data.check", chat="model.chat", midashenglm="model.midashenglm", model="model.load", dataset="train.dataset base.files base.processes",
+    batches="train.batches model.collate", losses="train.losses", checkpoints="train.checkpoints", memory="train.memory", trainer="train.loop", samples="train.samples",
+    train="train.run", infer="infer.run", evaluate="infer.evaluate", dashboard="cli.dashboard", demo="cli.demo", cli="cli.commands")
+
+
+def _look_up(name, modules):
+    "A name from the first of some modules that defines it; `AttributeError` if none does"
+    for module in modules.split():
+        m = importlib.import_module(f"{__name__}.{module}")
+        if hasattr(m, name): return getattr(m, name)
+    raise AttributeError(f"{__name__} has no {name!r}")
+
+
+class _Moved(ModuleType):
+    "A module of version 0.1.0, which finds its names where they are now"
+    def __getattr__(self, name):
+        old = self.__name__.rpartition(".")[2]
+        if name == "__all__": return [n for m in _MOVED[old].split() for n in importlib.import_module(f"mdl_nbdev.{m}").__all__]
+        if name.startswith("__"): raise AttributeError(name)
+        return _look_up(name, _MOVED[old])
+
+
+class _Part(_Moved):
+    "The package of a part that has the name of its main function: `train(settings)` calls `mdl_nbdev.train.run.train`"
+    def __call__(self, *args, **kwargs): return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+def __getattr__(name):
+    if name in _home_of: return _look_up(name, _home_of[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__(): return [*globals(), *_home_of]
+
+
+_parts = ("data", "model", "train", "infer", "cli")
+for _name in _MOVED:
+    if _name not in _parts: sys.modules[f"{__name__}.{_name}"] = _Moved(f"{__name__}.{_name}")

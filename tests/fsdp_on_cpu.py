@@ -16,5 +16,5 @@ def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
 AcceleratorState.__init__ = with_fsdp
 
 if __name__ == "__main__":
-    from mdl_nbdev.cli import mdl_train
+    from mdl_nbdev.cli.commands import mdl_train
     mdl_train()

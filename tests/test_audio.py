@@ -12,7 +12,7 @@ import pytest
 import soundfile as sf
 
 from mdl_nbdev import audio
-from mdl_nbdev.audio import AudioError, audio_html, audio_info, fetch, from_int16, load_audio, resolve, to_int16, waveform_html
+from mdl_nbdev.data.audio import AudioError, audio_html, audio_info, fetch, from_int16, load_audio, resolve, to_int16, waveform_html
 
 rates = [8000, 11025, 16000, 22050, 44100, 48000, 96000]
 TONES = [220., 440., 1000., 3000.] # Hz; all below half of the lowest rate

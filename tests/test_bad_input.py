@@ -16,7 +16,7 @@ import pytest
 import soundfile as sf
 
 from mdl_nbdev import audio, cli
-from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.data.sounds import make_sounds
 
 # --- How a command ends
 
@@ -58,7 +58,7 @@ def refused(capfd, command, *args, lost=()):
 
 def run(command, *args, **env):
     "Run a command as a process of its own"
-    code = f"import sys; from mdl_nbdev.cli import {command}; {command}()"
+    code = f"import sys; from mdl_nbdev.cli.commands import {command}; {command}()"
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env={**os.environ, **env}, timeout=120)
 
 
@@ -442,7 +442,7 @@ def test_damaged_model(capfd, command, kind):
 
 
 def test_another_tokenizer(capfd):
-    from mdl_nbdev.chat import tiny_tokenizer
+    from mdl_nbdev.model.chat import tiny_tokenizer
     tok = tiny_tokenizer()
     tok.chat_template = "{# another #}" + tok.chat_template
     tok.save_pretrained("other")
@@ -498,8 +498,8 @@ def test_a_mended_table_goes_on(capfd):
 @pytest.fixture
 def adapted():
     "A saved tiny model and an adapter for it"
-    from mdl_nbdev.config import TuneSettings
-    from mdl_nbdev.model import adapt, load_model, load_processor, save_model
+    from mdl_nbdev.base.settings import TuneSettings
+    from mdl_nbdev.model.load import adapt, load_model, load_processor, save_model
     model = load_model("tiny", device="cpu")
     save_model(model, load_processor("tiny"), "base")
     save_model(adapt(load_model("base", device="cpu"), TuneSettings(train_target=["projector"], lora_rank=2)), load_processor("tiny"), "adapter")

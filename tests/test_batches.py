@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from mdl_nbdev.batches import Collator, StepSampler, pack_rows, padding_waste
-from mdl_nbdev.chat import Example, n_audio_tokens, tiny_tokenizer
-from mdl_nbdev.config import InputError
-from mdl_nbdev.losses import loss_weights, weighted_losses
-from mdl_nbdev.model import tiny_model
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.train.batches import StepSampler, pack_rows, padding_waste
+from mdl_nbdev.model.chat import Example, n_audio_tokens, tiny_tokenizer
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.train.losses import loss_weights, weighted_losses
+from mdl_nbdev.model.load import tiny_model
 
 LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=200)
 

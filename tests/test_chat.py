@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mdl_nbdev.chat import (
+from mdl_nbdev.model.chat import (
     AUDIO,
     CHATML,
     ROLE_MARKERS,
@@ -26,8 +26,8 @@ from mdl_nbdev.chat import (
     tiny_tokenizer,
     tokenize,
 )
-from mdl_nbdev.config import InputError
-from mdl_nbdev.data import Conversation
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.data.tables import Conversation
 
 TINY = tiny_tokenizer()
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML
@@ -219,7 +219,7 @@ def test_text_models_see_what_transformers_shows_them(name, said):
 
 
 def test_clip_tokens_agree_with_the_network():
-    from mdl_nbdev.midashenglm import n_audio_tokens as network
+    from mdl_nbdev.model.midashenglm import n_audio_tokens as network
     assert [n_audio_tokens(n) for n in range(0, 40_000, 7)] == [network(n) for n in range(0, 40_000, 7)]
 
 

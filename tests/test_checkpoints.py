@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mdl_nbdev import checkpoints as C
-from mdl_nbdev.config import InputError, TrainSettings
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import TrainSettings
 
 fork = multiprocessing.get_context("fork")
 

@@ -7,24 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from mdl_nbdev import config
-from mdl_nbdev.config import ConvertSettings, InferSettings, InputError, TrainSettings, from_args, option_groups
+from mdl_nbdev.base import settings
+from mdl_nbdev.base.command_line import from_args, option_groups
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import ConvertSettings, InferSettings, TrainSettings
 
-HALF = max(1, min(32, (os.cpu_count() or 2) // 2))
-# MDL-Toolkit's options and defaults, from its command-line reference
+HALF = max(1, min(32, len(os.sched_getaffinity(0)) // 2))
+DEFAULT_MODEL = "mispeech/midashenglm-7b-1021-bf16"
+# MDL-Toolkit's options and defaults, from its command-line reference; the default model and the limit of an answer are ours
 SHARED = dict(from_modelscope=False, tokenizing_batch_size=8, num_workers=HALF, system_prompt=None, user_prompt=None, base_dir=None)
 TRAIN = SHARED | dict(
-    model_name="mispeech/midashenglm-7b", eval_dataset=[], lr=1e-4, lora_rank=32, lora_alpha=32, lora_dropout=0.0, train_target=["encoder", "projector", "decoder"],
+    model_name=DEFAULT_MODEL, eval_dataset=[], lr=1e-4, lora_rank=32, lora_alpha=32, lora_dropout=0.0, train_target=["encoder", "projector", "decoder"],
     num_epochs=1.0, warmup_steps=0, batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=True, bf16=None, quantization=None, eval_steps=500, save_steps=500,
     eval_batch_size=None, eval_accumulation_steps=None, report_to=[], resume_from_checkpoint=None, save_total_limit=None, merge_lora=True)
 COMMANDS = {
     "mdl_train": (TrainSettings, "--train-dataset a.csv --output out", TRAIN),
-    "mdl_convert": (ConvertSettings, "a.csv --output out", SHARED | dict(model_name="mispeech/midashenglm-7b")),
-    "mdl_infer": (InferSettings, "a.csv --output out.csv --model-name m", SHARED | dict(batch_size=32, max_length=128)),
+    "mdl_convert": (ConvertSettings, "a.csv --output out", SHARED | dict(model_name=DEFAULT_MODEL)),
+    "mdl_infer": (InferSettings, "a.csv --output out.csv --model-name m", SHARED | dict(batch_size=32, max_length=None, max_new_tokens=None)),
 }
 
 
-def help_of(prog): return subprocess.run([sys.executable, "-c", f"from mdl_nbdev.cli import {prog}; {prog}(['--help'])"], capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "1000"}).stdout
+def help_of(prog): return subprocess.run([sys.executable, "-c", f"from mdl_nbdev.cli.commands import {prog}; {prog}(['--help'])"], capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "1000"}).stdout
 
 
 @pytest.mark.parametrize("prog", COMMANDS)
@@ -40,7 +43,7 @@ def test_options_have_their_defaults_and_stand_in_the_help(prog):
 @pytest.mark.parametrize("prog", ["mdl_train", "mdl_convert", "mdl_infer", "mdl_merge", "mdl_check", "mdl_eval", "mdl_demo"])
 def test_every_option_is_explained(prog):
     text = help_of(prog)
-    cls = {p: getattr(config, p[4:].capitalize() + "Settings") for p in [prog]}[prog]
+    cls = {p: getattr(settings, p[4:].capitalize() + "Settings") for p in [prog]}[prog]
     for group in option_groups(cls).values():
         for name, what in group.items(): assert what and what in text, name
 

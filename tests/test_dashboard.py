@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from mdl_nbdev import config
-from mdl_nbdev.config import CheckSettings, InferSettings, InputError, TrainSettings, from_args, read_config
-from mdl_nbdev.dashboard import Curve, Live, Pace, SettingsForm, TrainView, View, _required, chart, start_inference, start_training, watch
-from mdl_nbdev.infer import infer
-from mdl_nbdev.samples import SampleAnswers, read_samples
-from mdl_nbdev.sounds import make_sounds
-from mdl_nbdev.train import train
+from mdl_nbdev.base import settings
+from mdl_nbdev.base.command_line import from_args, read_config
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import CheckSettings, InferSettings, TrainSettings
+from mdl_nbdev.cli.dashboard import Curve, Live, Pace, SettingsForm, TrainView, View, _required, chart, start_inference, start_training, watch
+from mdl_nbdev.infer.run import infer
+from mdl_nbdev.train.samples import SampleAnswers, read_samples
+from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.train.run import train
 
 root = Path(__file__).parent.parent
 

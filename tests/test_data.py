@@ -13,9 +13,10 @@ import soundfile as sf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mdl_nbdev.check import check
-from mdl_nbdev.config import CheckSettings, InputError
-from mdl_nbdev.data import BadRow, CsvFile, Row, format_row, read_rows, to_conversation
+from mdl_nbdev.data.check import check
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import CheckSettings
+from mdl_nbdev.data.tables import BadRow, CsvFile, Row, format_row, read_rows, to_conversation
 
 
 def write(folder, data, name="t.csv"):

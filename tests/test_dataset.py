@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from mdl_nbdev.audio import load_audio, to_int16
-from mdl_nbdev.chat import fingerprint, n_audio_tokens, tiny_tokenizer
-from mdl_nbdev.config import ConvertSettings, InputError
-from mdl_nbdev.data import read_rows
-from mdl_nbdev.dataset import AudioDataset, Mix, convert, limit_length, open_dataset, open_mix, split
-from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.data.audio import load_audio, to_int16
+from mdl_nbdev.model.chat import fingerprint, n_audio_tokens, tiny_tokenizer
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import ConvertSettings
+from mdl_nbdev.data.tables import read_rows
+from mdl_nbdev.train.dataset import AudioDataset, Mix, convert, limit_length, open_dataset, open_mix, split
+from mdl_nbdev.data.sounds import make_sounds
 
 TOK = tiny_tokenizer()
 

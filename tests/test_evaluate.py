@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdl_nbdev.cli import mdl_eval
-from mdl_nbdev.config import EvalSettings, InputError
-from mdl_nbdev.evaluate import evaluate, score
+from mdl_nbdev.cli.commands import mdl_eval
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import EvalSettings
+from mdl_nbdev.infer.evaluate import evaluate, score
 
 
 def distance(a, b):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mdl_nbdev import cli, config
-from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.data.sounds import make_sounds
 
 root = Path(__file__).parent.parent
 examples = root/"examples"
@@ -92,7 +92,7 @@ def test_fsdp_wraps_the_blocks():
     from peft import LoraConfig, get_peft_model
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from mdl_nbdev.model import tiny_model
+    from mdl_nbdev.model.load import tiny_model
     model = tiny_model()
     assert model._no_split_modules == {"MiDashengAudioBlock", "Qwen2DecoderLayer"}
     assert get_peft_model(model, LoraConfig(target_modules=["q_proj"]))._no_split_modules == {"MiDashengAudioBlock", "Qwen2DecoderLayer"}
@@ -202,7 +202,7 @@ def test_answering_under_slurm(job, tmp_path):
     run = job("slurm_infer.sh", csv, tmp_path/"slurm.csv", "tiny", *options)
     out, _ = run.communicate(timeout=100)
     assert run.returncode == 0, out
-    one = subprocess.run([sys.executable, "-c", "from mdl_nbdev.cli import mdl_infer; mdl_infer()", csv, "--output", tmp_path/"one.csv", "--model-name", "tiny", *options],
+    one = subprocess.run([sys.executable, "-c", "from mdl_nbdev.cli.commands import mdl_infer; mdl_infer()", csv, "--output", tmp_path/"one.csv", "--model-name", "tiny", *options],
                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert one.returncode == 0, one.stderr
     assert (tmp_path/"slurm.csv").read_bytes() == (tmp_path/"one.csv").read_bytes()

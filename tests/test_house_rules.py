@@ -16,8 +16,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 root = Path(__file__).parent.parent
 package = root/"mdl_nbdev"
 notebooks = sorted(p for p in (root/"nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts))
-modules = sorted(p.stem for p in package.glob("*.py") if not p.stem.startswith("_"))
-light = ["", *(f".{m}" for m in ["config", "audio", "sounds", "data", "records", "check", "chat", "dataset", "batches", "cli"])]
+modules = sorted(".".join(p.relative_to(package).with_suffix("").parts) for p in package.rglob("*.py") if not p.stem.startswith("_"))
+light = ["", *(f".{m}" for m in modules if m.startswith(("base.", "data.")) or m in ("model.chat", "model.collate", "train.dataset", "train.batches", "cli.commands"))]
 commands = [line.split("=")[0] for line in (root/"settings.ini").read_text().split("console_scripts = ")[1].split("\n\n")[0].split()]
 each_notebook = pytest.mark.parametrize("path", notebooks, ids=[str(p.relative_to(root/"nbs")) for p in notebooks])
 
@@ -26,7 +26,10 @@ def read(path): return nbformat.read(path, 4).cells
 def code_cells(path): return [c for c in read(path) if c.cell_type == "code"]
 def directive(cell, *names): return re.search(rf"^#\| *({'|'.join(names)})\b", cell.source, re.M)
 def exported(cell): return directive(cell, "export", "exporti", "exports")
-def number(path): return path.parent.name == "nbs" and (m := re.match(r"(\d+)([a-z]?)_", path.name)) and (int(m[1]), m[2])
+def number(path):
+    "The numbers of a chapter's part and of the chapter in it; None for other notebooks"
+    part, chapter = re.match(r"(\d)_[a-z]+$", path.parent.name), re.match(r"(\d\d)_[a-z_0-9]+\.ipynb$", path.name)
+    return (int(part[1]), int(chapter[1])) if part and chapter else None
 
 
 def tree(cell): return ast.parse(TransformerManager().transform_cell(cell.source)) # magics and shell commands become calls
@@ -38,9 +41,9 @@ def imported(cell):
         names = []
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "mdl_nbdev" else [node.module]
+            names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
         for name in names:
-            if (m := re.match(r"mdl_nbdev\.(\w+)", name)) and m[1] in modules: yield m[1]
+            if (m := re.match(r"mdl_nbdev\.(\w+\.\w+)", name)) and m[1] in modules: yield m[1]
 
 
 def default_exp(path): return next((m[1] for c in code_cells(path) if (m := re.search(r"^#\| *default_exp +(\S+)", c.source, re.M))), None)
@@ -164,5 +167,5 @@ def test_package_import_is_light(): assert not {*heavy, "datasets", "pandas", "n
 
 @pytest.mark.parametrize("command", commands)
 def test_help_is_light(command):
-    code = f"from mdl_nbdev.cli import {command}\nsys.argv = ['{command}', '--help']\ntry: {command}()\nexcept SystemExit as e: assert not e.code, e"
+    code = f"from mdl_nbdev.cli.commands import {command}\nsys.argv = ['{command}', '--help']\ntry: {command}()\nexcept SystemExit as e: assert not e.code, e"
     assert not {*heavy, "datasets", "pandas", "matplotlib"} & loaded(code)

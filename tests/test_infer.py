@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mdl_nbdev.chat import tiny_text_tokenizer
-from mdl_nbdev.config import InferSettings, InputError
-from mdl_nbdev.infer import infer
-from mdl_nbdev.model import load_processor, tiny_model, tiny_text_model
-from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.model.chat import tiny_text_tokenizer
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import InferSettings
+from mdl_nbdev.infer.run import infer
+from mdl_nbdev.model.load import load_processor, tiny_model, tiny_text_model
+from mdl_nbdev.data.sounds import make_sounds
 
 
 @pytest.fixture(autouse=True)

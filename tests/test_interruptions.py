@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.data.sounds import make_sounds
 
 
 def start(folder, command, *args):
     "A command as a process of its own"
-    code = f"from mdl_nbdev.cli import {command}; {command}()"
+    code = f"from mdl_nbdev.cli.commands import {command}; {command}()"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen([sys.executable, "-c", code, *args], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

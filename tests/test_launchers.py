@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from training_runs import history
 
-from mdl_nbdev.sounds import make_sounds
+from mdl_nbdev.data.sounds import make_sounds
 
 BIN = Path(sys.executable).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from mdl_nbdev.batches import Collator
-from mdl_nbdev.chat import Example
-from mdl_nbdev.config import InputError
-from mdl_nbdev.losses import CoBa, loss_weights, weighted_losses
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.chat import Example
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.train.losses import CoBa, loss_weights, weighted_losses
 
 MODES = ["case1", "case2", "case3", "case4"]
 
@@ -175,9 +175,9 @@ import torch.distributed as dist
 from datetime import timedelta
 sys.path.insert(0, sys.argv[1])
 from test_losses import *
-from mdl_nbdev.chat import AUDIO, tiny_tokenizer
-from mdl_nbdev.config import TuneSettings
-from mdl_nbdev.model import adapt, tiny_model
+from mdl_nbdev.model.chat import AUDIO, tiny_tokenizer
+from mdl_nbdev.base.settings import TuneSettings
+from mdl_nbdev.model.load import adapt, tiny_model
 torch.set_num_threads(1)
 rank, world, file = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if world > 1: dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=rank, world_size=world, timeout=timedelta(seconds=60))

@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
 
-from mdl_nbdev import midashenglm as mdl
-from mdl_nbdev.midashenglm import MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor, n_audio_tokens
+from mdl_nbdev.model import midashenglm as mdl
+from mdl_nbdev.model.midashenglm import MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor, n_audio_tokens
 
 torch.set_num_threads(1)
 AUDIO, PAD = 99, 0
@@ -321,7 +321,7 @@ def test_padding_side_does_not_matter(model, rows):
 
 memory = """
 import re, torch, torch.nn.functional as F
-from mdl_nbdev.midashenglm import labelled_loss
+from mdl_nbdev.model.midashenglm import labelled_loss
 torch.set_num_threads(1)
 vocabulary = 152064
 head, hidden = torch.nn.Linear(16, vocabulary, bias=False), torch.randn(2, 384, 16, requires_grad=True)

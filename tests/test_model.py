@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTN
 from transformers.utils import logging
 
 from mdl_nbdev import model as M
-from mdl_nbdev.chat import n_audio_tokens, tiny_tokenizer
-from mdl_nbdev.config import InputError, MergeSettings, TuneSettings
-from mdl_nbdev.midashenglm import MiDashengLMModel
+from mdl_nbdev.model.chat import n_audio_tokens, tiny_tokenizer
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import MergeSettings, TuneSettings
+from mdl_nbdev.model.midashenglm import MiDashengLMModel
 
 logging.disable_progress_bar()
 tok = tiny_tokenizer()

@@ -15,10 +15,12 @@ import soundfile as sf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mdl_nbdev.check import check
-from mdl_nbdev.config import CheckSettings, InputError
-from mdl_nbdev.data import CsvFile, format_row
-from mdl_nbdev.records import JsonlFile, ParquetFile, find_tasks, open_rows, to_conversation
+from mdl_nbdev.data.check import check
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import CheckSettings
+from mdl_nbdev.data.tables import CsvFile, format_row
+from mdl_nbdev.data.records import JsonlFile, ParquetFile, find_tasks, open_rows
+from mdl_nbdev.data.tables import to_conversation
 
 
 def write(folder, data, name="r.jsonl"):

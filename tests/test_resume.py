@@ -9,10 +9,12 @@ import sys
 import pytest
 from training_runs import finish, history, kill_later, start, wait_until, weights
 
-from mdl_nbdev.checkpoints import check_checkpoint, last_checkpoint
-from mdl_nbdev.config import InputError, TrainSettings, from_args
-from mdl_nbdev.sounds import make_sounds
-from mdl_nbdev.train import train
+from mdl_nbdev.train.checkpoints import check_checkpoint, last_checkpoint
+from mdl_nbdev.base.command_line import from_args
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import TrainSettings
+from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.train.run import train
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from mdl_nbdev.config import InputError, TrainSettings
-from mdl_nbdev.model import load_adapter, load_model, merge
-from mdl_nbdev.train import train
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import TrainSettings
+from mdl_nbdev.model.load import load_adapter, load_model, merge
+from mdl_nbdev.train.run import train
 
 ROLE = "<|role_start|>{}<|role_end|>"
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdl_nbdev.batches import Collator
-from mdl_nbdev.chat import tiny_tokenizer
-from mdl_nbdev.config import ConvertSettings, InputError, TrainSettings, from_args
-from mdl_nbdev.dataset import AudioDataset, convert
-from mdl_nbdev.model import load_adapter, load_model, tiny_model
-from mdl_nbdev.sounds import make_sounds
-from mdl_nbdev.train import read_metrics, train
-from mdl_nbdev.trainer import TaskTrainer
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.chat import tiny_tokenizer
+from mdl_nbdev.base.command_line import from_args
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import ConvertSettings, TrainSettings
+from mdl_nbdev.train.dataset import AudioDataset, convert
+from mdl_nbdev.model.load import load_adapter, load_model, tiny_model
+from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.train.run import read_metrics, train
+from mdl_nbdev.train.loop import TaskTrainer
 
 TOK = tiny_tokenizer()
 

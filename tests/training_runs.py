@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver") # forks of a process that has imported everything: a run starts in a second
-context.set_forkserver_preload(["mdl_nbdev.train"])
+context.set_forkserver_preload(["mdl_nbdev.train.run"])
 
 
 def _train(argv, log):
@@ -15,7 +15,7 @@ def _train(argv, log):
 
     import torch
 
-    from mdl_nbdev.cli import mdl_train
+    from mdl_nbdev.cli.commands import mdl_train
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     torch.set_num_threads(1)
     mdl_train(argv)

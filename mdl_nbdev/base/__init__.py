@@ -1,0 +1,1 @@
+"What every part uses: errors, text, processes, files, HTML, options and settings"

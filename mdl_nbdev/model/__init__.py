@@ -1,0 +1,6 @@
+"Models: families, chat, networks, loading, adapters"
+import sys
+
+from mdl_nbdev import _Part
+
+sys.modules[__name__].__class__ = _Part
