@@ -32,12 +32,15 @@ _MOVED = dict(config="base.errors base.options base.settings base.command_line",
     batches="train.batches model.collate", losses="train.losses", checkpoints="train.checkpoints", memory="train.memory", trainer="train.loop", samples="train.samples",
     train="train.run", infer="infer.run", evaluate="infer.evaluate", dashboard="cli.dashboard", demo="cli.demo", cli="cli.commands")
 
+_RENAMED = dict(audio_html="audio_player", duration_text="format_duration") # Names of version 0.1.0, and what they are called now
+
 
 def _look_up(name, modules):
     "A name from the first of some modules that defines it; `AttributeError` if none does"
     for module in modules.split():
         m = importlib.import_module(f"{__name__}.{module}")
-        if hasattr(m, name): return getattr(m, name)
+        for n in (name, _RENAMED.get(name)):
+            if n and hasattr(m, n): return getattr(m, n)
     raise AttributeError(f"{__name__} has no {name!r}")
 
 

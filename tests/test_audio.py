@@ -12,7 +12,8 @@ import pytest
 import soundfile as sf
 
 from mdl_nbdev import audio
-from mdl_nbdev.data.audio import AudioError, audio_html, audio_info, fetch, from_int16, load_audio, resolve, to_int16, waveform_html
+from mdl_nbdev.base.html import audio_player
+from mdl_nbdev.data.audio import AudioError, audio_info, fetch, from_int16, load_audio, resolve, to_int16, waveform_html
 
 rates = [8000, 11025, 16000, 22050, 44100, 48000, 96000]
 TONES = [220., 440., 1000., 3000.] # Hz; all below half of the lowest rate
@@ -191,10 +192,10 @@ def test_displays():
     import base64
     import io
     w = tones(16000, seconds=3)[:, 0].astype(np.float32)
-    page = audio_html(w, max_seconds=2)
+    page = audio_player(w, max_seconds=2)
     sound, rate = sf.read(io.BytesIO(base64.b64decode(page.split("base64,")[1].split('"')[0])))
     assert rate == 16000 and abs(len(sound) - 32000) <= 2304 and "first 2 s of 3.0 s" in page
-    assert "first" not in audio_html(to_int16(w)) and len(page) < 60_000
+    assert "first" not in audio_player(to_int16(w)) and len(page) < 60_000
     svg = base64.b64decode(waveform_html(np.array([0, 1, -1, 0], np.float32), width=8, height=10).split("base64,")[1].split('"')[0]).decode()
     assert svg.count("<polygon") == 1 and ",0.0" in svg and ",10.0" in svg
 

@@ -55,7 +55,7 @@ def html_bar(
 # %% ../../nbs/0_base/04_html.ipynb #c14
 def audio_player(
     waveform, # NumPy array [samples], float32 in [-1, 1] or int16, mono
-    rate:int, # Samples per second
+    rate:int=16_000, # Samples per second
     max_seconds:float=30., # Embed only the beginning of a longer clip
     style:str='', # CSS of the element
 )->Html: # An `<audio>` element

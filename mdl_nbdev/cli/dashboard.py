@@ -18,7 +18,8 @@ import types
 from fastcore.basics import patch
 from ..model.load import load_model # before transformers: it quietens bitsandbytes
 from transformers import TrainerCallback
-from ..data.audio import audio_html, load_audio, svg_image
+from ..base.html import audio_player, svg_image
+from ..data.audio import load_audio
 from ..base.command_line import option_groups, to_dict
 from ..base.errors import InputError
 from ..base.options import option, option_facts
@@ -171,7 +172,7 @@ def _verdict(answer, reference):
 @lru_cache(64)
 def _player(path):
     "A small player for a clip, or what is wrong with the clip"
-    try: return audio_html(load_audio(path), max_seconds=10).replace('<audio ', '<audio style="height:30px;width:210px;vertical-align:middle" ')
+    try: return audio_player(load_audio(path), max_seconds=10, style='height:30px;width:210px;vertical-align:middle')
     except InputError as e: return html.escape(str(e))
 
 # %% ../../nbs/5_cli/00_dashboard.ipynb #c20

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MAX_PEAK', 'AudioError', 'is_url', 'resolve', 'AudioInfo', 'audio_info', 'load_audio', 'to_int16',
-           'from_int16', 'cache_dir', 'fetch', 'audio_html', 'svg_image', 'duration_text', 'waveform_html']
+           'from_int16', 'cache_dir', 'fetch', 'waveform_html']
 
 # %% ../../nbs/1_data/00_audio.ipynb #c4
-import base64, concurrent.futures, hashlib, io, os, re, struct, tempfile, threading, time
+import concurrent.futures, hashlib, io, os, re, struct, tempfile, threading, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, soundfile as sf, soxr
 from ..base.errors import InputError
+from ..base.html import svg_image
 
 # %% ../../nbs/1_data/00_audio.ipynb #c5
 SAMPLE_RATE = 16_000 # Samples a second of every waveform in this package
@@ -280,33 +281,6 @@ def fetch(
     except concurrent.futures.TimeoutError: raise AudioError(f'{url}: not complete after {deadline:g} s: try again later, or download it and give its path') from None
     except OSError as e: raise AudioError(f'{url}: cannot be stored in {cache_dir()} ({e}): set MDL_CACHE to a folder with room') from None
     return path
-
-# %% ../../nbs/1_data/00_audio.ipynb #c59
-def audio_html(
-    waveform:np.ndarray, # [samples] float32 in [-1, 1] or int16, mono
-    rate:int=SAMPLE_RATE, # Samples a second
-    max_seconds:float=30., # Carry no more than the first so many seconds
-)->str: # An HTML `<audio>` element
-    "A player with the sound inside"
-    if waveform.dtype != np.int16: waveform = to_int16(waveform)
-    head, out = waveform[:int(max_seconds*rate)], io.BytesIO()
-    sf.write(out, head, rate, format='MP3')
-    note = f' <small>first {max_seconds:g} s of {len(waveform)/rate:.1f} s</small>' if len(head) < len(waveform) else ''
-    return f'<audio controls preload="none" src="data:audio/mpeg;base64,{base64.b64encode(out.getvalue()).decode()}"></audio>{note}'
-
-# %% ../../nbs/1_data/00_audio.ipynb #c60
-def svg_image(
-    svg:str, # An SVG element, with its `xmlns`
-    alt:str='', # What it shows, for those who do not see it
-)->str: # An HTML `<img>` element
-    "An SVG picture that is shown in any notebook"
-    return f'<img alt="{alt}" style="max-width:100%" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
-
-def duration_text(
-    seconds:float, # How long
-)->str: # Such as: 2.50 hours, 8.5 minutes, 12.0 s
-    "A duration as one says it"
-    return f'{seconds/3600:,.2f} hours' if seconds >= 3600 else f'{seconds/60:.1f} minutes' if seconds >= 60 else f'{seconds:.1f} s'
 
 # %% ../../nbs/1_data/00_audio.ipynb #c61
 def waveform_html(

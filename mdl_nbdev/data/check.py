@@ -12,7 +12,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import chunked, patch
-from .audio import SAMPLE_RATE, audio_info, duration_text, load_audio, resolve
+from ..base.text import format_duration
+from .audio import SAMPLE_RATE, audio_info, load_audio, resolve
 from ..base.errors import InputError
 from ..base.settings import CheckSettings
 from .tables import BadRow, _shorten, _table
@@ -88,7 +89,7 @@ def _summary(self:CheckReport):
     "The report's facts, a line each"
     n, s = len({b[:2] for b in self.bad}), self.seconds
     lines = [f"rows: {self.rows:,}, bad: {n:,}"]
-    if len(s): lines.append(f"audio: {duration_text(sum(s))} in clips of {min(s):.2f} to {max(s):.2f} s, {sum(s)/len(s):.2f} s on average")
+    if len(s): lines.append(f"audio: {format_duration(sum(s))} in clips of {min(s):.2f} to {max(s):.2f} s, {sum(s)/len(s):.2f} s on average")
     if self.rows > n and not self.clips: lines.append("audio: none, the rows are text")
     lines.append(f"predictions: {self.labels.total():,}, different ones: {len(self.labels):,}")
     for count, what in [(self.no_system_prompt, "without a system prompt"), (self.no_user_prompt, "without a user prompt"),

@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Callable, ClassVar, Iterator, NamedTuple
 from fastcore.basics import patch
-from .audio import audio_html, load_audio, resolve
+from ..base.html import audio_player
+from .audio import load_audio, resolve
 from ..base.errors import InputError
 
 # %% ../../nbs/1_data/02_tables.ipynb #c7
@@ -320,7 +321,7 @@ def clip_html(
     source:str, # Path or URL of a clip
 )->str: # HTML
     "An audio player for a clip and the clip's name, or what is wrong with the clip"
-    try: return f"{audio_html(load_audio(source))}<br><small>{html.escape(Path(source).name)}</small>"
+    try: return f"{audio_player(load_audio(source))}<br><small>{html.escape(Path(source).name)}</small>"
     except InputError as e: return html.escape(str(e))
 
 # %% ../../nbs/1_data/02_tables.ipynb #c68

@@ -15,7 +15,8 @@ from itertools import count, groupby
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from ..data.audio import audio_html, from_int16, load_audio, to_int16
+from ..base.html import audio_player
+from ..data.audio import from_int16, load_audio, to_int16
 from ..base.errors import InputError
 from ..data.tables import Conversation
 
@@ -428,7 +429,7 @@ def _span_html(kind, text, ids=()):
 @patch
 def _repr_html_(self:LabelView):
     ex = self.example
-    clips = ''.join(f'<div>🔊{i} {audio_html(from_int16(c))}</div>' for i,c in enumerate(ex.clips, 1))
+    clips = ''.join(f'<div>🔊{i} {audio_player(from_int16(c))}</div>' for i,c in enumerate(ex.clips, 1))
     n = count(1)
     text = ''.join(_span_html(k, f'🔊{next(n)} × {len(ids)}', ids[:1]) if k=='clip' else _span_html(k, t, ids) for k,t,ids in _label_spans(ex, self.tok))
     legend = ' &ensp; '.join(_span_html(k, f' {what} ') for k,what in [('loss', 'carries loss'), ('control', 'control token'), *[('clip', 'clip')]*bool(ex.clips)])

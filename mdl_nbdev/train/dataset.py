@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from fastcore.basics import patch
-from ..data.audio import SAMPLE_RATE, audio_html, duration_text, from_int16, load_audio, to_int16
+from ..base.html import audio_player
+from ..base.text import format_duration
+from ..data.audio import SAMPLE_RATE, from_int16, load_audio, to_int16
 from ..model.chat import AUDIO, AUDIO_BOS, AUDIO_EOS, Example, check_conversation, fingerprint, load_tokenizer, n_audio_tokens, tokenize
 from ..base.errors import InputError
 from ..base.options import option
@@ -192,7 +194,7 @@ class ConvertReport:
     path:Path # The dataset's folder
     rows:int # Rows in it
     audio_seconds:float # Seconds of audio in it
-    def __str__(self): return f"{self.rows:,} rows, {duration_text(self.audio_seconds)} of audio in {self.path}"
+    def __str__(self): return f"{self.rows:,} rows, {format_duration(self.audio_seconds)} of audio in {self.path}"
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c25
 def convert(
@@ -325,9 +327,9 @@ def tasks(self:AudioDataset): # Names of the tasks, sorted; int64 [rows] the tas
 @patch
 def _repr_html_(self:AudioDataset, most=3):
     "The first rows with players, and what all rows hold"
-    rows = ''.join(f"<tr><td>{e.line or i}</td><td>{''.join(audio_html(c if c.dtype==np.float32 else from_int16(c)) for c in e.clips)}</td>"
+    rows = ''.join(f"<tr><td>{e.line or i}</td><td>{''.join(audio_player(c if c.dtype==np.float32 else from_int16(c)) for c in e.clips)}</td>"
                    f"<td>{len(e.input_ids)}</td><td>{int((e.labels>=0).sum())}</td></tr>" for i,e in ((i, self[i]) for i in range(min(most, len(self)))))
-    return (f"<table><caption>{len(self):,} rows, {duration_text(self.n_samples.sum()/SAMPLE_RATE)} of audio, {self.n_tokens.sum():,} tokens</caption>"
+    return (f"<table><caption>{len(self):,} rows, {format_duration(self.n_samples.sum()/SAMPLE_RATE)} of audio, {self.n_tokens.sum():,} tokens</caption>"
             f"<tr><th>line</th><th>clips</th><th>tokens</th><th>with loss</th></tr>{rows}</table>")
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c44
@@ -409,12 +411,12 @@ def describe(self:Mix)->dict[str,dict]: # By task: rows, seconds of audio, token
 
 @patch
 def __str__(self:Mix):
-    audio = lambda seconds: f"{duration_text(seconds)} of audio, " if seconds else ""
+    audio = lambda seconds: f"{format_duration(seconds)} of audio, " if seconds else ""
     return '\n'.join(f"{name}: {d['rows']:,} rows, {audio(d['seconds'])}{d['tokens']:,} tokens" for name,d in self.describe().items())
 
 @patch
 def _repr_html_(self:Mix):
-    rows = ''.join(f"<tr><td>{html.escape(name)}</td><td>{d['rows']:,}</td><td>{duration_text(d['seconds'])}</td><td>{d['tokens']:,}</td></tr>" for name,d in self.describe().items())
+    rows = ''.join(f"<tr><td>{html.escape(name)}</td><td>{d['rows']:,}</td><td>{format_duration(d['seconds'])}</td><td>{d['tokens']:,}</td></tr>" for name,d in self.describe().items())
     return f"<table><tr><th>task</th><th>rows</th><th>audio</th><th>tokens</th></tr>{rows}</table>"
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c51
