@@ -13,7 +13,8 @@ _HOMES = {
     "base.errors": "InputError",
     "base.settings": "CheckSettings ConvertSettings TrainSettings InferSettings MergeSettings EvalSettings DemoSettings",
     "base.command_line": "save_config",
-    "data.audio": "load_audio audio_info AudioError",
+    "data.remote": "AudioError",
+    "data.audio": "load_audio audio_info",
     "data.sounds": "SOUND_LABELS make_sound make_sounds",
     "data.check": "check CheckReport",
     "model.load": "load_model load_processor load_adapter merge_adapter save_model",
@@ -27,8 +28,8 @@ _HOMES = {
 _home_of = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 # Modules of version 0.1.0 and where their names are now: imports written for it keep working
-_MOVED = dict(config="base.errors base.options base.settings base.command_line", audio="data.audio base.html base.text", sounds="data.sounds", data="data.tables",
-    records="data.records data.tables", check="data.check", chat="model.chat", midashenglm="model.midashenglm", model="model.load", dataset="train.dataset base.files base.processes",
+_MOVED = dict(config="base.errors base.options base.settings base.command_line", audio="data.audio data.remote data.pictures base.html base.text", sounds="data.sounds", data="data.tables data.conversations data.pictures",
+    records="data.records data.tables data.conversations", check="data.check", chat="model.chat", midashenglm="model.midashenglm", model="model.load", dataset="train.dataset base.files base.processes",
     batches="train.batches model.collate", losses="train.losses", checkpoints="train.checkpoints", memory="train.memory", trainer="train.loop", samples="train.samples",
     train="train.run", infer="infer.run", evaluate="infer.evaluate", dashboard="cli.dashboard", demo="cli.demo", cli="cli.commands")
 

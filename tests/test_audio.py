@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from mdl_nbdev import audio
+import mdl_nbdev.data.remote as remote
 from mdl_nbdev.base.html import audio_player
-from mdl_nbdev.data.audio import AudioError, audio_info, fetch, from_int16, load_audio, resolve, to_int16, waveform_html
+from mdl_nbdev.data.audio import audio_info, from_int16, load_audio, resolve, to_int16
+from mdl_nbdev.data.pictures import waveform_html
+from mdl_nbdev.data.remote import AudioError, fetch
 
 rates = [8000, 11025, 16000, 22050, 44100, 48000, 96000]
 TONES = [220., 440., 1000., 3000.] # Hz; all below half of the lowest rate
@@ -130,7 +132,7 @@ def test_a_cut_file_is_no_shorter_clip(tmp_path, name, kwargs, share):
     data = whole(tmp_path, name, **kwargs)
     assert len(load_audio(tmp_path/name)) == 32000
     (tmp_path/name).write_bytes(data[:int(share*len(data))])
-    with pytest.raises(AudioError, match="cut short|damaged|not readable"): load_audio(tmp_path/name)
+    with pytest.raises(AudioError, match="truncated|damaged|not readable"): load_audio(tmp_path/name)
 
 
 def test_bytes_in_the_middle_of_a_flac(tmp_path):
@@ -158,12 +160,12 @@ def test_chunks_around_the_sound(tmp_path):
 
 
 @pytest.mark.parametrize("name, data, message", [
-    ("a.raw", bytes(1000), "raw samples without a header"), ("a.wav", b"RIFF\0\0\0\0WAVE", "not readable"), ("a.mp3", b"ID3\x03" + bytes(50), "not readable|damaged|cut"),
-    ("a.flac", b"fLaC" + bytes(100), "not readable|damaged|holds no sound"), ("a.ogg", b"OggS" + bytes(100), "not readable|damaged"), ("a.wav", bytes(10000), "not readable")])
+    ("a.raw", bytes(1000), "raw samples without a header"), ("a.wav", b"RIFF\0\0\0\0WAVE", "not readable"), ("a.mp3", b"ID3\x03" + bytes(50), "not readable|damaged|truncated"),
+    ("a.flac", b"fLaC" + bytes(100), "not readable|damaged|contains no sound"), ("a.ogg", b"OggS" + bytes(100), "not readable|damaged"), ("a.wav", bytes(10000), "not readable")])
 def test_files_that_are_no_sound(tmp_path, name, data, message):
     (tmp_path/name).write_bytes(data)
     for read in [audio_info, load_audio]:
-        with pytest.raises(AudioError, match=f"{name}: .*({message}).*: (save|copy) it"): read(tmp_path/name)
+        with pytest.raises(AudioError, match=f"{name}: .*({message}).*; (save|copy) it"): read(tmp_path/name)
 
 
 def test_a_name_does_not_matter(tmp_path):
@@ -241,7 +243,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def site(tmp_path, monkeypatch):
     "The address of a server, with a cache of its own and a fetch of little patience"
     monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
-    monkeypatch.setattr(audio.time, "sleep", lambda s, sleep=time.sleep: sleep(min(s, .3)))
+    monkeypatch.setattr(remote.time, "sleep", lambda s, sleep=time.sleep: sleep(min(s, .3)))
     Server.hits, Server.body = {}, whole(tmp_path, "a.wav", seconds=1)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as s:
         s.daemon_threads, s.block_on_close = True, False
@@ -272,8 +274,8 @@ def test_redirects(site): assert fetch(f"{site}/redirect/a.wav").read_bytes() ==
 
 
 @pytest.mark.parametrize("kind, kwargs, hits, message", [
-    ("gone", {}, 1, "the server answered 410 Gone: check the address"), ("always-cut", {}, 3, ".*3 times: try again later"), ("loop", {}, None, "TooManyRedirects"),
-    ("busy", dict(retries=1), 2, "the server answered 429 Too Many Requests, 2 times"), ("drip", dict(deadline=1.), 1, "not complete after 1 s"), ("ok", dict(max_bytes=1000), 1, "over the limit of 1,000 bytes")])
+    ("gone", {}, 1, "the server answered 410 Gone; check the address"), ("always-cut", {}, 3, ".*3 times; try again later"), ("loop", {}, None, "TooManyRedirects"),
+    ("busy", dict(retries=1), 2, "the server answered 429 Too Many Requests, 2 times"), ("drip", dict(deadline=1.), 1, "not complete after 1 s"), ("ok", dict(max_bytes=1000), 1, "larger than the limit of 1,000 bytes")])
 def test_nothing_is_kept_of_a_failure(tmp_path, site, kind, kwargs, hits, message):
     start = time.monotonic()
     with pytest.raises(AudioError, match=f"{site}/{kind}/a.wav: {message}"): fetch(f"{site}/{kind}/a.wav", **kwargs)
@@ -292,7 +294,7 @@ def test_many_at_once(tmp_path, site):
 
 def test_a_cache_that_cannot_be_written(tmp_path, site, monkeypatch):
     monkeypatch.setenv("MDL_CACHE", str(tmp_path/"a.wav"/"cache"))
-    with pytest.raises(AudioError, match="cannot be stored in .*set MDL_CACHE to a folder with room"): fetch(f"{site}/ok/a.wav")
+    with pytest.raises(AudioError, match="cannot be stored in .*set MDL_CACHE to a folder with free space"): fetch(f"{site}/ok/a.wav")
 
 
 @pytest.mark.parametrize("url", ["http://", "http://[::1", "http://host:port/a.wav", "https:///a.wav", "http://exa mple/a.wav"])

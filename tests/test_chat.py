@@ -27,7 +27,7 @@ from mdl_nbdev.model.chat import (
     tokenize,
 )
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.data.tables import Conversation
+from mdl_nbdev.data.conversations import Conversation
 
 TINY = tiny_tokenizer()
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML

@@ -14,6 +14,7 @@ from typing import Iterable
 class Html(str):
     "A text that is HTML already, and shows itself in a notebook"
     def _repr_html_(self): return str(self)
+    def __repr__(self): return f"Html({len(self):,} characters)" # notebooks store this beside the HTML
 
 def as_html(
     value:object, # Any value; `Html` stays as it is

@@ -21,7 +21,9 @@ from ..model.chat import encode, load_tokenizer, tokenize
 from ..base.command_line import to_dict
 from ..base.errors import InputError
 from ..base.settings import InferSettings
-from ..data.tables import Conversation, Row, clip_html, format_row
+from ..data.conversations import Conversation
+from ..data.pictures import clip_html
+from ..data.tables import Row, format_row
 from ..base.files import make_folder, new_output
 from ..model.load import generate_tokens, load_adapter, load_model, merge, pick_dtype
 from ..data.records import SUFFIXES, Record, open_rows

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..base.html import audio_player
 from ..data.audio import from_int16, load_audio, to_int16
 from ..base.errors import InputError
-from ..data.tables import Conversation
+from ..data.conversations import Conversation
 
 # %% ../../nbs/2_model/01_chat.ipynb #c6
 AUDIO, AUDIO_BOS, AUDIO_EOS = '<|AUDIO|>', '<|audio_bos|>', '<|audio_eos|>'
