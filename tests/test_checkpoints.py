@@ -22,16 +22,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mdl_nbdev import checkpoints as C
 from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.options import options_where
 from mdl_nbdev.base.settings import TrainSettings
+from mdl_nbdev.train import checkpoints as C
+from mdl_nbdev.train import state as S
+from mdl_nbdev.train.identity import differences, identity, update_identity
+from mdl_nbdev.train.stopping import EarlyStopping
 
 fork = multiprocessing.get_context("fork")
 
 
 def write(folder, fill=b"w", size=3000):
     "What a small run writes: tensors, state, and a folder in the folder"
-    C.save_state(folder, "optimizer", {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.arange(size, dtype=torch.float32)}}, "lr": 0.1})
+    S.save_state(folder, "optimizer", {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.arange(size, dtype=torch.float32)}}, "lr": 0.1})
     (folder/"sub").mkdir()
     (folder/"sub"/"notes.txt").write_bytes(fill*size)
 
@@ -143,7 +147,7 @@ forged = {
 def test_forged_manifest(run, how):
     "A manifest whose own digest is right, but which says what a manifest may not say"
     (run/"outside").write_bytes(b"0")
-    (run/newest/"manifest.json").write_text(C._sealed(forged[how](good(run))))
+    (run/newest/"manifest.json").write_text(C.sealed(forged[how](good(run))))
     assert C.check_checkpoint(run/newest)
     assert C.last_checkpoint(run) == run/"checkpoint-10"
 
@@ -170,14 +174,15 @@ def test_pickle_is_not_loaded(run, tmp_path, name):
     (run/newest/name).write_bytes(pickle.dumps(Canary(canary)))
     assert C.check_checkpoint(run/newest)
     if "optimizer" in name:
-        with pytest.raises(InputError, match="damaged"): C.load_state(run/newest, "optimizer")
+        with pytest.raises(InputError, match="damaged"): S.load_state(run/newest, "optimizer")
     assert not canary.exists()
     pickle.loads(pickle.dumps(Canary(canary))).close()
     assert canary.exists(), "it would have been"
 
 
-def test_no_pickle_in_the_source():
-    tree = ast.parse(Path(C.__file__).read_text())
+@pytest.mark.parametrize("module", [C, S])
+def test_no_pickle_in_the_source(module):
+    tree = ast.parse(Path(module.__file__).read_text())
     used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {a.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
     assert not used & {"pickle", "marshal", "shelve", "eval", "exec"}
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("load", "save") and getattr(n.value, "id", "") in ("torch", "np")]
@@ -248,11 +253,11 @@ def before(module, name, when=1):
 
 
 def killed_in(stage, run, step):
-    if stage == "the first file": before(C, "_write_tensors")
-    if stage == "a file half written": C._write_tensors = lambda path, tensors: (path.write_bytes(b"half"), die())
+    if stage == "the first file": before(S, "save_file")
+    if stage == "a file half written": S.save_file = lambda tensors, path: (path.write_bytes(b"half"), die())
     if stage == "between files": before(Path, "mkdir", 2)
     if stage == "the first sync": before(os, "fsync")
-    if stage == "hashing": before(C, "_digest", 2)
+    if stage == "hashing": before(C, "file_digest", 2)
     if stage == "the manifest": before(Path, "write_text", 2)
     if stage == "the manifest's sync": before(os, "fsync", 4)
     if stage == "the new name": before(os, "rename")
@@ -296,7 +301,7 @@ def test_killed_at_any_moment(tmp_path, capsys):
             assert int(found.name[11:]) >= last
             last = int(found.name[11:])
     assert last > moments
-    assert "is passed over:" not in capsys.readouterr().out, "a kill leaves no damaged checkpoint, be it while writing or while removing"
+    assert "skipped:" not in capsys.readouterr().out, "a kill leaves no damaged checkpoint, be it while writing or while removing"
 
 
 def test_all_is_on_disk_before_the_name(tmp_path, monkeypatch):
@@ -332,7 +337,7 @@ def until_full(folder):
 
 
 big = torch.zeros(400_000)
-too_much = {"a file": lambda p: (p/"x").write_bytes(bytes(2**21)), "our state": lambda p: C.save_state(p, "optimizer", big), "safetensors": lambda p: save_file({"x": big}, p/"x"),
+too_much = {"a file": lambda p: (p/"x").write_bytes(bytes(2**21)), "our state": lambda p: S.save_state(p, "optimizer", big), "safetensors": lambda p: save_file({"x": big}, p/"x"),
             "torch": lambda p: torch.save(big, p/"x"), "the manifest": until_full}
 
 
@@ -385,7 +390,7 @@ def on_ranks(n, run, step, write, timeout=20):
 
 def share(folder, rank):
     time.sleep(0.02*rank)
-    C.save_state(folder, f"random-{rank}", C.random_state())
+    S.save_state(folder, f"random-{rank}", S.random_state())
 
 
 def test_every_rank_writes_its_own(tmp_path):
@@ -437,8 +442,8 @@ def same(a, b):
 
 
 def again(state, folder):
-    C.save_state(folder, "s", state)
-    return C.load_state(folder, "s")
+    S.save_state(folder, "s", state)
+    return S.load_state(folder, "s")
 
 
 leaves = (st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=8) | st.text(st.characters(codec=None, categories=None), max_size=6)
@@ -483,7 +488,7 @@ def test_arrays_and_numbers(tmp_path):
 @pytest.mark.parametrize("bad", [object(), {1, 2}, Path("x"), torch.Size([1]), 1j, np.array(["text"]), np.array([None]), np.longdouble(1), np.zeros(1, ">f4"),
                                  torch.zeros(2, device="meta"), torch.eye(2).to_sparse(), lambda: 0, random.Random(0)], ids=lambda x: type(x).__name__)
 def test_other_kinds_are_refused(tmp_path, bad):
-    with pytest.raises(TypeError): C.save_state(tmp_path, "s", {"a": [bad]})
+    with pytest.raises(TypeError): S.save_state(tmp_path, "s", {"a": [bad]})
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
@@ -494,21 +499,21 @@ broken_json = ["", "{", "[1", '{"$what": 1}', '{"$tensor": "s:9"}', '{"$tensor":
 @pytest.mark.parametrize("text", broken_json)
 @pytest.mark.parametrize("tensors", [True, False])
 def test_damaged_state(tmp_path, text, tensors):
-    C.save_state(tmp_path, "s", [torch.ones(3)] if tensors else [1])
+    S.save_state(tmp_path, "s", [torch.ones(3)] if tensors else [1])
     (tmp_path/"s.json").write_text(text)
-    with pytest.raises(InputError, match="s.json: this state is damaged"): C.load_state(tmp_path, "s")
+    with pytest.raises(InputError, match="s.json: this state is damaged"): S.load_state(tmp_path, "s")
 
 
 def test_missing_state(tmp_path):
-    with pytest.raises(InputError, match="random-3.json: is missing"): C.load_state(tmp_path, "random-3")
-    C.save_state(tmp_path, "s", [torch.ones(3)])
+    with pytest.raises(InputError, match="random-3.json: is missing"): S.load_state(tmp_path, "random-3")
+    S.save_state(tmp_path, "s", [torch.ones(3)])
     (tmp_path/"s.safetensors").unlink()
-    with pytest.raises(InputError, match="damaged"): C.load_state(tmp_path, "s")
+    with pytest.raises(InputError, match="damaged"): S.load_state(tmp_path, "s")
 
 
 def test_state_does_not_hang_on_the_file(tmp_path):
-    C.save_state(tmp_path, "s", big)
-    x = C.load_state(tmp_path, "s")
+    S.save_state(tmp_path, "s", big)
+    x = S.load_state(tmp_path, "s")
     os.truncate(tmp_path/"s.safetensors", 0)
     assert x.sum() == 0
     x[0] = 1
@@ -542,38 +547,38 @@ def go(net, opt, schedule, steps):
 def test_resumed_optimizer_goes_on_bit_for_bit(tmp_path, kind, dtype):
     whole = course(kind, dtype)
     go(*whole, 5)
-    for name, x in [("model", dict(whole[0].state_dict())), ("optimizer", whole[1].state_dict()), ("schedule", whole[2].state_dict()), ("random-0", C.random_state())]:
-        C.save_state(tmp_path, name, x)
-        assert same(C.load_state(tmp_path, name), x)
+    for name, x in [("model", dict(whole[0].state_dict())), ("optimizer", whole[1].state_dict()), ("schedule", whole[2].state_dict()), ("random-0", S.random_state())]:
+        S.save_state(tmp_path, name, x)
+        assert same(S.load_state(tmp_path, name), x)
     expected = go(*whole, 5)
     net, opt, schedule = course(kind, dtype)
-    net.load_state_dict(C.load_state(tmp_path, "model"))
-    opt.load_state_dict(C.load_state(tmp_path, "optimizer"))
-    schedule.load_state_dict(C.load_state(tmp_path, "schedule"))
-    C.set_random_state(C.load_state(tmp_path, "random-0"))
+    net.load_state_dict(S.load_state(tmp_path, "model"))
+    opt.load_state_dict(S.load_state(tmp_path, "optimizer"))
+    schedule.load_state_dict(S.load_state(tmp_path, "schedule"))
+    S.set_random_state(S.load_state(tmp_path, "random-0"))
     assert go(net, opt, schedule, 5) == expected
     assert all(torch.equal(a, b) for a, b in zip(whole[0].state_dict().values(), net.state_dict().values()))
 
 
 def test_random_states(tmp_path):
     random.gauss(0, 1), np.random.normal() # each leaves a half-used pair behind
-    C.save_state(tmp_path, "r", C.random_state())
+    S.save_state(tmp_path, "r", S.random_state())
     draw = lambda: (random.random(), random.gauss(0, 1), np.random.normal(size=3).tolist(), torch.randn(5).tolist(), torch.nn.functional.dropout(torch.ones(9)).tolist())
     first = draw()
-    C.set_random_state(C.load_state(tmp_path, "r"))
+    S.set_random_state(S.load_state(tmp_path, "r"))
     assert draw() == first
-    C.save_state(tmp_path, "plain", random.getstate())
-    assert C.load_state(tmp_path, "plain") == random.getstate()
+    S.save_state(tmp_path, "plain", random.getstate())
+    assert S.load_state(tmp_path, "plain") == random.getstate()
 
 
 @pytest.mark.parametrize("name", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64"])
 def test_numpy_generators(tmp_path, name):
     g = np.random.Generator(getattr(np.random, name)(1))
     g.integers(0, 9, 3, dtype=np.int32)
-    C.save_state(tmp_path, "g", g.bit_generator.state)
+    S.save_state(tmp_path, "g", g.bit_generator.state)
     first = g.normal(size=4).tolist()
     other = np.random.Generator(getattr(np.random, name)(2))
-    other.bit_generator.state = C.load_state(tmp_path, "g")
+    other.bit_generator.state = S.load_state(tmp_path, "g")
     assert other.normal(size=4).tolist() == first
 
 
@@ -582,14 +587,14 @@ def test_numpy_generators(tmp_path, name):
 
 def simulated(run, losses, limit=None, patience=None, epochs=()):
     "A run that evaluates and saves every ten steps; gives the step it stops at, the best step, and what is left"
-    stop = C.EarlyStopping(patience)
+    stop = EarlyStopping(patience)
     for i, loss in enumerate(losses, 1):
         step = 10*i
         C.write_checkpoint(run, step, lambda p: (p/"x").write_text("x"))
         if step in epochs: C.write_checkpoint(run, step, lambda p: (p/"x").write_text("x"), name=f"epoch-{epochs.index(step) + 1}")
         stopped = stop.update(loss, step)
         C.keep(run, limit, run/f"checkpoint-{stop.best_step}" if stop.best_step else None)
-        resumed = C.EarlyStopping(patience)
+        resumed = EarlyStopping(patience)
         resumed.load_state_dict(json.loads(json.dumps(stop.state_dict())))
         assert resumed == stop
         stop = resumed # as if the run were taken up again after each evaluation
@@ -651,18 +656,31 @@ def test_settings_that_matter():
                 gradient_checkpointing=False, early_stopping_patience=2, eval_steps=3)
     change = dict(lr=1.0, batch_size=1, seed=1, num_epochs=2, lora_rank=4, loss_mode="case1", packing=True, task_weights="a=2", warmup_steps=3, min_lr=0.1, model_name="tiny",
                   tuning="full", lora_dropout=0.5, quantization="4bit", max_grad_norm=2, weight_decay=1, validation_split=0.5, seq_length=7, gradient_accumulation_steps=2)
-    old = C.identity(TrainSettings(**base))
-    for k, v in free.items(): assert C.differences(old, C.identity(TrainSettings(**base | {k: v}))) == [], k
+    old = identity(TrainSettings(**base))
+    for k, v in free.items(): assert differences(old, identity(TrainSettings(**base | {k: v}))) == [], k
     for k, v in change.items():
-        found = C.differences(old, C.identity(TrainSettings(**base | {k: v})))
+        found = differences(old, identity(TrainSettings(**base | {k: v})))
         assert found and found[0].startswith("--" + k.replace("_", "-")) and ": was " in found[0], k
-    assert not C._FREE - set(vars(TrainSettings(**base))), "no setting of that name"
+    kept = {"--" + name.replace("_", "-") for name in vars(TrainSettings(**base)) if name not in options_where(TrainSettings, "resume")}
+    assert set(old) == kept and len(kept) > 25
+
+
+def test_identities_of_earlier_versions():
+    "Their words are translated and what they lack has its default; what has really changed is still found"
+    now = identity(TrainSettings(train_dataset="a.csv", output="o"), processes=2, tokenizer="t")
+    old = {k: v for k, v in now.items() if k not in ("--lora-init", "--packing")} | {"--loss-mode": "case3", "--old": 1}
+    assert differences(update_identity(json.loads(json.dumps(old))), now) == []
+    assert update_identity(now) == now
+    changed = update_identity(old | {"--loss-mode": "case1", "processes": 4, "--model-name": "mispeech/midashenglm-7b"})
+    assert [line.split(":")[0] for line in differences(changed, now)] == ["--loss-mode", "--model-name", "processes"]
+    missing = update_identity({k: v for k, v in old.items() if k != "tokenizer"})
+    assert differences(missing, now) == ['tokenizer: was not there, is "t"']
 
 
 def test_differences():
     old = dict(a=1, b=dict(c=[1, 2], d="x"), e=(1, 2), gone=None)
-    assert C.differences(old, json.loads(json.dumps(old))) == [], "a round through JSON is no difference"
-    assert C.differences(old, dict(a=1.5, b=dict(c=[1, 3], d="x"), e=[1, 2], new=dict(x=1))) == [
+    assert differences(old, json.loads(json.dumps(old))) == [], "a round through JSON is no difference"
+    assert differences(old, dict(a=1.5, b=dict(c=[1, 3], d="x"), e=[1, 2], new=dict(x=1))) == [
         "a: was 1, is 1.5", "b.c: was [1, 2], is [1, 3]", "gone: was null, is not there", "new.x: was not there, is 1"]
-    assert C.differences({}, {}) == []
-    assert hashlib.sha256(b"").hexdigest() in C.differences({"d": hashlib.sha256(b"").hexdigest()}, {"d": ""})[0]
+    assert differences({}, {}) == []
+    assert hashlib.sha256(b"").hexdigest() in differences({"d": hashlib.sha256(b"").hexdigest()}, {"d": ""})[0]

@@ -19,7 +19,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from ..model.collate import Collator
 from .batches import StepSampler
-from .checkpoints import EarlyStopping, keep, load_state, random_state, save_state, set_random_state, write_checkpoint
+from .checkpoints import keep, write_checkpoint
+from .state import load_state, random_state, save_state, set_random_state
+from .stopping import EarlyStopping
 from ..base.errors import InputError
 from ..base.settings import TrainSettings
 from ..base.processes import end_with_parent

@@ -24,7 +24,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from ..data.audio import SAMPLE_RATE
 from ..model.chat import LabelView, fingerprint, load_tokenizer
-from .checkpoints import check_checkpoint, differences, identity, last_checkpoint, load_state, set_aside_later
+from .checkpoints import check_checkpoint, last_checkpoint, set_aside_later
+from .identity import differences, identity
+from .state import load_state
 from ..base.command_line import save_config, to_dict
 from ..base.errors import InputError
 from ..base.settings import TrainSettings
