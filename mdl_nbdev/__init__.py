@@ -21,7 +21,8 @@ _HOMES = {
     "train.dataset": "convert open_dataset open_mix",
     "train.run": "train dry_run read_metrics TrainReport",
     "infer.run": "infer InferReport",
-    "infer.evaluate": "evaluate score EvalReport",
+    "infer.metrics": "score Scores",
+    "infer.evaluate": "evaluate EvalReport",
     "cli.dashboard": "watch start_training start_inference SettingsForm",
     "cli.demo": "demo",
 }
@@ -33,7 +34,7 @@ _MOVED = dict(config="base.errors base.options base.settings base.command_line",
     batches="train.batches model.collate", losses="train.losses",
     checkpoints="train.checkpoints train.state train.stopping train.identity",
     memory="train.memory", trainer="train.loop", samples="train.samples",
-    train="train.run", infer="infer.run", evaluate="infer.evaluate", dashboard="cli.dashboard", demo="cli.demo", cli="cli.commands")
+    train="train.run", infer="infer.run infer.output infer.identity", evaluate="infer.evaluate infer.metrics", dashboard="cli.dashboard", demo="cli.demo", cli="cli.commands")
 
 _RENAMED = dict(audio_html="audio_player", duration_text="format_duration") # Names of version 0.1.0, and what they are called now
 

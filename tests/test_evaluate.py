@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mdl_nbdev.cli.commands import mdl_eval
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import EvalSettings
-from mdl_nbdev.infer.evaluate import evaluate, score
+from mdl_nbdev.infer.evaluate import evaluate
+from mdl_nbdev.infer.metrics import score
 
 
 def distance(a, b):
@@ -137,7 +138,7 @@ def test_command(tmp_path, capsys):
     for bad in [tmp_path/"out.csv"/"f.json", "/proc/f.json"]:
         with pytest.raises(SystemExit) as e: mdl_eval([*args[:-1], str(bad)])
         assert e.value.code == 2
-        assert "cannot write here" in capsys.readouterr().err
+        assert "cannot write this file" in capsys.readouterr().err
 
 
 # Records and other kinds of files
@@ -174,10 +175,10 @@ def test_kinds_of_files_compare(tmp_path):
 
 
 record_faults = {
-    "another question": ([dict(prompt="Q", answer="A")], [dict(prompt="R", answer="A")], "out.jsonl:1: question is 'R', and .*in.jsonl:1 has 'Q'"),
+    "another question": ([dict(prompt="Q", answer="A")], [dict(prompt="R", answer="A")], "out.jsonl:1: prompt is 'R', and .*in.jsonl:1 has 'Q'"),
     "another clip": ([dict(audio=["a.wav", "b.wav"], answer="A")], [dict(audio=["a.wav", "c.wav"], prediction="A")], "out.jsonl:1: audio is 'a.wav, c.wav', and .*in.jsonl:1 has 'a.wav, b.wav'"),
-    "an earlier round": ([dict(chat_rounds=rounds("Q", "A", "R", "B"))], [dict(chat_rounds=rounds("X", "A", "R", "B"))], "question is 'X R', and .* has 'Q R'"),
-    "another order": ([dict(prompt="Q", answer="A"), dict(prompt="R", answer="A")], [dict(prompt="R", answer="A"), dict(prompt="Q", answer="A")], r"\(2 of 2 rows differ\); the same rows stand in another order"),
+    "an earlier round": ([dict(chat_rounds=rounds("Q", "A", "R", "B"))], [dict(chat_rounds=rounds("X", "A", "R", "B"))], "prompt is 'X R', and .* has 'Q R'"),
+    "another order": ([dict(prompt="Q", answer="A"), dict(prompt="R", answer="A")], [dict(prompt="R", answer="A"), dict(prompt="Q", answer="A")], r"\(2 of 2 rows differ\); the same rows are in another order"),
     "no right answer": ([dict(prompt="Q")], [dict(prompt="Q", prediction="A")], "in.jsonl:1: the reference has no prediction"),
     "two right answers": ([dict(prompt="Q", answer="A", prediction="P")], [dict(prompt="Q", answer="A", prediction="A")], "in.jsonl:1: the last round and prediction give two answers"),
     "broken records": ([dict(prompt="Q", answer="A")] * 2, [dict(prompt="Q", answer=1), dict(answer="A")], "2 bad rows:\n.*out.jsonl:1: answer is a number.*\n.*out.jsonl:2: no conversation"),

@@ -8,7 +8,7 @@ __all__ = ['replacing', 'write_text', 'write_json', 'append_text', 'json_lines',
 
 # %% ../../nbs/0_base/03_files.ipynb #c4
 import hashlib, json, os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 from .errors import InputError
@@ -27,7 +27,8 @@ def replacing(
         with open(new, 'rb') as f: os.fsync(f.fileno())
         os.replace(new, path)
     except OSError as e: raise InputError(f"{path}: cannot write this file: {e.strerror or e}; free some space or choose another --output") from e
-    finally: new.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): new.unlink()
 
 def write_text(
     path:str|Path, # The file to write

@@ -24,7 +24,7 @@ from ..base.command_line import option_groups, to_dict
 from ..base.errors import InputError
 from ..base.options import option, option_facts
 from ..base.settings import InferSettings, TrainSettings
-from ..infer.evaluate import score
+from ..infer.metrics import score
 from ..infer.run import infer
 from ..train.samples import read_samples
 from ..train.run import train
