@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
 
+from mdl_nbdev.model import label_loss, midasheng_encoder
 from mdl_nbdev.model import midashenglm as mdl
 from mdl_nbdev.model.midashenglm import MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor, n_audio_tokens
 
@@ -177,7 +179,7 @@ def test_mel_equals_reference_whatever_the_dtype(model2):
     seen = {}
     half.audio_encoder.init_bn.register_forward_pre_hook(lambda m, args: seen.update(mel=args[0]))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        got = mdl.log_mel(batch["input_values"], n, config)
+        got = midasheng_encoder.log_mel(batch["input_values"], n, config)
         half.encode_audio(clips[1][None])
     assert got.dtype == seen["mel"].dtype == torch.float32
     for a, b in zip(got, want): torch.testing.assert_close(a[:, :b.shape[1]].double(), b, atol=2e-3, rtol=0)
@@ -232,7 +234,7 @@ def full_loss(model, batch):
 
 @pytest.mark.parametrize("pieces", [2**25, 700])
 def test_loss_equals_loss_of_full_logits(model, rows, pieces, monkeypatch):
-    monkeypatch.setattr(mdl, "LOSS_LOGITS", pieces)
+    monkeypatch.setattr(label_loss, "LOSS_LOGITS", pieces)
     model = copy.deepcopy(model).train()
     batch, grads = make_batch(rows[:4], labels=6), []
     for loss in (model(**batch).loss, full_loss(model, batch)):
@@ -277,7 +279,7 @@ def test_no_label_gives_zero_and_zero_gradients(rows):
 @pytest.mark.parametrize("pieces", [2**25, 700])
 def test_weighted_sums_equal_those_of_full_logits(model, rows, pieces, monkeypatch):
     "Two planes of weights, some of them zero, in value and in gradient; through an adapter's wrapper as well"
-    monkeypatch.setattr(mdl, "LOSS_LOGITS", pieces)
+    monkeypatch.setattr(label_loss, "LOSS_LOGITS", pieces)
     model = copy.deepcopy(model).train()
     batch, g, grads = make_batch(rows[:4], labels=6), torch.Generator().manual_seed(0), []
     weights = torch.rand(2, *batch["labels"].shape, generator=g)
@@ -321,7 +323,7 @@ def test_padding_side_does_not_matter(model, rows):
 
 memory = """
 import re, torch, torch.nn.functional as F
-from mdl_nbdev.model.midashenglm import labelled_loss
+from mdl_nbdev.model.label_loss import labelled_loss
 torch.set_num_threads(1)
 vocabulary = 152064
 head, hidden = torch.nn.Linear(16, vocabulary, bias=False), torch.randn(2, 384, 16, requires_grad=True)
@@ -615,7 +617,11 @@ def test_save_and_load(model, rows, tmp_path):
     saved = json.loads((tmp_path/"config.json").read_text())
     assert saved["architectures"] == ["MiDashengLMModel"]
     assert saved["auto_map"] == dict(AutoConfig="midashenglm.MiDashengLMConfig", AutoModelForCausalLM="midashenglm.MiDashengLMModel")
-    assert (tmp_path/"midashenglm.py").read_text() == Path(mdl.__file__).read_text()
+    for module in (mdl, midasheng_encoder, label_loss):
+        path = Path(module.__file__)
+        assert (tmp_path/path.name).read_text() == path.read_text()
+        imported = {m[1] or "." for m in re.finditer(r"^(?:from|import) (?:(\w+)|\.)", path.read_text(), re.M)}
+        assert imported <= {"torch", "transformers", "numpy", ".", "functools", "io", "os", "typing", "urllib"}, "it must run where this package is not installed"
 
 
 def test_load_in_bfloat16_keeps_statistics(model2, rows, tmp_path):

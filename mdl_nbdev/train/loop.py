@@ -26,7 +26,7 @@ from ..base.errors import InputError
 from ..base.settings import TrainSettings
 from ..base.processes import end_with_parent
 from .losses import CoBa, _labelled, loss_weights, weighted_losses
-from ..model.midashenglm import loss_pieces
+from ..model.label_loss import loss_pieces
 
 logging.getLogger('transformers.trainer_utils').addFilter(lambda r: 'do not match the ones in' not in r.getMessage()) # takes fractions of steps for changes; `identity` looks closer
 

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..base.errors import InputError
 from ..base.settings import LOSS_MODES
-from ..model.midashenglm import next_position, weighted_sums
+from ..model.label_loss import next_position, weighted_sums
 
 # %% ../../nbs/3_train/04_losses.ipynb #c6
 def _labelled(batch): # bool [rows, positions]

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from ..base.settings import TrainSettings
-from ..model.midashenglm import LOSS_LOGITS, SAMPLE_RATE
+from ..model.label_loss import LOSS_LOGITS
+from ..model.midasheng_encoder import SAMPLE_RATE
 from ..model.load import pick_dtype
 
 # %% ../../nbs/3_train/09_memory.ipynb #c6
