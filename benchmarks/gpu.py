@@ -33,8 +33,11 @@ from mdl_nbdev.base.settings import TuneSettings
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
-from mdl_nbdev.model.load import adapt, tiny_config
-from mdl_nbdev.model.midashenglm import MiDashengLMConfig, n_audio_tokens
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
+from mdl_nbdev.model.load import adapt
+from mdl_nbdev.model.midashenglm_family import tiny_config
+from mdl_nbdev.model.midashenglm import MiDashengLMConfig
+from mdl_nbdev.model.tokenizers import n_audio_tokens
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +97,7 @@ def example(samples, config, rng, answer):
 def batch(config, samples, answer=True):
     "Rows of one random clip each on the CPU, padded as in training or, without `answer`, as in inference"
     rng = np.random.default_rng(0)
-    return Collator(0, "right" if answer else "left")([example(n, config, rng, answer) for n in samples])
+    return Collator(0, MiDashengLMFamily(), "right" if answer else "left")([example(n, config, rng, answer) for n in samples])
 
 
 # Useful operations

@@ -19,10 +19,13 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
 from mdl_nbdev.train.batches import StepSampler, padding_waste
-from mdl_nbdev.model.chat import Example, n_audio_tokens, tiny_tokenizer
+from mdl_nbdev.model.chat import Example
+from mdl_nbdev.model.tokenizers import n_audio_tokens
+from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
-from mdl_nbdev.model.load import tiny_model
+from mdl_nbdev.model.midashenglm_family import tiny_model
 
 # Name -> batch size, length of a pack, by length?
 WAYS = {"8 rows, at random": (8, None, False), "8 rows, by length": (8, None, True), "32 rows, by length": (32, None, True),
@@ -71,7 +74,7 @@ def prepare(examples, pad, size, pack, by_length):
     lengths = np.array([len(e.input_ids) for e in examples])
     if by_length: groups = StepSampler(lengths, size, pack=pack).batches(0)
     else: groups = np.split(np.random.default_rng(0).permutation(len(lengths)), range(size, len(lengths), size))
-    collate = Collator(pad)
+    collate = Collator(pad, MiDashengLMFamily())
     return [collate([[examples[j] for j in i] if pack else examples[i] for i in g]) for g in groups], padding_waste(lengths, groups)
 
 

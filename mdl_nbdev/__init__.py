@@ -30,7 +30,9 @@ _home_of = {name: module for module, names in _HOMES.items() for name in names.s
 
 # Modules of version 0.1.0 and where their names are now: imports written for it keep working
 _MOVED = dict(config="base.errors base.options base.settings base.command_line", audio="data.audio data.remote data.pictures base.html base.text", sounds="data.sounds", data="data.tables data.conversations data.pictures",
-    records="data.records data.tables data.conversations", check="data.check", chat="model.chat", midashenglm="model.midashenglm model.midasheng_encoder model.label_loss", model="model.load", dataset="train.dataset base.files base.processes",
+    records="data.records data.tables data.conversations", check="data.check",
+    chat="model.chat model.tokenizers model.label_view model.template model.midashenglm_family model.text_family model.hub",
+    midashenglm="model.midashenglm model.midasheng_encoder model.label_loss", model="model.load model.engine model.midashenglm_family model.text_family", dataset="train.dataset base.files base.processes",
     batches="train.batches model.collate", losses="train.losses",
     checkpoints="train.checkpoints train.state train.stopping train.identity",
     memory="train.memory", trainer="train.loop", samples="train.samples",

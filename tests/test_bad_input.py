@@ -442,7 +442,7 @@ def test_damaged_model(capfd, command, kind):
 
 
 def test_another_tokenizer(capfd):
-    from mdl_nbdev.model.chat import tiny_tokenizer
+    from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
     tok = tiny_tokenizer()
     tok.chat_template = "{# another #}" + tok.chat_template
     tok.save_pretrained("other")

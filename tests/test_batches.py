@@ -15,11 +15,14 @@ from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
 from mdl_nbdev.train.batches import StepSampler, pack_rows, padding_waste
-from mdl_nbdev.model.chat import Example, n_audio_tokens, tiny_tokenizer
+from mdl_nbdev.model.chat import Example
+from mdl_nbdev.model.tokenizers import n_audio_tokens
+from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
-from mdl_nbdev.model.load import tiny_model
+from mdl_nbdev.model.midashenglm_family import tiny_model
 
 LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=200)
 
@@ -210,19 +213,19 @@ def example(n, clips, **kw): return Example(np.arange(n, dtype=np.int32), np.ful
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(side):
-    b = Collator(99, side)([example(3, [10], task_id=1), example(5, [4, 20]), example(2, [], task_id=2)])
+    b = Collator(99, MiDashengLMFamily(), side)([example(3, [10], task_id=1), example(5, [4, 20]), example(2, [], task_id=2)])
     ids = [[0, 1, 2, 99, 99], [0, 1, 2, 3, 4], [0, 1, 99, 99, 99]]
     if side == "left": ids = [[99, 99, 0, 1, 2], ids[1], [99, 99, 99, 0, 1]]
     assert b["input_ids"].tolist() == ids and b["attention_mask"].tolist() == [[int(x != 99) for x in r] for r in ids]
     assert b["sample"].tolist() == [[i if x != 99 else -1 for x in r] for i, r in enumerate(ids)] and b["task"].tolist() == [1, 0, 2]
     assert b["audio_length"].tolist() == [10, 4, 20] and b["input_values"].shape == (3, 20) and int(b["input_values"].sum()) == 7 * 34
-    assert "position_ids" not in b and "input_values" not in Collator(99)([example(2, [])])
+    assert "position_ids" not in b and "input_values" not in Collator(99, MiDashengLMFamily())([example(2, [])])
 
 
 def test_a_packed_batch():
     one, two, three = example(3, [10], task_id=1), example(1, []), example(2, [5])
     for e in (one, two, three): e.labels[:] = e.input_ids + 10
-    b = Collator(99)([[one, two], [three]])
+    b = Collator(99, MiDashengLMFamily())([[one, two], [three]])
     assert {k: v.tolist() for k, v in b.items() if k != "input_values"} == dict(
         input_ids=[[0, 1, 2, 0], [0, 1, 99, 99]], labels=[[-100, 11, 12, -100], [-100, 11, -100, -100]], sample=[[0, 0, 0, 1], [2, 2, -1, -1]],
         position_ids=[[0, 1, 2, 0], [0, 1, 0, 1]], task=[1, 0, 0], audio_length=[10, 5])
@@ -253,7 +256,7 @@ def losses_and_gradients(model, batch, mode):
 
 
 def check_packing(model, examples, packs, pad):
-    collate, at = Collator(pad), [i for p in packs for i in p]
+    collate, at = Collator(pad, MiDashengLMFamily()), [i for p in packs for i in p]
     for mode in ("case1", "case2", "case3", "case4"):
         packed, got = losses_and_gradients(model, collate([[examples[i] for i in p] for p in packs]), mode)
         rows, want = losses_and_gradients(model, collate([examples[i] for i in at]), mode)
@@ -294,7 +297,7 @@ def test_a_change_in_a_sample_changes_no_other():
     model, rng = TEXT["gpt_neox"](), np.random.default_rng(0)
     examples = [text_example(rng, n, 0) for n in (20, 9, 14)]
     logits = lambda: model(**{k: b[k] for k in ("input_ids", "position_ids")}, use_cache=False).logits.detach()
-    b = Collator(96)([examples])
+    b = Collator(96, MiDashengLMFamily())([examples])
     before = logits()
     b["input_ids"][0, 22] = (b["input_ids"][0, 22] + 1) % 89
     same = (logits() == before).all(-1)[0]

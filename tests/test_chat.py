@@ -11,22 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mdl_nbdev.model.chat import (
-    AUDIO,
-    CHATML,
-    ROLE_MARKERS,
-    Example,
-    LabelView,
-    decode_answer,
-    encode,
-    fingerprint,
-    load_tokenizer,
-    n_audio_tokens,
-    tiny_text_tokenizer,
-    tiny_tokenizer,
-    tokenize,
-)
 from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.model.chat import Example
+from mdl_nbdev.model.label_view import LabelView
+from mdl_nbdev.model.midashenglm_family import AUDIO, CHATML, tiny_tokenizer
+from mdl_nbdev.model.template import ROLE_MARKERS
+from mdl_nbdev.model.text_family import tiny_text_tokenizer
+from mdl_nbdev.model.tokenizers import decode_answer, encode, fingerprint, load_tokenizer, n_audio_tokens, tokenize
 from mdl_nbdev.data.conversations import Conversation
 
 TINY = tiny_tokenizer()
@@ -219,7 +210,7 @@ def test_text_models_see_what_transformers_shows_them(name, said):
 
 
 def test_clip_tokens_agree_with_the_network():
-    from mdl_nbdev.model.midashenglm import n_audio_tokens as network
+    from mdl_nbdev.model.tokenizers import n_audio_tokens as network
     assert [n_audio_tokens(n) for n in range(0, 40_000, 7)] == [network(n) for n in range(0, 40_000, 7)]
 
 

@@ -92,7 +92,7 @@ def test_fsdp_wraps_the_blocks():
     from peft import LoraConfig, get_peft_model
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from mdl_nbdev.model.load import tiny_model
+    from mdl_nbdev.model.midashenglm_family import tiny_model
     model = tiny_model()
     assert model._no_split_modules == {"MiDashengAudioBlock", "Qwen2DecoderLayer"}
     assert get_peft_model(model, LoraConfig(target_modules=["q_proj"]))._no_split_modules == {"MiDashengAudioBlock", "Qwen2DecoderLayer"}

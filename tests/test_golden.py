@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mdl_nbdev.model.chat import load_tokenizer, tokenize
+from mdl_nbdev.model.tokenizers import load_tokenizer, tokenize
 from mdl_nbdev.data.records import open_rows
 from mdl_nbdev.data.tables import to_conversation
 

@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mdl_nbdev.model.chat import tiny_text_tokenizer
+from mdl_nbdev.model.text_family import tiny_text_tokenizer
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import InferSettings
 from mdl_nbdev.infer.run import infer
-from mdl_nbdev.model.load import load_processor, tiny_model, tiny_text_model
+from mdl_nbdev.model.load import load_processor
+from mdl_nbdev.model.midashenglm_family import tiny_model
+from mdl_nbdev.model.text_family import tiny_text_model
 from mdl_nbdev.data.sounds import make_sounds
 
 

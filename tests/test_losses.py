@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.train.losses import CoBa, loss_weights, weighted_losses
@@ -80,7 +81,7 @@ def token_losses(model, examples):
 
 def step(model, groups, mode, weights=WEIGHTS, reduce=None):
     "The sums of the planes over the micro-batches of a step; the gradient is left in the model"
-    collate = Collator(0)
+    collate = Collator(0, MiDashengLMFamily())
     batches = [collate(g) for g in groups]
     planes, tokens = loss_weights(batches, mode, weights, 3, reduce)
     total = torch.zeros(4, dtype=torch.float64)
@@ -136,7 +137,7 @@ class NoChoice(torch.nn.Module):
 
 
 def test_text_models_equal_their_full_logits(model):
-    batch = Collator(0)(samples("three tasks"))
+    batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
     inputs = {k: v for k, v in batch.items() if k not in ("sample", "task")}
     weights = torch.rand(2, *batch["labels"].shape)
     with torch.no_grad(): logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -146,7 +147,7 @@ def test_text_models_equal_their_full_logits(model):
 
 
 def test_text_logits_are_only_made_where_they_are_needed(model):
-    batch = Collator(0)(samples("three tasks"))
+    batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
     inputs, shapes = {k: v for k, v in batch.items() if k not in ("sample", "task")}, []
     hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
     weighted_losses(model, inputs, torch.ones(1, *batch["labels"].shape))
@@ -175,9 +176,10 @@ import torch.distributed as dist
 from datetime import timedelta
 sys.path.insert(0, sys.argv[1])
 from test_losses import *
-from mdl_nbdev.model.chat import AUDIO, tiny_tokenizer
+from mdl_nbdev.model.midashenglm_family import AUDIO, tiny_tokenizer
 from mdl_nbdev.base.settings import TuneSettings
-from mdl_nbdev.model.load import adapt, tiny_model
+from mdl_nbdev.model.load import adapt
+from mdl_nbdev.model.midashenglm_family import tiny_model
 torch.set_num_threads(1)
 rank, world, file = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 if world > 1: dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=rank, world_size=world, timeout=timedelta(seconds=60))
@@ -207,7 +209,7 @@ for name, make in dict(text=text, audio=audio).items():
     for mode in MODES:
         model, examples = make()
         run = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        batches = [Collator(0)(g) for g in cut(examples, 2 if world > 1 else 8)[rank::world]]
+        batches = [Collator(0, MiDashengLMFamily())(g) for g in cut(examples, 2 if world > 1 else 8)[rank::world]]
         planes, _ = loss_weights(batches, mode, WEIGHTS, 3, reduce)
         for i, (b, p) in enumerate(zip(batches, planes)):
             inputs = {k: v for k, v in b.items() if k not in ("sample", "task")}

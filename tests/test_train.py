@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from mdl_nbdev.model.collate import Collator
-from mdl_nbdev.model.chat import tiny_tokenizer
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
+from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings, TrainSettings
 from mdl_nbdev.train.dataset import AudioDataset, convert
-from mdl_nbdev.model.load import load_adapter, load_model, tiny_model
+from mdl_nbdev.model.load import load_adapter, load_model
+from mdl_nbdev.model.midashenglm_family import tiny_model
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.train.run import read_metrics, train
 from mdl_nbdev.train.loop import TaskTrainer
@@ -47,7 +49,7 @@ def test_evaluation_is_the_mean_over_all_tokens(run):
     model, ds = load_model(str(run.final)).double(), AudioDataset(run.output / "data" / "eval" / "0-sounds")
     total = n = 0
     for i in range(len(ds)):
-        batch = Collator(TOK.pad_token_id)([ds[i]])
+        batch = Collator(TOK.pad_token_id, MiDashengLMFamily())([ds[i]])
         labels = batch.pop("labels")[0, 1:]
         with torch.no_grad(): logits = model(**batch).logits[0, :-1]
         for at in range(len(labels)):
@@ -103,7 +105,7 @@ def test_adapter_only(csv, tmp_path, run):
     s = settings(csv, tmp_path / "a", merge_lora=False, max_steps=2, train_target=["decoder", "lm_head"])
     adapter, merged = train(s), train(replace(s, output=tmp_path / "m", merge_lora=True))
     assert (adapter.final / "adapter_model.safetensors").exists() and not (adapter.final / "model.safetensors").exists()
-    batch = {k: v for k, v in Collator(TOK.pad_token_id)([AudioDataset(s.output / "data" / "train" / "0-sounds")[i] for i in range(3)]).items() if k != "labels"}
+    batch = {k: v for k, v in Collator(TOK.pad_token_id, MiDashengLMFamily())([AudioDataset(s.output / "data" / "train" / "0-sounds")[i] for i in range(3)]).items() if k != "labels"}
     with torch.no_grad(): a, b = load_adapter(load_model("tiny"), adapter.final)(**batch).logits, load_model(str(merged.final))(**batch).logits
     assert torch.allclose(a, b, atol=1e-5)
     assert not torch.equal(load_file(merged.final / "model.safetensors")["decoder.lm_head.weight"], tiny_model().state_dict()["decoder.lm_head.weight"])
@@ -149,7 +151,7 @@ def test_a_batch_goes_to_the_device_as_it_is(csv, tmp_path):
     trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("meta")))
     trainer._prepare_input = lambda data: TaskTrainer._prepare_input(trainer, data)
     ds = AudioDataset(convert(ConvertSettings(input=csv, output=tmp_path / "d", base_dir=csv.parent, model_name="tiny")).path)
-    batch = Collator(TOK.pad_token_id)([ds[i] for i in range(3)])
+    batch = Collator(TOK.pad_token_id, MiDashengLMFamily())([ds[i] for i in range(3)])
     moved = trainer._prepare_input(batch)
     assert {k: (v.device.type, v.dtype, v.shape) for k, v in moved.items()} == {k: ("meta", v.dtype, v.shape) for k, v in batch.items()}
 

@@ -14,7 +14,7 @@ from ..base.command_line import to_dict
 from ..base.options import option, options_where
 from ..base.processes import available_cpus
 from ..base.settings import InferSettings
-from ..model.chat import from_hub
+from ..model.hub import from_hub
 
 # %% ../../nbs/4_infer/00_identity.ipynb #c6
 PIECE_BYTES = 2**23 # Files are hashed in pieces of this size, in parallel

@@ -17,7 +17,7 @@ from typing import Callable
 import numpy as np, torch, torch.distributed as dist
 from fastcore.basics import chunked, patch
 from ..data.audio import audio_info
-from ..model.chat import encode, load_tokenizer, tokenize
+from ..model.tokenizers import encode, load_tokenizer, tokenize
 from ..base.command_line import to_dict
 from ..base.errors import InputError
 from ..base.settings import InferSettings
@@ -25,7 +25,8 @@ from ..data.conversations import Conversation
 from ..data.pictures import clip_html
 from ..data.tables import Row, format_row
 from ..base.files import make_folder, new_output
-from ..model.load import generate_tokens, load_adapter, load_model, merge, pick_dtype
+from ..model.engine import generate_tokens
+from ..model.load import load_adapter, load_model, merge, pick_dtype
 from ..data.records import SUFFIXES, Record, open_rows
 from ..data.tables import to_conversation
 

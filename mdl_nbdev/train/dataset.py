@@ -19,7 +19,10 @@ from fastcore.basics import patch
 from ..base.html import audio_player
 from ..base.text import format_duration
 from ..data.audio import SAMPLE_RATE, from_int16, load_audio, to_int16
-from ..model.chat import AUDIO, AUDIO_BOS, AUDIO_EOS, Example, check_conversation, fingerprint, load_tokenizer, n_audio_tokens, tokenize
+from ..model.chat import Example
+from ..model.tokenizers import n_audio_tokens
+from ..model.midashenglm_family import AUDIO, AUDIO_BOS, AUDIO_EOS
+from ..model.tokenizers import check_conversation, fingerprint, load_tokenizer, tokenize
 from ..base.errors import InputError
 from ..base.options import option
 from ..base.processes import end_with_parent
@@ -79,7 +82,7 @@ def _convert_rows(convs, tok, max_seconds, dtype):
             ok.append((c, _load_clips(c, max_seconds, dtype)))
         except InputError as e: bad.append(BadRow(c.file, c.line, str(e).removeprefix(f'{c.where}: ')))
     encoded = tokenize([c for c,_ in ok], [[len(x) for x in clips] for _,clips in ok], tok) if ok else []
-    return [Example(ids, labels, clips, c.file, c.line, c.task or '') for (c,clips),(ids,labels) in zip(ok, encoded)], bad
+    return [Example(ids, labels, clips, c, task=c.task or '') for (c,clips),(ids,labels) in zip(ok, encoded)], bad
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c14
 @dataclass(frozen=True)
@@ -278,14 +281,14 @@ def __getitem__(self:AudioDataset, i:int)->Example:
     row = file.row(batch, i - int(self._ends[b]) + file.batches[batch].num_rows)
     if self._peer: return self._peer_row(row)
     n = row['audio_lengths']
-    return Example(row['input_ids'], row['labels'], np.split(row['audio'], np.cumsum(n))[:len(n)], self.source, row.get('line', 0), row.get('task') or self.name)
+    return Example(row['input_ids'], row['labels'], np.split(row['audio'], np.cumsum(n))[:len(n)], task=row.get('task') or self.name, source=(self.source, row.get('line', 0)))
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c36
 @patch
 def _peer_row(self:AudioDataset, row):
     "A row of a folder that MDL-Toolkit wrote"
     keep, samples = row['attention_mask'].astype(bool), row['input_values'].astype(np.float32)
-    return Example(row['input_ids'][keep].astype(np.int32), row['labels'][keep].astype(np.int32), [samples[:row.get('audio_length', len(samples))]], self.source, 0, self.name)
+    return Example(row['input_ids'][keep].astype(np.int32), row['labels'][keep].astype(np.int32), [samples[:row.get('audio_length', len(samples))]], task=self.name, source=(self.source, 0))
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c37
 @patch

@@ -17,7 +17,8 @@ from ..model.load import load_trainable_state, optimizer_groups, trainable_state
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from ..model.collate import Collator
+from ..model.collate import DESCRIPTIONS, Collator
+from ..model.families import family_of
 from .batches import StepSampler
 from .checkpoints import keep, write_checkpoint
 from .state import load_state, random_state, save_state, set_random_state
@@ -40,7 +41,7 @@ class TaskTrainer(Trainer):
         pad_id:int, # Token that fills the rest of a row
         **kwargs # Of `Trainer`: args, train_dataset and eval_dataset (each a `Mix`), callbacks
     ):
-        super().__init__(model=model, data_collator=Collator(pad_id), **kwargs)
+        super().__init__(model=model, data_collator=Collator(pad_id, family_of(model)), **kwargs)
         self.s, self.processor, self.loss_is_scaled_for_ga = s, processor, True
         if self.is_fsdp_enabled and self.args.bf16: self.accelerator.state.fsdp_plugin.mixed_precision_policy = _mixed()
         self.tasks = self.train_dataset.task_names
@@ -114,7 +115,7 @@ def _prepare_input(self:TaskTrainer, data):
 @patch
 def _arguments_of(self:TaskTrainer, inputs):
     "What the model itself takes; with sharded weights also the number of pieces of its loss, the same on all ranks"
-    out = {k:v for k,v in inputs.items() if k not in ('sample', 'task')}
+    out = {k:v for k,v in inputs.items() if k not in DESCRIPTIONS}
     if self._sharded() and self.model.config.model_type=='midashenglm':
         torch.distributed.all_reduce(n := (inputs['labels'] != -100).sum(), torch.distributed.ReduceOp.MAX)
         out['loss_pieces'] = loss_pieces(int(n), self.model.config.text_config.vocab_size)

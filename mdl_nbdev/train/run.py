@@ -23,7 +23,13 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from ..data.audio import SAMPLE_RATE
-from ..model.chat import LabelView, fingerprint, load_tokenizer
+from ..model.label_view import LabelView
+from ..model.tokenizers import fingerprint, load_tokenizer
+from .checkpoints import check_checkpoint, last_checkpoint, set_aside_later
+from .identity import differences, identity
+from .state import load_state
+from ..model.label_view import LabelView
+from ..model.tokenizers import fingerprint, load_tokenizer
 from .checkpoints import check_checkpoint, last_checkpoint, set_aside_later
 from .identity import differences, identity
 from .state import load_state

@@ -11,10 +11,14 @@ from itertools import zip_longest
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from ..model.load import generate_tokens, load_model # before transformers: it quietens bitsandbytes
+from ..model.engine import generate_tokens
+from ..model.load import load_model # before transformers: it quietens bitsandbytes
 from transformers import TrainerCallback
 from ..data.audio import SAMPLE_RATE, to_int16
-from ..model.chat import AUDIO, ROLE_END, ROLE_START, Example, decode_answer
+from ..model.chat import Example
+from ..model.midashenglm_family import AUDIO
+from ..model.template import ROLE_END, ROLE_START
+from ..model.tokenizers import decode_answer
 from ..base.settings import TrainSettings
 
 # %% ../../nbs/3_train/11_samples.ipynb #c6
