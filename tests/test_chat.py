@@ -328,7 +328,7 @@ def test_role_markers_in_a_text_are_refused(role, mark):
     conv = Conversation(turns, "rows.jsonl", 3)
     for tok in (TEXT["tiny-text"], TEXT["neox"]):
         with pytest.raises(InputError) as e: tokenize([conv], [[]], tok)
-        assert str(e.value) == f"rows.jsonl:3: the {role}'s text contains '{mark}', which marks a turn for this model; take it out"
+        assert str(e.value) == f"rows.jsonl:3: the {role}'s text contains '{mark}', which marks a turn for this model; remove it"
     marked = neox(extra_special_tokens=["<|role_start|>", "<|role_end|>"]) # as control tokens nobody can forge them
     (ids, labels), = tokenize([conv], [[]], marked)
     assert int((ids == marked.convert_tokens_to_ids(mark)).sum()) == 3

@@ -28,11 +28,6 @@ from ..model.tokenizers import fingerprint, load_tokenizer
 from .checkpoints import check_checkpoint, last_checkpoint, set_aside_later
 from .identity import differences, identity
 from .state import load_state
-from ..model.label_view import LabelView
-from ..model.tokenizers import fingerprint, load_tokenizer
-from .checkpoints import check_checkpoint, last_checkpoint, set_aside_later
-from .identity import differences, identity
-from .state import load_state
 from ..base.command_line import save_config, to_dict
 from ..base.errors import InputError
 from ..base.settings import TrainSettings
