@@ -636,7 +636,7 @@ class InferView(View):
         bad = [q for q in questions if q.reason is not None]
         self.without += len(bad)
         self.rejected.extend(bad)
-        pairs = [(q.row.prediction, q.answer) for q in questions if (q.row.prediction or '').strip()]
+        pairs = [(q.row.prediction, q.prediction) for q in questions if (q.row.prediction or '').strip()]
         if pairs:
             s = score(*map(list, zip(*pairs)))
             self.counts.update(rows=len(pairs), right=int(s.correct.sum()), words=int(s.words.sum()), edits=int(s.word_edits.sum()))
@@ -656,7 +656,7 @@ def latest(self:InferView):
     "The latest answers, with players, and marks where there are references"
     def row(q):
         clips, words = (q.conversation.clips, ' '.join(p['text'] for p in q.conversation.messages[-1]['content'] if p['type']=='text')) if q.conversation else ([], '')
-        answer = f'<i>{_cut(q.reason)}</i>' if q.reason is not None else _verdict(q.answer, q.row.prediction)
+        answer = f'<i>{_cut(q.reason)}</i>' if q.reason is not None else _verdict(q.prediction, q.row.prediction)
         return f'{q.row.line:,}', ' '.join([*(f'{_player(c)} <small>{_cut(Path(c).name, 40)}</small>' for c in clips), _cut(words)]), answer, _cut(q.row.prediction or '')
     return _box('<b>Latest answers</b>' + _table(['line', 'question', 'answer', 'reference'], map(row, list(self.newest)))) if self.newest else ''
 

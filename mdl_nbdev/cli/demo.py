@@ -51,9 +51,9 @@ Now with your own clips: write a CSV with the columns audio and prediction, and 
 # %% ../../nbs/5_cli/01_demo.ipynb #c10
 def _clip_panel(ax, q):
     "A clip's spectrogram under the model's answer"
-    right = q.answer.strip() == q.row.prediction.strip()
+    right = q.prediction.strip() == q.row.prediction.strip()
     ax.specgram(load_audio(q.conversation.clips[0]), NFFT=512, noverlap=384, Fs=SAMPLE_RATE, scale='dB', vmin=-120, cmap='magma')
-    ax.set_title(f"{q.answer[:20]} {'✓' if right else '✗ ' + q.row.prediction}", color='#2d6a4f' if right else '#b00020', fontsize=11)
+    ax.set_title(f"{q.prediction[:20]} {'✓' if right else '✗ ' + q.row.prediction}", color='#2d6a4f' if right else '#b00020', fontsize=11)
     ax.set(xticks=[], yticks=[], ylim=(0, 4000))
 
 # %% ../../nbs/5_cli/01_demo.ipynb #c11
