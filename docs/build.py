@@ -104,7 +104,7 @@ def write(source): # An empty folder
     for page in everything:
         nb = notebook(page, names)
         if page.name == "index.ipynb":
-            toc = "\n".join(["tutorials/index", "guide", "commands", "reference/index", "changelog"])
+            toc = "\n".join(["tutorials/index", "guide", "commands", "reference/index", "changelog", "index_zh"])
             nb.cells.append(nbformat.v4.new_markdown_cell(f"```{{toctree}}\n:hidden:\n\n{toc}\n```"))
         (source/page).parent.mkdir(exist_ok=True)
         nbformat.write(nb, source/page)

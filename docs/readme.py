@@ -1,4 +1,4 @@
-"`python docs/readme.py [notebook] [README]`: write the README from nbs/index.ipynb: its prose, its code and the outputs stored in it."
+"`python docs/readme.py [NBS] [FOLDER]`: write README.md and README_zh.md from nbs/index.ipynb and nbs/index_zh.ipynb: prose, code and stored outputs."
 import re
 import sys
 from pathlib import Path
@@ -23,6 +23,8 @@ def readme(
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+READMES = {"index.ipynb": "README.md", "index_zh.ipynb": "README_zh.md"} # Notebook in nbs/ -> file
+
 if __name__ == "__main__":
-    notebook, out = map(Path, sys.argv[1:] or [root/"nbs"/"index.ipynb", root/"README.md"])
-    out.write_text(readme(notebook), encoding="utf-8")
+    nbs, out = map(Path, sys.argv[1:] or [root/"nbs", root])
+    for notebook, name in READMES.items(): (out/name).write_text(readme(nbs/notebook), encoding="utf-8")

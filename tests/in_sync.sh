@@ -4,12 +4,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r nbs mdl_nbdev settings.ini README.md "$copy"
+cp -r nbs mdl_nbdev settings.ini README.md README_zh.md "$copy"
 find "$copy" -name .ipynb_checkpoints -prune -exec rm -rf {} +
 (cd "$copy" && nbdev_export && nbdev_clean)
-python docs/readme.py "$copy/nbs/index.ipynb" "$copy/README.md"
+python docs/readme.py "$copy/nbs" "$copy"
 differing=0
-for path in nbs mdl_nbdev README.md; do
+for path in nbs mdl_nbdev README.md README_zh.md; do
     diff -rq -x __pycache__ -x .ipynb_checkpoints "$path" "$copy/$path" || differing=1
 done
 if [ $differing = 1 ]; then
