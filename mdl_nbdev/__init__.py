@@ -15,6 +15,10 @@ _HOMES = {
     "base.command_line": "save_config",
     "data.remote": "AudioError",
     "data.audio": "load_audio audio_info",
+    "data.conversations": "Conversation",
+    "data.rows": "to_conversation",
+    "data.tables": "read_rows",
+    "data.sources": "open_rows",
     "data.sounds": "SOUND_LABELS make_sound make_sounds",
     "data.check": "check CheckReport",
     "model.load": "load_model load_processor load_adapter merge_adapter save_model",
@@ -29,14 +33,30 @@ _HOMES = {
 _home_of = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 # Modules of version 0.1.0 and where their names are now: imports written for it keep working
-_MOVED = dict(config="base.errors base.options base.settings base.command_line", audio="data.audio data.remote data.pictures base.html base.text", sounds="data.sounds", data="data.tables data.conversations data.pictures",
-    records="data.records data.tables data.conversations", check="data.check",
+_MOVED = dict(
+    config="base.errors base.options base.settings base.command_line",
+    audio="data.audio data.remote data.pictures base.html base.text",
+    sounds="data.sounds",
+    data="data.tables data.rows data.conversations data.pictures data.audio",
+    records="data.sources data.jsonl data.parquet data.messages data.tables data.rows data.conversations",
+    check="data.check data.rows",
     chat="model.chat model.tokenizers model.label_view model.template model.midashenglm_family model.text_family model.hub",
-    midashenglm="model.midashenglm model.midasheng_encoder model.label_loss", model="model.load model.engine model.midashenglm_family model.text_family", dataset="train.dataset base.files base.processes",
-    batches="train.batches model.collate", losses="train.losses",
+    midashenglm="model.midashenglm model.midasheng_encoder model.label_loss",
+    model="model.load model.engine model.midashenglm_family model.text_family",
+    dataset="train.dataset base.files base.processes",
+    batches="train.batches model.collate",
+    losses="train.losses",
     checkpoints="train.checkpoints train.state train.stopping train.identity",
-    memory="train.memory", trainer="train.loop", samples="train.samples",
-    train="train.run", infer="infer.run infer.output infer.identity", evaluate="infer.evaluate infer.metrics", dashboard="cli.dashboard", demo="cli.demo", cli="cli.commands")
+    memory="train.memory",
+    trainer="train.loop",
+    samples="train.samples",
+    train="train.run",
+    infer="infer.run infer.output infer.identity",
+    evaluate="infer.evaluate infer.metrics",
+    dashboard="cli.dashboard",
+    demo="cli.demo",
+    cli="cli.commands",
+)
 
 _RENAMED = dict(audio_html="audio_player", duration_text="format_duration") # Names of version 0.1.0, and what they are called now
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from mdl_nbdev.data.check import check
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings
-from mdl_nbdev.data.tables import BadRow, CsvFile, Row, format_row, read_rows, to_conversation
+from mdl_nbdev.data.rows import BadRow, Row, to_conversation
+from mdl_nbdev.data.tables import CsvFile, format_row, read_rows
 
 
 def write(folder, data, name="t.csv"):
@@ -179,8 +180,8 @@ def test_paths(tmp_path):
 
 
 row_errors = {
-    "too few": (b"c\n", "1 cell, and the header has 2: ['c']; nothing stands for prediction"),
-    "too many": (b"c,d,e\n", "3 cells, and the header has 2: ['c', 'd', 'e']; put a cell that holds the separator in quotes"),
+    "too few": (b"c\n", "1 cell, and the header has 2: ['c']; there is no cell for prediction"),
+    "too many": (b"c,d,e\n", "3 cells, and the header has 2: ['c', 'd', 'e']; put a cell that contains the separator in quotes"),
     "latin-1": (b"c,caf\xe9\n", "byte 0xe9 in column 6 of line 3 is not UTF-8"),
     "latin-1 on a later line": (b'c,"a\nb\nc\xe9"\n', "byte 0xe9 in column 2 of line 5 is not UTF-8"),
     "cut UTF-8": (b"c,caf\xc3\n", "byte 0xc3 in column 6 of line 3"),
@@ -188,7 +189,7 @@ row_errors = {
     "NUL": (b"c,\0\n", "NUL character in column 3 of line 3"),
     "text behind a quote": (b'c,"d"e\n', "text behind a closing quote;"),
     "inner quotes": (b'c,"5" nails"\n', "text behind a closing quote;"),
-    "a quote left open": (b'c,"d\ne,"f"\n', "text behind a closing quote (the row runs over lines 3 to 4)"),
+    "a quote left open": (b'c,"d\ne,"f"\n', "text behind a closing quote (the row spans lines 3 to 4)"),
 }
 
 
@@ -207,7 +208,7 @@ def test_row_errors(tmp_path, name):
 
 def test_open_quote_to_the_end(tmp_path):
     path = write(tmp_path, 'audio,prediction\na,b\nc,"d\n' + "e,f\n" * 100)
-    with pytest.raises(InputError, match=r":3: a quote is opened and never closed \(the row runs over lines 3 to 103\)"): list(read_rows(path))
+    with pytest.raises(InputError, match=r":3: a quote is opened and never closed \(the row spans lines 3 to 103\)"): list(read_rows(path))
 
 
 def test_all_bad_rows_in_one_error(tmp_path):
@@ -292,7 +293,7 @@ def test_a_good_file(tmp_path, clips):
     assert list(r.seconds) == pytest.approx([1, 1, 1, 1, .5])
     assert r.hours == pytest.approx(4.5 / 3600)
     assert (r.no_system_prompt, r.no_user_prompt, r.repeated, r.conflicting) == (4, 3, 1, 1)
-    assert "rows: 5, bad: 0" in str(r) and "<table>" in r._repr_html_()
+    assert "rows: 5, bad: 0" in str(r) and "<table" in r._repr_html_()
     r = run(path, clips, system_prompt="s", user_prompt="u")
     assert (r.no_system_prompt, r.no_user_prompt) == (0, 0)
 
@@ -345,10 +346,10 @@ def test_audio_cells_that_are_no_paths(tmp_path, clips):
 def test_many_labels(tmp_path, clips):
     names = ["".join(n) for n in zip(string.ascii_lowercase, string.ascii_uppercase)]
     r = run(write(tmp_path, "audio,prediction\n" + "".join(f"a.wav,{n}\n" for n in names)), clips)
-    assert "predictions: 26, different ones: 26" in str(r) and "others" not in str(r), "texts that all differ are no labels"
+    assert "predictions: 26, 26 distinct" in str(r) and "others" not in str(r), "texts that all differ are no labels"
     assert r.conflicting == 25
     r = run(write(tmp_path, "audio,prediction\n" + "".join(f"a.wav,{n}\n" for n in names*2)), clips)
-    assert "predictions: 52, different ones: 26" in str(r) and "(6 others)" in str(r)
+    assert "predictions: 52, 26 distinct" in str(r) and "(6 others)" in str(r)
 
 
 def test_plain_settings_do(tmp_path, clips):

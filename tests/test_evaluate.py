@@ -180,7 +180,7 @@ record_faults = {
     "an earlier round": ([dict(chat_rounds=rounds("Q", "A", "R", "B"))], [dict(chat_rounds=rounds("X", "A", "R", "B"))], "prompt is 'X R', and .* has 'Q R'"),
     "another order": ([dict(prompt="Q", answer="A"), dict(prompt="R", answer="A")], [dict(prompt="R", answer="A"), dict(prompt="Q", answer="A")], r"\(2 of 2 rows differ\); the same rows are in another order"),
     "no right answer": ([dict(prompt="Q")], [dict(prompt="Q", prediction="A")], "in.jsonl:1: the reference has no prediction"),
-    "two right answers": ([dict(prompt="Q", answer="A", prediction="P")], [dict(prompt="Q", answer="A", prediction="A")], "in.jsonl:1: the last round and prediction give two answers"),
+    "two right answers": ([dict(prompt="Q", answer="A", prediction="P")], [dict(prompt="Q", answer="A", prediction="A")], "in.jsonl:1: the last message and prediction give two answers"),
     "broken records": ([dict(prompt="Q", answer="A")] * 2, [dict(prompt="Q", answer=1), dict(answer="A")], "2 bad rows:\n.*out.jsonl:1: answer is a number.*\n.*out.jsonl:2: no conversation"),
 }
 

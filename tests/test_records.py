@@ -19,8 +19,10 @@ from mdl_nbdev.data.check import check
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings
 from mdl_nbdev.data.tables import CsvFile, format_row
-from mdl_nbdev.data.records import JsonlFile, ParquetFile, find_tasks, open_rows
-from mdl_nbdev.data.tables import to_conversation
+from mdl_nbdev.data.jsonl import JsonlFile
+from mdl_nbdev.data.parquet import ParquetFile
+from mdl_nbdev.data.sources import find_tasks, open_rows
+from mdl_nbdev.data.rows import to_conversation
 
 
 def write(folder, data, name="r.jsonl"):
@@ -157,9 +159,9 @@ def test_what_inference_writes_is_read_back(tmp_path, other, answer, first):
 # What is wrong with a line
 
 bad_records = {
-    "no object": ([1], "is a list; a record is one JSON object on one line"),
-    "text alone": ("x", "is text; a record"),
-    "null": (None, "is null; a record"),
+    "no object": ([1], "this line is a list; a record is one JSON object on one line"),
+    "text alone": ("x", "this line is text; a record"),
+    "null": (None, "this line is null; a record"),
     "empty object": ({}, r"no conversation in the keys \(none\)"),
     "no form": ({"Prompt": "Q", "completion": "A"}, "no conversation in the keys Prompt, completion; it needs chat_rounds, messages, text"),
     "an answer alone": ({"answer": "A"}, "no conversation in the keys answer"),
@@ -173,50 +175,50 @@ bad_records = {
     "two questions": ({"prompt": "Q", "query": "Q"}, "more than one conversation: prompt, query"),
     "rounds that are text": ({"chat_rounds": "x"}, "chat_rounds is text; it must be a list"),
     "messages that are an object": ({"messages": {"role": "user"}}, "messages is an object; it must be a list"),
-    "no rounds": (rounds(), "there is no human's round"),
-    "system alone": (rounds(("system", "S")), "there is no human's round"),
-    "audio and no rounds": (rounds(audio="a.wav"), "there is no human's round"),
-    "a round that is text": ({"messages": ["Q", "A"]}, "round 1 is text; a round is an object"),
-    "no role": ({"messages": [{"content": "Q"}]}, "round 1 has the role null; the roles are system, human, user, bot, assistant, gpt"),
-    "another role": (rounds(H, ("tool", "x")), 'round 2 has the role "tool"'),
-    "a role that is a list": (rounds((["human"], "Q")), r'round 1 has the role \["human"\]'),
-    "system in the middle": (rounds(H, ("system", "S"), B), "round 2 is a system's; the system comes first or not at all"),
-    "two systems": (rounds(("system", "S"), ("system", "S"), H, B), "round 2 is a system's; the system comes first"),
-    "bot first": (rounds(B, H), "round 1 is a bot's and should be a human's"),
-    "bot behind system": (rounds(("system", "S"), B), "round 2 is a bot's and should be a human's"),
-    "two humans": (rounds(("system", "S"), H, H, B), "round 3 is a human's and should be a bot's"),
-    "two bots": (rounds(H, B, B), "round 3 is a bot's and should be a human's"),
-    "an empty question": (rounds(("human", " "), B), "round 1 is empty; write what the human asks"),
-    "an empty prompt": ({"prompt": "", "answer": "A"}, "round 1 is empty"),
-    "null asks nothing": ({"prompt": None}, "round 1 is empty"),
-    "no content": ({"messages": [{"role": "user"}]}, "round 1 is empty"),
-    "an empty answer in the middle": (rounds(H, ("bot", "\n"), H, B), "round 2 is empty; write what the bot answers"),
+    "no rounds": (rounds(), "there is no user message"),
+    "system alone": (rounds(("system", "S")), "there is no user message"),
+    "audio and no rounds": (rounds(audio="a.wav"), "there is no user message"),
+    "a round that is text": ({"messages": ["Q", "A"]}, "message 1 is text; a message is an object"),
+    "no role": ({"messages": [{"content": "Q"}]}, "message 1 has the role null; the roles are system, human, user, bot, assistant, gpt"),
+    "another role": (rounds(H, ("tool", "x")), 'message 2 has the role "tool"'),
+    "a role that is a list": (rounds((["human"], "Q")), r'message 1 has the role \["human"\]'),
+    "system in the middle": (rounds(H, ("system", "S"), B), "message 2 is a system message; it must come first"),
+    "two systems": (rounds(("system", "S"), ("system", "S"), H, B), "message 2 is a system message; it must come first"),
+    "bot first": (rounds(B, H), "message 1 is from the assistant and should be from the user"),
+    "bot behind system": (rounds(("system", "S"), B), "message 2 is from the assistant and should be from the user"),
+    "two humans": (rounds(("system", "S"), H, H, B), "message 3 is from the user and should be from the assistant"),
+    "two bots": (rounds(H, B, B), "message 3 is from the assistant and should be from the user"),
+    "an empty question": (rounds(("human", " "), B), "message 1 is empty; write what the user says"),
+    "an empty prompt": ({"prompt": "", "answer": "A"}, "message 1 is empty"),
+    "null asks nothing": ({"prompt": None}, "message 1 is empty"),
+    "no content": ({"messages": [{"role": "user"}]}, "message 1 is empty"),
+    "an empty answer in the middle": (rounds(H, ("bot", "\n"), H, B), "message 2 is empty; write what the assistant says"),
     "a number for an answer": ({"prompt": "Q", "answer": 5}, "answer is a number; it must be text, in quotes"),
     "a list for a prompt": ({"prompt": ["Q"], "answer": "A"}, "prompt is a list; it must be text"),
-    "true for a content": (rounds(("human", True), B), "the content of round 1 is true or false; it must be text"),
-    "a number for a content": (rounds(H, ("bot", 1.5)), "the content of round 2 is a number"),
-    "an object for a content": (rounds(("human", {"text": "Q"}), B), "the content of round 1 is an object"),
+    "true for a content": (rounds(("human", True), B), "the content of message 1 is true or false; it must be text"),
+    "a number for a content": (rounds(H, ("bot", 1.5)), "the content of message 2 is a number"),
+    "an object for a content": (rounds(("human", {"text": "Q"}), B), "the content of message 1 is an object"),
     "a number for text": ({"text": 1}, "text is a number"),
     "empty text": ({"text": " \n"}, "text is empty"),
     "a number for system": ({"system": 1, "prompt": "Q", "answer": "A"}, "system is a number"),
-    "two different systems": (rounds(("system", "S"), H, B, system="T"), "system differs from the system's round"),
+    "two different systems": (rounds(("system", "S"), H, B, system="T"), "system differs from the system message"),
     "a number for data_name": ({"data_name": 3, "prompt": "Q", "answer": "A"}, "data_name is a number"),
     "a number for prediction": ({"prompt": "Q", "prediction": 3}, "prediction is a number"),
-    "a number for audio": ({"audio": 3, "prompt": "Q"}, "audio has a number in the place of a clip"),
-    "empty audio": ({"audio": "", "prompt": "Q"}, "audio has an empty text in the place of a clip"),
-    "an object for audio": ({"audio": {"path": "a.wav"}, "prompt": "Q"}, "audio has an object in the place of a clip; give a path, a URL, or a list"),
-    "null in a list of clips": ({"audio": ["a.wav", None], "prompt": "Q"}, "audio has null in the place of a clip"),
-    "audio of text": ({"audio": "a.wav", "text": "T"}, "a text has no turn for audio; .*as prediction"),
-    "audio of a bot": ({"messages": [{"role": "user", "content": "Q"}, {"role": "bot", "audio": "a.wav", "content": "A"}]}, "round 2 is a bot's and has audio; clips belong to a human's round"),
-    "audio of a system": (rounds(("system", [{"type": "audio", "audio": "a.wav"}]), H), "round 1 is a system's and has audio"),
-    "a number for a round's audio": ({"messages": [{"role": "user", "audio": [1], "content": "Q"}]}, "round 1 has a number in the place of a clip"),
-    "a part that is text": (rounds(("human", ["Q"]), B), "round 1 has text among its parts"),
-    "an image": (rounds(("human", [{"type": "image_url"}]), B), 'round 1 has a part of type "image_url"; only text and audio'),
-    "a part without type": (rounds(("human", [{"text": "Q"}]), B), "round 1 has a part of type null"),
-    "a part with a number": (rounds(("human", [{"type": "text", "text": 1}]), B), "the text of a part of round 1 is a number"),
-    "an audio part without a clip": (rounds(("human", [{"type": "audio"}]), B), "round 1 has an audio part without one clip"),
-    "an audio part with two": (rounds(("human", [{"type": "audio", "path": "a", "url": "b"}]), B), "without one clip"),
-    "an audio part with a list": (rounds(("human", [{"type": "audio", "audio": ["a", "b"]}]), B), "without one clip"),
+    "a number for audio": ({"audio": 3, "prompt": "Q"}, "audio has a number where a clip should be"),
+    "empty audio": ({"audio": "", "prompt": "Q"}, "audio has an empty text where a clip should be"),
+    "an object for audio": ({"audio": {"path": "a.wav"}, "prompt": "Q"}, "audio has an object where a clip should be; give a path, a URL, or a list"),
+    "null in a list of clips": ({"audio": ["a.wav", None], "prompt": "Q"}, "audio has null where a clip should be"),
+    "audio of text": ({"audio": "a.wav", "text": "T"}, "text cannot have audio; .*as prediction"),
+    "audio of a bot": ({"messages": [{"role": "user", "content": "Q"}, {"role": "bot", "audio": "a.wav", "content": "A"}]}, "message 2 has the role bot and audio; only user messages can have clips"),
+    "audio of a system": (rounds(("system", [{"type": "audio", "audio": "a.wav"}]), H), "message 1 has the role system and audio"),
+    "a number for a round's audio": ({"messages": [{"role": "user", "audio": [1], "content": "Q"}]}, "message 1 has a number where a clip should be"),
+    "a part that is text": (rounds(("human", ["Q"]), B), "message 1 has text among its parts"),
+    "an image": (rounds(("human", [{"type": "image_url"}]), B), 'message 1 has a part of type "image_url"; only text and audio are supported'),
+    "a part without type": (rounds(("human", [{"text": "Q"}]), B), "message 1 has a part of type null"),
+    "a part with a number": (rounds(("human", [{"type": "text", "text": 1}]), B), "the text of a part of message 1 is a number"),
+    "an audio part without a clip": (rounds(("human", [{"type": "audio"}]), B), "message 1 has an audio part without exactly one clip"),
+    "an audio part with two": (rounds(("human", [{"type": "audio", "path": "a", "url": "b"}]), B), "without exactly one clip"),
+    "an audio part with a list": (rounds(("human", [{"type": "audio", "audio": ["a", "b"]}]), B), "without exactly one clip"),
 }
 bad_lines = {
     "cut": (b'{"prompt": "Q", "ans', "not valid JSON: .* at column 17; a record is one JSON object on one line"),
@@ -225,8 +227,8 @@ bad_lines = {
     "words": (b"prompt,answer", "not valid JSON"),
     "latin-1": (b'{"prompt": "caf\xe9"}', "byte 0xe9 in column 16 of line 2 is not UTF-8"),
     "NUL": (b'{"prompt": "\0"}', "NUL character in column 13 of line 2"),
-    "a key twice": (b'{"prompt": "Q", "prompt": "R"}', "the key 'prompt' stands there twice"),
-    "a key twice further in": (b'{"messages": [{"role": "user", "role": "bot"}]}', "the key 'role' stands there twice"),
+    "a key twice": (b'{"prompt": "Q", "prompt": "R"}', "the key 'prompt' occurs twice"),
+    "a key twice further in": (b'{"messages": [{"role": "user", "role": "bot"}]}', "the key 'role' occurs twice"),
     "half a pair": (rb'{"prompt": "\ud83d"}', "half of a surrogate pair"),
     "half a pair in a key": (rb'{"prompt": "Q", "\udc00": 1}', "half of a surrogate pair"),
     "too deep": (b"[" * 100_000, "not readable as JSON: .*recursion"),
@@ -295,12 +297,12 @@ def test_reading_does_not_hold_the_file(tmp_path):
 # What is asked, and what is trained on
 
 faults = {
-    "a question": ({"prompt": "Q"}, ["the last round is a human's"], []),
+    "a question": ({"prompt": "Q"}, ["the last message is from the user"], []),
     "an empty answer": (rounds(H, ("bot", " ")), ["the last answer is empty"], []),
     "a null answer": ({"prompt": "Q", "answer": None}, ["the last answer is empty"], []),
-    "an empty prediction": ({"prompt": "Q", "prediction": ""}, ["the last round is a human's"], []),
-    "two answers": ({"prompt": "Q", "answer": "A", "prediction": "P"}, ["the last round and prediction give two answers, 'A' and 'P'"], []),
-    "text": ({"text": "T"}, [], ["a text asks nothing"]),
+    "an empty prediction": ({"prompt": "Q", "prediction": ""}, ["the last message is from the user"], []),
+    "two answers": ({"prompt": "Q", "answer": "A", "prediction": "P"}, ["the last message and prediction give two answers, 'A' and 'P'"], []),
+    "text": ({"text": "T"}, [], ["a text has no prompt"]),
     "a conversation": (rounds(H, B, H, B), [], []),
 }
 
@@ -409,10 +411,10 @@ def test_broken_parquet(tmp_path):
         with pytest.raises(InputError, match="t.parquet: not readable as Parquet: .*write it again"): open_rows(write(tmp_path, broken, "t.parquet"))
     for at in [len(data)//3, len(data)//2]:
         f = open_rows(write(tmp_path, data[:at] + bytes(100) + data[at+100:], "t.parquet"))
-        with pytest.raises(InputError, match="t.parquet: damaged behind row [0-9,]+: .*write it again"): f.count()
+        with pytest.raises(InputError, match="t.parquet: damaged after row [0-9,]+: .*write it again"): f.count()
     bad = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"audio": bad, "prediction": ["x"]}), path)
-    with pytest.raises(InputError, match="t.parquet: damaged behind row 0: .*utf-8"): open_rows(path).count()
+    with pytest.raises(InputError, match="t.parquet: damaged after row 0: .*utf-8"): open_rows(path).count()
 
 
 # Tasks
@@ -488,12 +490,12 @@ def test_check_of_records(tmp_path, clips):
     assert (r.rows, r.clips, sorted(r.seconds), r.tasks, dict(r.turns), dict(r.other)) == (10, 7, [.5, 1, 1, 1], {"x": 2}, {2: 1, 1: 6, 0: 1}, {"id": 2})
     assert r.labels == {"A2": 1, "A": 3, "B": 1, "P": 1}
     assert (r.repeated, r.conflicting, r.no_system_prompt, r.no_user_prompt) == (1, 1, 6, 2)
-    reasons = ["the last round is a human's", "none.wav: no such file", "long.wav: 3.0 s long", "the last round and prediction", "no conversation in the keys answer", "is a list"]
+    reasons = ["the last message is from the user", "none.wav: no such file", "long.wav: 3.0 s long", "the last message and prediction", "no conversation in the keys answer", "is a list"]
     found = [b.reason for b in r.bad]
     assert [b.line for b in r.bad] == [6, 7, 8, 8, 9, 10] and sorted(reasons) == sorted(next(x for x in reasons if x in f) for f in found)
-    for shown in [str(r), r._repr_html_()]: assert "tasks" in shown and "2 questions" in shown and "not used: id (2)" in shown
+    for shown in [str(r), r._repr_html_()]: assert "tasks" in shown and "2 turns" in shown and "ignored: id (2 rows)" in shown
     r = check(CheckSettings(input=path, base_dir=clips, max_audio_seconds=2., num_workers=2, predictions=False))
-    assert [b.line for b in r.bad] == [3, 7, 8, 9, 10], "a text asks nothing"
+    assert [b.line for b in r.bad] == [3, 7, 8, 9, 10], "a text has no prompt"
 
 
 def test_check_of_texts_and_parquet(tmp_path, clips):

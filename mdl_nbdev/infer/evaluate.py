@@ -19,8 +19,9 @@ from ..base.files import new_output, write_json
 from ..base.html import Html, as_html, html_bar, html_table
 from ..base.settings import EvalSettings
 from ..base.text import plural, shorten
-from ..data.records import Record, open_rows
-from ..data.tables import BadRow, bad_rows_error
+from ..data.jsonl import Record
+from ..data.sources import open_rows
+from ..data.rows import BadRow, bad_rows_error
 from .metrics import Scores, score
 
 # %% ../../nbs/4_infer/04_evaluate.ipynb #c7

@@ -17,7 +17,7 @@ from typing import Iterable
 from fastcore.basics import chunked, patch
 from ..base.errors import InputError
 from ..base.files import append_text, file_lock, replacing, write_json, write_text
-from ..data.records import SUFFIXES
+from ..data.sources import SUFFIXES
 from ..data.tables import format_row
 from .identity import identity_changes
 

@@ -28,9 +28,10 @@ from ..base.options import option
 from ..base.processes import end_with_parent
 from ..base.files import make_folder, new_output
 from ..base.settings import ConvertSettings
-from ..data.tables import BadRow, bad_rows_error, format_row
-from ..data.records import find_tasks, open_rows
-from ..data.tables import to_conversation
+from ..data.rows import BadRow, bad_rows_error
+from ..data.tables import format_row
+from ..data.sources import find_tasks, open_rows
+from ..data.rows import to_conversation
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c6
 META = 'mdl_nbdev.json'

@@ -35,7 +35,7 @@ from .batches import padding_waste
 from ..base.files import make_folder
 from .dataset import LengthReport, limit_length, open_mix, split
 from .memory import MemoryEstimate, estimate_memory, is_out_of_memory, memory_advice
-from ..data.records import find_tasks
+from ..data.sources import find_tasks
 
 # %% ../../nbs/3_train/12_run.ipynb #c6
 def _on_main(f, *args):
