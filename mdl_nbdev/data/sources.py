@@ -86,6 +86,7 @@ def task_sources(
                          "a task has its files in one folder, and a folder of tasks has folders only")
     return [Source(folder.resolve().name, f) for f in files]
 
+# %% ../../nbs/1_data/10_sources.ipynb #c13
 def folder_sources(
     path:Path, # A converted dataset, a task, or a folder of tasks
 )->list[Source]: # In the order of their names

@@ -23,8 +23,10 @@ from ..base.processes import DaemonPool, Ranks, silence_libraries
 from ..base.settings import InferSettings
 from ..base.text import plural
 from ..data.audio import audio_info
-from ..data.records import open_rows
-from ..data.tables import Conversation, clip_html, to_conversation
+from ..data.sources import open_rows
+from ..data.conversations import Conversation
+from ..data.pictures import clip_html
+from ..data.rows import to_conversation
 from .identity import run_identity
 from .output import InferOutput, LoggedProgress, OutputPart, remaining_shards
 from ..model.engine import Engine, GenerationOptions, Request, TransformersEngine
