@@ -24,7 +24,8 @@ import numpy as np
 import psutil
 import soundfile as sf
 
-from mdl_nbdev.model.load import load_processor, save_model
+from mdl_nbdev.model.load import load_processor
+from mdl_nbdev.model.save import save_model
 from mdl_nbdev.model.midashenglm_family import tiny_model
 
 LABELS = ["beep", "chord", "noise", "sweep"]

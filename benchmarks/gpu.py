@@ -34,7 +34,7 @@ from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
-from mdl_nbdev.model.load import adapt
+from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.midashenglm_family import tiny_config
 from mdl_nbdev.model.midashenglm import MiDashengLMConfig
 from mdl_nbdev.model.tokenizers import n_audio_tokens

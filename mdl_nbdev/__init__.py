@@ -5,8 +5,12 @@ Names are loaded when they are first used, so importing the package loads neithe
 __version__ = "0.1.0"
 
 import importlib
+import logging
 import sys
 from types import ModuleType
+
+# On a CPU bitsandbytes warns, when it is imported, that a download would make it faster, and in each product that it computes in 16 bits
+for _name in ("backends.cpu.ops", "autograd._functions"): logging.getLogger(f"bitsandbytes.{_name}").setLevel(logging.ERROR)
 
 # Where the names that notebooks use are defined
 _HOMES = {
@@ -21,7 +25,8 @@ _HOMES = {
     "data.sources": "open_rows",
     "data.sounds": "SOUND_LABELS make_sound make_sounds",
     "data.check": "check CheckReport",
-    "model.load": "load_model load_processor load_adapter merge_adapter save_model",
+    "model.load": "load_model load_processor",
+    "model.save": "load_adapter merge_adapter save_model",
     "train.dataset": "convert open_dataset open_mix",
     "train.run": "train dry_run read_metrics TrainReport",
     "infer.run": "infer InferReport",
@@ -42,7 +47,7 @@ _MOVED = dict(
     check="data.check data.rows",
     chat="model.chat model.tokenizers model.label_view model.template model.midashenglm_family model.text_family model.hub",
     midashenglm="model.midashenglm model.midasheng_encoder model.label_loss",
-    model="model.load model.engine model.midashenglm_family model.text_family",
+    model="model.load model.targets model.adapters model.save model.engine model.midashenglm_family model.text_family",
     dataset="train.dataset base.files base.processes",
     batches="train.batches model.collate",
     losses="train.losses",

@@ -499,7 +499,9 @@ def test_a_mended_table_goes_on(capfd):
 def adapted():
     "A saved tiny model and an adapter for it"
     from mdl_nbdev.base.settings import TuneSettings
-    from mdl_nbdev.model.load import adapt, load_model, load_processor, save_model
+    from mdl_nbdev.model.adapters import adapt
+    from mdl_nbdev.model.load import load_model, load_processor
+    from mdl_nbdev.model.save import save_model
     model = load_model("tiny", device="cpu")
     save_model(model, load_processor("tiny"), "base")
     save_model(adapt(load_model("base", device="cpu"), TuneSettings(train_target=["projector"], lora_rank=2)), load_processor("tiny"), "adapter")

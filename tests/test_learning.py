@@ -14,7 +14,8 @@ from mdl_nbdev.base.settings import EvalSettings, InferSettings, MergeSettings, 
 from mdl_nbdev.cli.demo import TINY_LORA
 from mdl_nbdev.infer.evaluate import evaluate
 from mdl_nbdev.infer.run import infer
-from mdl_nbdev.model.load import load_model, merge_adapter
+from mdl_nbdev.model.load import load_model
+from mdl_nbdev.model.save import merge_adapter
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.train.run import train
 

@@ -178,7 +178,7 @@ sys.path.insert(0, sys.argv[1])
 from test_losses import *
 from mdl_nbdev.model.midashenglm_family import AUDIO, tiny_tokenizer
 from mdl_nbdev.base.settings import TuneSettings
-from mdl_nbdev.model.load import adapt
+from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.midashenglm_family import tiny_model
 torch.set_num_threads(1)
 rank, world, file = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]

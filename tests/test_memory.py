@@ -12,7 +12,8 @@ from mdl_nbdev.model.tokenizers import n_audio_tokens
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.settings import TrainSettings
 from mdl_nbdev.model.midashenglm import MiDashengLMConfig, MiDashengLMModel
-from mdl_nbdev.model.load import adapt, load_model
+from mdl_nbdev.model.adapters import adapt
+from mdl_nbdev.model.load import load_model
 from mdl_nbdev.model.midashenglm_family import tiny_model
 
 rows, tokens, seconds = 4, 256, 20

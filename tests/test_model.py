@@ -461,7 +461,7 @@ def test_models_that_cannot_be_loaded(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="LoRA adapter, not a model.*mdl_merge"): load(tmp_path/"adapter")
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(InputError, match="pip install 'mdl_nbdev.modelscope.'"): load("some/model", from_modelscope=True)
-    monkeypatch.setattr(M, "find_spec", lambda name: None)
+    monkeypatch.setattr("mdl_nbdev.model.load.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--quantization 4bit .*pip install 'mdl_nbdev.quantization.'"): load("tiny", quantization="4bit")
 
 

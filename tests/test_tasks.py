@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import TrainSettings
-from mdl_nbdev.model.load import load_adapter, load_model, merge
+from mdl_nbdev.model.load import load_model
+from mdl_nbdev.model.save import load_adapter, merge
 from mdl_nbdev.train.run import train
 
 ROLE = "<|role_start|>{}<|role_end|>"

@@ -64,7 +64,7 @@ def mdl_merge(
     argv:list[str]=None, # Arguments; else the process's own
 ):
     "Merge a LoRA adapter into its base model"
-    _main('mdl_merge', 'model.load', 'merge_adapter', 'MergeSettings', argv)
+    _main('mdl_merge', 'model.save', 'merge_adapter', 'MergeSettings', argv)
 
 # %% ../../nbs/5_cli/02_commands.ipynb #c12
 def mdl_infer(

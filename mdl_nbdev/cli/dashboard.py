@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, Union, get_args, get_origin
 import types
 from fastcore.basics import patch
-from ..model.load import load_model # before transformers: it quietens bitsandbytes
+from ..model.load import load_model
 from transformers import TrainerCallback
 from ..base.html import audio_player, svg_image
 from ..data.audio import load_audio

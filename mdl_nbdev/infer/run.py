@@ -31,7 +31,8 @@ from .identity import run_identity
 from .output import InferOutput, LoggedProgress, OutputPart, remaining_shards
 from ..model.engine import Engine, GenerationOptions, Request, TransformersEngine
 from ..model.families import load_chat
-from ..model.load import load_adapter, load_model, merge, pick_dtype
+from ..model.load import load_model, pick_dtype
+from ..model.save import load_adapter, merge
 
 # %% ../../nbs/4_infer/02_run.ipynb #c6
 DEFAULT_NEW_TOKENS = 256 # Maximum tokens of a completion where neither `--max-new-tokens` nor `--max-length` is given

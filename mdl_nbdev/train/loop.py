@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader
-from ..model.load import load_trainable_state, optimizer_groups, trainable_state # before Trainer: it quietens bitsandbytes
+from ..model.targets import load_trainable_state, optimizer_groups, trainable_state
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState

@@ -17,7 +17,10 @@ from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from .samples import SampleAnswers, _whole_lines
 from .loop import Flow, TaskTrainer
-from ..model.load import Trainable, adapt, load_model, load_processor, load_trainable_state, merge, pick_dtype, save_model
+from ..model.adapters import adapt
+from ..model.load import load_model, load_processor, pick_dtype
+from ..model.save import merge, save_model
+from ..model.targets import Trainable, load_trainable_state
 from transformers import SchedulerType, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config

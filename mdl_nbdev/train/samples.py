@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from ..model.engine import generate_tokens
-from ..model.load import load_model # before transformers: it quietens bitsandbytes
+from ..model.load import load_model
 from transformers import TrainerCallback
 from ..data.audio import SAMPLE_RATE, to_int16
 from ..model.chat import Example
