@@ -1,5 +1,5 @@
 #!/bin/bash
-# Answers for a file of any size, on one machine or several that share a file system. What is answered is kept, whatever ends the job.
+# Inference on a file of any size, on one machine or several that share a file system. Finished answers are kept when the job ends for any reason.
 #   sbatch --nodes 4 examples/slurm_infer.sh data/test.csv runs/answers.csv runs/lora_audio/final
 #SBATCH --job-name=mdl_infer
 #SBATCH --nodes=1
@@ -25,5 +25,5 @@ srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_
     --rdzv-backend c10d --rdzv-endpoint "$first:$port" --rdzv-id "$SLURM_JOB_ID" --max-restarts 0 --no-python \
     mdl_infer "$input" --output "$output" --model-name "$model" --max-new-tokens 256 "$@" &
 
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1 # nothing to save: every window is on the disk already
+trap 'scontrol requeue "$SLURM_JOB_ID"' USR1 # nothing to save: all finished answers are on disk
 wait $!

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Training on several machines that share a file system. Saves, stops and queues again when time is nearly up.
+# Training on several machines that share a file system. Shortly before the time limit, the run saves and stops, and the job is requeued.
 #   sbatch --nodes 4 examples/slurm_many_nodes.sh examples/lora_audio.yaml
 #SBATCH --job-name=mdl_train
 #SBATCH --nodes=2
@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# USR1 to this script, 5 minutes before the end: longer than a step and a checkpoint take
+# USR1 to this script 5 minutes before the end: more than a step and a checkpoint take
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 config=${1:?give the configuration file of mdl_train}
@@ -20,20 +20,20 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270 # seconds that the launcher gives its 
 export OMP_WAIT_POLICY=PASSIVE
 # export NCCL_SOCKET_IFNAME=ib0 # if NCCL picks the wrong network
 
-# The first machine is the meeting place; the port differs between jobs
+# The processes meet on the first machine; each job has its own port
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 40000))
 
-# one torchrun a machine, which starts one process a GPU
+# One torchrun per machine, which starts one process per GPU
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv-backend c10d --rdzv-endpoint "$first:$port" --rdzv-id "$SLURM_JOB_ID" --max-restarts 0 --no-python \
     mdl_train --config "$config" --resume-from-checkpoint true "$@" &
 run=$!
 
-# srun would kill its tasks on SIGTERM; scancel passes the signal on to them
+# On SIGTERM, srun would kill its tasks; scancel sends the signal to the tasks themselves
 again=no
 trap 'again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-trap : TERM # a preempted job: Slurm tells the tasks itself, and queues the job again
+trap : TERM # preemption: Slurm signals the tasks and requeues the job
 
 code=0
 while kill -0 "$run" 2>/dev/null; do wait "$run" && code=0 || code=$?; done

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Training on one machine. When time is nearly up, the run saves, stops and queues again; the next start goes on from there.
+# Training on one machine. Shortly before the time limit, the run saves and stops, and the job is requeued and resumes.
 #   sbatch examples/slurm_one_node.sh examples/lora_audio.yaml
 #SBATCH --job-name=mdl_train
 #SBATCH --nodes=1
@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# USR1 to this script, 5 minutes before the end: longer than a step and a checkpoint take
+# USR1 to this script 5 minutes before the end: more than a step and a checkpoint take
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 config=${1:?give the configuration file of mdl_train}
@@ -23,10 +23,10 @@ srun accelerate launch --config_file examples/ddp.yaml --num_processes "${SLURM_
     mdl_train --config "$config" --resume-from-checkpoint true "$@" &
 run=$!
 
-# srun would kill its tasks on SIGTERM; scancel passes the signal on to them
+# On SIGTERM, srun would kill its tasks; scancel sends the signal to the tasks themselves
 again=no
 trap 'again=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-trap : TERM # a preempted job: Slurm tells the tasks itself, and queues the job again
+trap : TERM # preemption: Slurm signals the tasks and requeues the job
 
 code=0
 while kill -0 "$run" 2>/dev/null; do wait "$run" && code=0 || code=$?; done
