@@ -37,7 +37,7 @@ from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
 from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.midashenglm_family import tiny_config
 from mdl_nbdev.model.midashenglm import MiDashengLMConfig
-from mdl_nbdev.model.tokenizers import n_audio_tokens
+from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
 ROOT = Path(__file__).resolve().parent.parent

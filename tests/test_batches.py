@@ -18,7 +18,7 @@ from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
 from mdl_nbdev.train.batches import StepSampler, pack_rows, padding_waste
 from mdl_nbdev.model.chat import Example
-from mdl_nbdev.model.tokenizers import n_audio_tokens
+from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.train.losses import loss_weights, weighted_losses

@@ -15,9 +15,10 @@ from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.label_view import LabelView
 from mdl_nbdev.model.midashenglm_family import AUDIO, CHATML, tiny_tokenizer
-from mdl_nbdev.model.template import ROLE_MARKERS
+from mdl_nbdev.model.text_family import ROLE_MARKERS
 from mdl_nbdev.model.text_family import tiny_text_tokenizer
-from mdl_nbdev.model.tokenizers import decode_answer, encode, fingerprint, load_tokenizer, n_audio_tokens, tokenize
+from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
+from mdl_nbdev.model.tokenizers import decode_answer, encode, fingerprint, load_tokenizer, tokenize
 from mdl_nbdev.data.conversations import Conversation
 
 TINY = tiny_tokenizer()
@@ -210,7 +211,7 @@ def test_text_models_see_what_transformers_shows_them(name, said):
 
 
 def test_clip_tokens_agree_with_the_network():
-    from mdl_nbdev.model.tokenizers import n_audio_tokens as network
+    from mdl_nbdev.model.midasheng_encoder import n_audio_tokens as network
     assert [n_audio_tokens(n) for n in range(0, 40_000, 7)] == [network(n) for n in range(0, 40_000, 7)]
 
 

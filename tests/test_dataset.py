@@ -12,7 +12,7 @@ import pytest
 import soundfile as sf
 
 from mdl_nbdev.data.audio import load_audio, to_int16
-from mdl_nbdev.model.tokenizers import n_audio_tokens
+from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.model.tokenizers import fingerprint
 from mdl_nbdev.base.errors import InputError

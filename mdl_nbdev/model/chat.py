@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..base.errors import InputError
 from ..data.audio import load_audio, to_int16
 from .family import Family
-from .template import ROLE_END, ROLE_MARKERS, ROLE_START, Segment, segments_of, shape_of
+from .template import ROLE_END, ROLE_START, Segment, segments_of, shape_of
 
 # %% ../../nbs/2_model/03_chat.ipynb #c6
 @dataclass(slots=True)
@@ -67,7 +67,8 @@ class Chat:
         template_file:str|None=None, # The file it came from, for error messages
     ):
         if tok.eos_token is None: raise InputError("this tokenizer has no end token, so the model could not learn when to stop")
-        tok.chat_template = chat_template or family.chat_template(tok) or ROLE_MARKERS
+        tok.chat_template = chat_template or family.chat_template(tok)
+        if not tok.chat_template: raise InputError(f"{family.name}: the tokenizer has no chat template; give one with --chat-template")
         if template_file: tok.chat_template_file = template_file
         if tok.pad_token is None: tok.pad_token = tok.eos_token
         self.tok, self.family, self.plans = tok, family, {}

@@ -12,7 +12,7 @@ import numpy as np
 from ..data.audio import from_int16
 from .byte_tokenizer import byte_tokenizer
 from .family import Family
-from .text_family import draw_weights
+from .text_family import ROLE_MARKERS, draw_weights
 
 # %% ../../nbs/2_model/16_midashenglm_family.ipynb #c6
 AUDIO, AUDIO_BOS, AUDIO_EOS = '<|AUDIO|>', '<|audio_bos|>', '<|audio_eos|>'
@@ -76,6 +76,8 @@ class MiDashengLMFamily(Family):
         values = np.zeros((len(clips), lengths.max()), clips[0].dtype)
         for row,clip in zip(values, clips): row[:len(clip)] = clip
         return dict(input_values=values, audio_length=lengths)
+
+    def chat_template(self, tok): return super().chat_template(tok) or ROLE_MARKERS
 
     def load_tokenizer(self, path):
         import transformers

@@ -20,7 +20,7 @@ from ..base.html import audio_player
 from ..base.text import format_duration
 from ..data.audio import SAMPLE_RATE, from_int16, load_audio, to_int16
 from ..model.chat import Example
-from ..model.tokenizers import n_audio_tokens
+from ..model.midasheng_encoder import n_audio_tokens
 from ..model.midashenglm_family import AUDIO, AUDIO_BOS, AUDIO_EOS
 from ..model.tokenizers import check_conversation, fingerprint, load_tokenizer, tokenize
 from ..base.errors import InputError
