@@ -27,7 +27,9 @@ _HOMES = {
     "data.check": "check CheckReport",
     "model.load": "load_model load_processor",
     "model.save": "load_adapter merge_adapter save_model",
-    "train.dataset": "convert open_dataset open_mix",
+    "train.convert": "convert ConvertReport",
+    "train.dataset": "AudioDataset open_dataset",
+    "train.mix": "open_mix",
     "train.run": "train dry_run read_metrics TrainReport",
     "infer.run": "infer InferReport",
     "infer.metrics": "score Scores",
@@ -48,9 +50,9 @@ _MOVED = dict(
     chat="model.chat model.tokenizers model.label_view model.template model.midashenglm_family model.text_family model.hub model.midasheng_encoder",
     midashenglm="model.midashenglm model.midasheng_encoder model.label_loss",
     model="model.load model.targets model.adapters model.save model.engine model.midashenglm_family model.text_family",
-    dataset="train.dataset base.files base.processes",
+    dataset="train.dataset train.convert train.mix base.files base.processes",
     batches="train.batches model.collate",
-    losses="train.losses",
+    losses="train.losses train.coba",
     checkpoints="train.checkpoints train.state train.stopping train.identity",
     memory="train.memory",
     trainer="train.loop",
@@ -63,7 +65,7 @@ _MOVED = dict(
     cli="cli.commands",
 )
 
-_RENAMED = dict(audio_html="audio_player", duration_text="format_duration") # Names of version 0.1.0, and what they are called now
+_RENAMED = dict(audio_html="audio_player", duration_text="format_duration", META="MANIFEST") # Names of version 0.1.0, and what they are called now
 
 
 def _look_up(name, modules):

@@ -1,4 +1,4 @@
-"The order of the data, ghosts, resuming, packing, and what a batch holds"
+"The order of the data, dummy rows, resuming, packing, and what a batch holds"
 import json
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from mdl_nbdev.train.batches import StepSampler, pack_rows, padding_waste
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
+from mdl_nbdev.train.mix import Item
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 from mdl_nbdev.model.midashenglm_family import tiny_model
@@ -30,11 +31,14 @@ LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=200)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def rows_of(items): return sorted(int(r) for i in items for r in (i if isinstance(i, tuple) else [i]))
+def rows_in(item): return item.rows if isinstance(item, Item) else item if isinstance(item, tuple) else [item]
+
+
+def rows_of(items): return sorted(int(r) for i in items for r in rows_in(i))
 
 
 def steps_seen(epoch, batch_size, world_size, accumulation, **kw):
-    "What all ranks together see in each step, without ghosts, and the batches of each rank"
+    "What all ranks together see in each step, without dummy rows, and the batches of each rank"
     ranks = []
     for r in range(world_size):
         s = StepSampler(batch_size=batch_size, world_size=world_size, rank=r, accumulation=accumulation, **kw)
@@ -44,7 +48,7 @@ def steps_seen(epoch, batch_size, world_size, accumulation, **kw):
     assert len({len(r) for r in ranks}) == 1, "all ranks have equally many batches"
     assert all(0 < len(b) <= batch_size for r in ranks for b in r)
     each = range(0, len(ranks[0]), accumulation)
-    real = [[[i for i in b if (i[0] if isinstance(i, tuple) else i) >= 0] for b in r] for r in ranks]
+    real = [[[i for i in b if not i.dummy] for b in r] for r in ranks]
     return [rows_of(i for r in real for b in r[at : at + accumulation] for i in b) for at in each], ranks
 
 
@@ -70,19 +74,20 @@ def test_epochs_differ_and_seeds_differ():
 def test_batches_of_a_rank_are_alike_and_all_ranks_work_on_the_longest_together():
     rows = np.random.default_rng(0).integers(1, 3000, 4096)
     ranks = [list(StepSampler(rows, 4, world_size=4, rank=r, accumulation=2)) for r in range(4)]
-    longest = np.array([[rows[b].max() for b in r] for r in ranks])
+    longest = np.array([[rows[rows_of(b)].max() for b in r] for r in ranks])
     assert (longest.max(0) - longest.min(0)).max() < 60, "neighbours in a pool of 2048 rows"
 
 
 @pytest.mark.parametrize("world, accumulation", [(4, 2), (8, 1), (2, 4)])
 @pytest.mark.parametrize("pack", [None, 100])
-def test_ghosts_only_where_rows_are_missing(world, accumulation, pack):
+def test_dummy_rows_only_where_rows_are_missing(world, accumulation, pack):
     n = np.full(9, 100)
     steps, ranks = steps_seen(0, 1, world, accumulation, lengths=n, pack=pack)
     assert [len(s) for s in steps] == [8, 1]
-    ghosts = [i for r in ranks for b in r for i in b if (i[0] if pack else i) < 0]
-    assert len(ghosts) == world - 1 and len({len(r) for r in ranks}) == 1
-    assert rows_of([tuple(~x for x in i) if pack else ~i for i in ghosts]) == steps[-1] * (world - 1)
+    dummies = [i for r in ranks for b in r for i in b if i.dummy]
+    assert len(dummies) == world - 1 and len({len(r) for r in ranks}) == 1
+    assert rows_of(dummies) == steps[-1] * (world - 1)
+    assert all(i.packed == bool(pack) for r in ranks for b in r for i in b)
 
 
 @settings(deadline=None, max_examples=60)
@@ -136,9 +141,9 @@ class Counting(torch.utils.data.Dataset):
     "Remembers, over all processes, which rows were read"
     def __init__(self, n): self.read = torch.zeros(n, dtype=torch.uint8).share_memory_()
     def __len__(self): return len(self.read)
-    def __getitem__(self, i):
-        for j in i if isinstance(i, tuple) else (i,): self.read[j] = 1
-        return i
+    def __getitem__(self, item):
+        for j in item.rows: self.read[j] = 1
+        return item
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -228,7 +233,7 @@ def test_a_packed_batch():
     b = Collator(99, MiDashengLMFamily())([[one, two], [three]])
     assert {k: v.tolist() for k, v in b.items() if k != "input_values"} == dict(
         input_ids=[[0, 1, 2, 0], [0, 1, 99, 99]], labels=[[-100, 11, 12, -100], [-100, 11, -100, -100]], sample=[[0, 0, 0, 1], [2, 2, -1, -1]],
-        position_ids=[[0, 1, 2, 0], [0, 1, 0, 1]], task=[1, 0, 0], audio_length=[10, 5])
+        position_ids=[[0, 1, 2, 0], [0, 1, 0, 1]], task=[1, 0, 0], audio_length=[10, 5], n_samples=[10, 5])
 
 
 # Packed samples against samples in rows of their own

@@ -14,11 +14,14 @@ import soundfile as sf
 from mdl_nbdev.data.audio import load_audio, to_int16
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
+from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.tokenizers import fingerprint
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings
 from mdl_nbdev.data.tables import read_rows
-from mdl_nbdev.train.dataset import AudioDataset, Mix, convert, limit_length, open_dataset, open_mix, split
+from mdl_nbdev.train.convert import convert, plan_shards
+from mdl_nbdev.train.dataset import AudioDataset, open_dataset
+from mdl_nbdev.train.mix import Item, Mix, limit_length, open_mix, split
 from mdl_nbdev.data.sounds import make_sounds
 
 TOK = tiny_tokenizer()
@@ -92,6 +95,43 @@ def test_a_folder_of_mdl_toolkit_opens(tmp_path):
     assert ds[0].input_ids.tolist() == [5, 6, 7] and ds[0].labels.tolist() == [-100, 6, 7] and np.array_equal(ds[0].clips[0], wave[:3300])
     assert ds.n_tokens.tolist() == [3, 5] and ds.n_samples.tolist() == [3300, 4000]
     assert ds.tasks[0] == ["peer"] and ds[1].task == "peer" and len(Mix([(None, ds)]).fingerprint()) == 16
+
+
+def test_a_folder_of_version_0_1_0_opens():
+    "Written by that version from a row with a clip, one with two, and one without; rows did not keep their conversations yet"
+    ds = AudioDataset(Path(__file__).parent / "fixtures" / "converted-0.1.0", fingerprint(TOK), "old")
+    def ramp(n): return np.arange(n) % 100 * 100
+    clips, answers = [[1600], [2400, 3200], []], ["a ramp", "the second", "hello"]
+    assert len(ds) == 3 and ds.tasks[0] == ["compare", "old", "words"] and ds.lines.tolist() == [1, 2, 3] and ds.sample_rate == 16000
+    assert ds.n_samples.tolist() == [1600, 5600, 0] and ds.n_tokens.tolist() == [52, 56, 52]
+    for e, lengths, answer, line in zip(ds, clips, answers, (1, 2, 3)):
+        assert [c.tolist() for c in e.clips] == [ramp(n).tolist() for n in lengths] and all(c.dtype == np.int16 for c in e.clips)
+        assert TOK.decode(e.labels[e.labels >= 0]) == answer + "<|im_end|>" and (e.file, e.line) == ("rows.jsonl", line)
+        assert e.conversation is None and e.spans is None
+    assert Mix([(None, ds)]).fingerprint() == "45576bd81f5da77d", "what a checkpoint of that version has recorded"
+
+
+def test_rows_keep_their_conversations(spoken, tmp_path):
+    out = convert(ConvertSettings(input=spoken, output=tmp_path / "d", model_name="tiny", system_prompt="Listen.")).path
+    plain, ds = datasets.load_from_disk(str(out)), AudioDataset(out)
+    for i, (row, line) in enumerate(zip(plain, spoken.read_text().splitlines())):
+        raw, kept = json.loads(line), json.loads(row["conversation"])
+        assert kept["line"] == row["line"] == i + 1 and kept["file"] == str(spoken) and kept["task"] == raw["data_name"]
+        assert [m["role"] for m in kept["messages"]] == ["system", *(m["role"] for m in raw["messages"])]
+        said = [p.get("path") or p["text"] for m in raw["messages"] if m["role"] == "user" for p in m["content"]]
+        assert [p.get("audio") or p["text"] for m in kept["messages"] if m["role"] == "user" for p in m["content"]] == said
+        assert vars(ds[i].conversation) == kept and ds[i].spans.shape == (len(kept["messages"]), 2)
+        for m, (start, stop) in zip(kept["messages"], ds[i].spans):
+            words = [p["text"] for p in m["content"] if p["type"] == "text"]
+            assert all(w in TOK.decode(ds[i].input_ids[start:stop]) for w in words)
+        short = limit_length(Mix([(None, ds)]), 60, "truncate", TOK)[0]
+        assert all(e.spans.max() <= 60 for e in short)
+
+
+def test_a_batch_of_many_clips_fits_its_record_batch(spoken, csv, tmp_path):
+    "Arrow counts the samples of a record batch in 32 bits: fewer rows are tokenized together when a row has many clips"
+    def size(path, **kw): return plan_shards(ConvertSettings(input=path, output=tmp_path / "d", base_dir=csv.parent, **kw), load_chat("tiny"), tmp_path)[0].batch_size
+    assert size(csv) == 8 and size(csv, tokenizing_batch_size=1000) == 2**31 // (600 * 16000) and size(spoken, tokenizing_batch_size=1000) == 2**31 // (3 * 600 * 16000)
 
 
 @pytest.mark.parametrize("what", ["nothing", "a file of another kind", "an empty folder", "missing columns"])
@@ -186,15 +226,18 @@ def mix(csv, spoken, tmp_path_factory):
     return open_mix([csv, words, spoken], TOK, tmp / "cache", model_name="tiny", base_dir=csv.parent)
 
 
-def test_a_mix_is_its_datasets_and_its_ghosts(mix):
+def test_a_mix_is_its_datasets_and_its_dummy_rows(mix):
     assert len(mix) == 150 + 21 + 7 == len(list(mix))
     for i in [0, 149, 150, 170, 171, 177]:
-        e, ghost = mix[i], mix[~i]
-        assert np.array_equal(e.input_ids, ghost.input_ids) and all(map(np.array_equal, e.clips, ghost.clips)) and (e.task, e.line) == (ghost.task, ghost.line)
-        assert (e.labels >= 0).any() and not (ghost.labels >= 0).any()
+        e, (nothing,) = mix[i], mix.__getitems__([Item((i,), dummy=True)])
+        assert np.array_equal(e.input_ids, nothing.input_ids) and all(map(np.array_equal, e.clips, nothing.clips))
+        assert (e.task, e.line) == (nothing.task, nothing.line)
+        assert (e.labels >= 0).any() and not (nothing.labels >= 0).any()
         assert len(e.input_ids) == mix.n_tokens[i] and sum(map(len, e.clips)) == mix.n_samples[i]
-    assert [e.line for e in mix[0, 150, 171]] == [2, 1, 1]
-    with pytest.raises(IndexError): mix[178]
+    pack, row = mix.__getitems__([Item((0, 150, 171), packed=True), Item((171,))])
+    assert [e.line for e in pack] == [2, 1, 1] and row.line == 1
+    for i in (178, -1):
+        with pytest.raises(IndexError): mix[i]
     again = pickle.loads(pickle.dumps(mix))
     assert again[160].task == "spell" and np.array_equal(again[160].input_ids, mix[160].input_ids) and len(pickle.dumps(mix)) < 30_000
     assert mix.by_task(dict(spell=2.0), "--task-weights") == {mix.task_names.index("spell"): 2.0}
@@ -217,7 +260,7 @@ def test_the_fingerprint_sees_content_not_places(mix, csv, spoken, tmp_path):
 def test_a_split_is_by_task_and_leaves_a_row_to_training(mix, share):
     one = mix.take(np.arange(len(mix)) != -1)
     train, held = split(one, share, seed=3)
-    key = lambda m: list(zip(m._dataset.tolist(), m._row.tolist()))
+    key = lambda m: list(zip(m.dataset_of.tolist(), m.row_of.tolist()))
     assert sorted(key(train) + key(held)) == key(mix) and key(held) == key(split(mix, share, seed=3)[1])
     for name, d in mix.describe().items():
         n = held.describe()[name]["rows"]
@@ -228,13 +271,13 @@ def test_a_split_is_by_task_and_leaves_a_row_to_training(mix, share):
 def test_a_split_does_not_depend_on_other_tasks(mix):
     spell_rows = mix.take(mix.task_ids == mix.task_names.index("spell"))
     alone = Mix([("spell", mix.datasets[1])])
-    assert split(spell_rows, 0.3)[1]._row.tolist() == split(alone, 0.3)[1]._row.tolist()
+    assert split(spell_rows, 0.3)[1].row_of.tolist() == split(alone, 0.3)[1].row_of.tolist()
     one = alone.take(np.array([4]))
     with pytest.raises(InputError, match="--validation-split: every task has one row"): split(one, 0.3)
     with pytest.raises(InputError, match="--validation-split: got 1"): split(alone, 1)
 
 
-def check_cut(short, whole, limit):
+def check_truncated(short, whole, limit):
     "A shortened example is a beginning of the whole one, as long as can be, with whole clips"
     audio, bos, eos = (TOK.convert_tokens_to_ids(t) for t in ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"))
     n = len(short.input_ids)
@@ -242,11 +285,11 @@ def check_cut(short, whole, limit):
     count = lambda e, t: int((e.input_ids == t).sum())
     assert count(short, bos) == count(short, eos) == len(short.clips) and count(short, audio) == sum(n_audio_tokens(len(c)) for c in short.clips)
     assert all(map(np.array_equal, short.clips, whole.clips))
-    if n < min(limit, len(whole.input_ids)): assert whole.input_ids[n] == bos and eos not in whole.input_ids[n:limit], "cut short only before a clip that does not fit"
+    if n < min(limit, len(whole.input_ids)): assert whole.input_ids[n] == bos and eos not in whole.input_ids[n:limit], "shorter than allowed only before a clip that does not fit"
 
 
 @pytest.mark.parametrize("limit", range(5, 75, 3))
-def test_a_cut_never_goes_through_a_clip(mix, limit):
+def test_truncation_never_splits_a_clip(mix, limit):
     spoken = mix.take(np.arange(171, 178))
     longer = [i for i in range(7) if spoken.n_tokens[i] > limit]
     can_learn = lambda e, n: (e.labels[1:n] >= 0).any()
@@ -259,9 +302,9 @@ def test_a_cut_never_goes_through_a_clip(mix, limit):
     kept = [i for i in range(7) if i + 1 not in rejected]
     assert len(short) == len(kept) and report.rejected == len(rejected)
     for j, i in enumerate(kept):
-        check_cut(short[j], spoken[i], limit)
+        check_truncated(short[j], spoken[i], limit)
         assert can_learn(short[j], None) and len(short[j].input_ids) == short.n_tokens[j] and sum(map(len, short[j].clips)) == short.n_samples[j]
-        if i in longer: assert report.rows[longer.index(i)].what == f"cut to {short.n_tokens[j]}" and report.rows[longer.index(i)].tokens == spoken.n_tokens[i]
+        if i in longer: assert report.rows[longer.index(i)].what == f"truncated to {short.n_tokens[j]}" and report.rows[longer.index(i)].tokens == spoken.n_tokens[i]
     # in the sixteen tokens before the limit there may be a clip, but before those nothing that could be learned is thrown away
     for line in rejected: assert not can_learn(spoken[line - 1], limit - 16)
 
@@ -275,7 +318,7 @@ def test_rejected_rows_are_listed(mix, tmp_path):
     lines = (tmp_path / "too_long.csv").read_text().splitlines()
     assert lines[0] == "file,line,tokens,what"
     assert lines[1:] == [f"{mix[i].file},{mix[i].line},{mix.n_tokens[i]},rejected" for i in gone]
-    assert str(report) == f"{len(gone)} of 178 rows have more than {limit} tokens: {len(gone)} left out, 0 cut"
+    assert str(report) == f"{len(gone)} of 178 rows have more than {limit} tokens: {len(gone)} left out, 0 truncated"
     same, nothing = limit_length(mix, 10_000, "reject", TOK)
     assert len(same) == 178 and not nothing.rows and same.fingerprint() == mix.fingerprint()
     with pytest.raises(InputError, match="--seq-length 3: every row has more tokens, the shortest"): limit_length(mix, 3, "reject", TOK)

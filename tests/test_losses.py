@@ -5,18 +5,22 @@ import os
 import random
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.train.losses import CoBa, loss_weights, weighted_losses
+from mdl_nbdev.base.settings import LOSS_MODES
+from mdl_nbdev.train.coba import CoBa
+from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
 MODES = ["case1", "case2", "case3", "case4"]
 
@@ -80,13 +84,13 @@ def token_losses(model, examples):
 
 
 def step(model, groups, mode, weights=WEIGHTS, reduce=None):
-    "The sums of the planes over the micro-batches of a step; the gradient is left in the model"
+    "The sums of the weight maps over the micro-batches of a step; the gradient is left in the model"
     collate = Collator(0, MiDashengLMFamily())
     batches = [collate(g) for g in groups]
-    planes, tokens = loss_weights(batches, mode, weights, 3, reduce)
+    maps, tokens = loss_weights(batches, mode, weights, 3, reduce)
     total = torch.zeros(4, dtype=torch.float64)
-    for batch, plane in zip(batches, planes):
-        sums = weighted_losses(model, {k: v for k, v in batch.items() if k not in ("sample", "task")}, plane)
+    for batch, weights in zip(batches, maps):
+        sums = weighted_losses(model, {k: v for k, v in batch.items() if k not in ("sample", "task")}, weights)
         sums[0].backward()
         total += sums.detach().double()
     return total, tokens
@@ -129,11 +133,12 @@ def test_a_weight_of_zero_leaves_a_task_out(model):
 
 
 class NoChoice(torch.nn.Module):
-    "A model whose forward knows neither `logits_to_keep` nor a cache"
+    "A model whose output layer is not known, and whose forward takes no `logits_to_keep`"
     def __init__(self, inner):
         super().__init__()
-        self.inner = inner
-    def forward(self, input_ids, attention_mask=None): return self.inner(input_ids, attention_mask=attention_mask)
+        self.inner, self.config = inner, inner.config
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return self.inner(input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
 
 def test_text_models_equal_their_full_logits(model):
@@ -152,15 +157,51 @@ def test_text_logits_are_only_made_where_they_are_needed(model):
     hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
     weighted_losses(model, inputs, torch.ones(1, *batch["labels"].shape))
     hook.remove()
-    assert shapes == [(int((batch["labels"][:, 1:] != -100).sum()), 50)]
+    assert shapes == [(1, int((batch["labels"][:, 1:] != -100).sum()), 50)]
+
+
+class Wrapped(torch.nn.Module):
+    "As DistributedDataParallel wraps a model"
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+    def forward(self, **kwargs): return self.module(**kwargs)
+
+
+def test_logits_of_wrapped_models_are_only_made_where_they_are_needed(model):
+    "Also if the output layer itself is trained, and wrapped by peft; afterwards the model gives all logits again"
+    batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
+    inputs = {k: v for k, v in batch.items() if k not in ("sample", "task")}
+    weights, shapes = torch.rand(2, *batch["labels"].shape), []
+    want = weighted_losses(model, inputs, weights)
+    lora = get_peft_model(deepcopy(model), LoraConfig(target_modules=["query_key_value"], modules_to_save=["lm_head"]))
+    hook = lora.get_base_model().lm_head.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    for net in (lora, Wrapped(lora)): torch.testing.assert_close(weighted_losses(net, inputs, weights), want)
+    hook.remove()
+    n = int((batch["labels"][:, 1:] != -100).sum())
+    assert shapes == [(1, n, 50)]*2
+    assert lora(batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, 50)
+
+
+def test_the_hook_is_removed_when_a_model_fails(model):
+    batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
+    with pytest.raises((TypeError, ValueError)): weighted_losses(model, dict(labels=batch["labels"], input_ids=None, attention_mask=3), torch.rand(1, *batch["labels"].shape))
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("alias, mode", LOSS_MODES.items())
+def test_names_of_mftcoder_are_aliases(alias, mode):
+    batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
+    (one,), (other,) = (loss_weights([batch], m, WEIGHTS, 3)[0] for m in (alias, mode))
+    assert torch.equal(one, other)
 
 
 def test_what_begins_a_sample_weighs_nothing():
     "Two samples packed into one row, and a label on every token: the first of each is predicted from nothing of its own"
     batch = dict(labels=torch.full((1, 8), 7), sample=torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1]]), task=torch.tensor([0, 1]))
-    (planes,), tokens = loss_weights([batch], "case4", [1., 1.], 2)
+    (maps,), tokens = loss_weights([batch], "case4", [1., 1.], 2)
     assert tokens.tolist() == [2, 3]
-    torch.testing.assert_close(planes[0, 0], torch.tensor([0, 1/4, 1/4, 0, 1/6, 1/6, 1/6, 0]))
+    torch.testing.assert_close(maps[0, 0], torch.tensor([0, 1/4, 1/4, 0, 1/6, 1/6, 1/6, 0]))
 
 
 def test_an_unknown_mode_is_an_error():
@@ -210,8 +251,8 @@ for name, make in dict(text=text, audio=audio).items():
         model, examples = make()
         run = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
         batches = [Collator(0, MiDashengLMFamily())(g) for g in cut(examples, 2 if world > 1 else 8)[rank::world]]
-        planes, _ = loss_weights(batches, mode, WEIGHTS, 3, reduce)
-        for i, (b, p) in enumerate(zip(batches, planes)):
+        maps, _ = loss_weights(batches, mode, WEIGHTS, 3, reduce)
+        for i, (b, p) in enumerate(zip(batches, maps)):
             inputs = {k: v for k, v in b.items() if k not in ("sample", "task")}
             if world > 1 and i < len(batches)-1:
                 with run.no_sync(): (weighted_losses(run, inputs, p)[0]*world).backward()
@@ -314,7 +355,7 @@ def test_coba_is_at_rest_when_all_tasks_are():
 
 
 def test_coba_neither_overflows_nor_gives_nan():
-    "Thousands of looks, a sharp temperature, losses of very unlike sizes, and a worst task that stops after a long fall"
+    "Thousands of probes, a sharp temperature, losses of very unlike sizes, and a worst task that stops after a long fall"
     rng, coba = np.random.default_rng(0), CoBa(3, 2, 20, tau=100.)
     for t in range(3000):
         w = coba.update([1e6*math.exp(-t/50) + 1e-9, 1e-6*(1 + .1*rng.random()), 5. + (t > 2000)*t])

@@ -14,7 +14,8 @@ from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings, TrainSettings
-from mdl_nbdev.train.dataset import AudioDataset, convert
+from mdl_nbdev.train.convert import convert
+from mdl_nbdev.train.dataset import AudioDataset
 from mdl_nbdev.model.load import load_model
 from mdl_nbdev.model.save import load_adapter
 from mdl_nbdev.model.midashenglm_family import tiny_model

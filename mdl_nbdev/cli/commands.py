@@ -50,7 +50,7 @@ def mdl_convert(
     argv:list[str]=None, # Arguments; else the process's own
 ):
     "Convert a file of rows into a dataset that training opens at once"
-    _main('mdl_convert', 'train.dataset', 'convert', 'ConvertSettings', argv)
+    _main('mdl_convert', 'train.convert', 'convert', 'ConvertSettings', argv)
 
 # %% ../../nbs/5_cli/02_commands.ipynb #c10
 def mdl_train(
