@@ -5,20 +5,29 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile as sf
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mdl_nbdev.model.text_family import tiny_text_tokenizer
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import InferSettings
-from mdl_nbdev.infer.run import infer
+from mdl_nbdev.infer.identity import identity_changes, run_identity
+from mdl_nbdev.infer.output import InferOutput, LoggedShard, OutputPart, remaining_shards
+from mdl_nbdev.infer.run import DEFAULT_NEW_TOKENS, infer
+from mdl_nbdev.model.chat import Chat
 from mdl_nbdev.model.load import load_processor
 from mdl_nbdev.model.midashenglm_family import tiny_model
 from mdl_nbdev.model.text_family import tiny_text_model
@@ -183,6 +192,64 @@ def test_sampling_options():
     assert sum(tokens) > sum(len(set(a)) for a in greedy), "fewer tokens are repeated"
 
 
+def inst_model(path, answer):
+    "A folder with a word-level model of the [INST] kind whose completion is always `answer`; every token of it follows from the one before"
+    words = ["<unk>", "<s>", "</s>", *(f"▁{w}" for w in ["[INST]", "[/INST]", "hear"]), "▁"]
+    tokens = answer.split("|")
+    vocab = {w: i for i, w in enumerate(dict.fromkeys([*words, *tokens]))}
+    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(prepend_scheme="never")
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=True, chat_template=INST)
+    n = len(vocab)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=n, hidden_size=n + n % 2, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, tie_word_embeddings=False,
+                                         bos_token_id=1, eos_token_id=2, pad_token_id=2))
+    chain = ["▁[/INST]", *tokens, "</s>"]
+    with torch.no_grad():
+        for p in model.parameters(): p.fill_(float(p.ndim == 1)) # norms are ones; attention and MLP add nothing
+        model.model.embed_tokens.weight.copy_(torch.eye(n, n + n % 2))
+        for before, after in zip(chain, chain[1:]): model.lm_head.weight[vocab[after], vocab[before]] = 1
+    model.save_pretrained(path)
+    tok.save_pretrained(path)
+
+
+INST = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+
+
+def test_completions_are_decoded_with_care():
+    "Neither the space that the template puts before an answer nor `clean_up_tokenization_spaces` changes what the model said"
+    inst_model("inst", "▁a|▁dog|▁,|▁do|▁n't|▁.")
+    Path("prompts.csv").write_text("user_prompt\nhear\n")
+    answer("prompts.csv", "out.csv", model_name="inst", max_new_tokens=20)
+    assert table("out.csv")[1] == ["hear", "a dog , do n't ."]
+
+
+def test_each_row_is_tokenized_once(monkeypatch):
+    seen, tokenize = [], Chat.tokenize
+    def count(self, conversations):
+        seen.extend(c.line for c in conversations)
+        return tokenize(self, conversations)
+    monkeypatch.setattr(Chat, "tokenize", count)
+    make_sounds(".", 5)
+    answer("sounds.csv", "out.csv")
+    assert sorted(seen) == [2, 3, 4, 5, 6]
+
+
+def test_long_clips_are_answered_by_default():
+    "A clip of 60 s, without any option about lengths; the replaced tool's option keeps its meaning"
+    sf.write("long.wav", np.random.default_rng(0).normal(0, .1, 16000*60), 16000)
+    Path("rows.csv").write_text("audio\nlong.wav\n")
+    report = answer("rows.csv", "out.csv", max_new_tokens=None)
+    assert report.rejected == [] and 0 < report.sample[0].max_new_tokens == DEFAULT_NEW_TOKENS
+    report = answer("rows.csv", "short.csv", max_new_tokens=None, max_length=128)
+    assert re.match(r"the prompt has 3\d\d tokens, so --max-length 128 leaves none for an answer", report.rejected[0][3])
+
+
+def test_one_row_is_one_row():
+    Path("rows.csv").write_text("audio\nlost.wav\n")
+    first, last = str(answer("rows.csv", "out.csv")).splitlines()
+    assert first.startswith("1 row in out.csv, ") and last.startswith("1 row without an answer, listed in out.csv.rejects.csv; the first is line 2: lost.wav: no such file")
+
+
 # --- What remains of an earlier run
 
 interrupts = []
@@ -274,6 +341,121 @@ def test_two_runs_with_one_output(whole):
     infer(s, [another])
     assert len(refused) == 2
     assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
+
+
+def test_two_starts_at_once(whole):
+    "The lock is held from before the first look at the files until the end, so a second start never sees a moment without it"
+    stopped(3, whole/"sounds.csv", base_dir=whole)
+    s, refused, resume = settings(whole/"sounds.csv", "out.csv", base_dir=whole), [], InferOutput.resume
+    def second(self, shard_rows):
+        if not refused:
+            refused.append(None)
+            with pytest.raises(InputError, match="another process is writing this"): infer(s)
+        return resume(self, shard_rows)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(InferOutput, "resume", second)
+        assert infer(s).resumed == 48
+    assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
+    assert leftovers("out.csv") == ["out.csv.rejects.csv"]
+
+
+def test_an_input_is_not_replaced(whole):
+    "Rejected rows, or a part, as the input of the run that would remove them"
+    shutil.copy(whole/"whole.csv", "out.csv")
+    shutil.copy(whole/"whole.csv.rejects.csv", "out.csv.rejects.csv")
+    shutil.copy(whole/"sounds.csv", "new.csv.part")
+    before = {p: p.read_bytes() for p in Path().glob("*.csv*")}
+    for input, output in [("out.csv.rejects.csv", "out.csv"), ("new.csv.part", "new.csv"), ("out.csv", "out.csv")]:
+        with pytest.raises(InputError, match="input"): answer(input, output, overwrite=True)
+    assert {p: p.read_bytes() for p in Path().glob("*.csv*")} == before
+    Path("out.csv.rejects.csv").rename("again.csv")
+    assert answer("again.csv", "out.csv", overwrite=True, base_dir=whole).rows == 8, "under another name it is an input as any other"
+
+
+# --- The identity of a run
+
+def save(path, seed):
+    tiny_model(seed).save_pretrained(path)
+    load_processor("tiny").save_pretrained(path)
+
+
+def test_a_retrained_model_does_not_continue(whole):
+    "The same path, other weights: refused before a row is written. The same weights elsewhere, or with other notes beside them, continue"
+    save("model", 0)
+    args = dict(base_dir=whole, model_name="model")
+    stopped(2, whole/"sounds.csv", **args)
+    Path("model").rename("first")
+    save("model", 1)
+    before = {p.name: p.read_bytes() for p in Path().glob("out.csv*")}
+    with pytest.raises(InputError, match="out.csv.part: .*unfinished run.*: the contents of --model-name have changed.*--overwrite true"): answer(whole/"sounds.csv", "out.csv", **args)
+    assert {p.name: p.read_bytes() for p in Path().glob("out.csv*")} == before
+    Path("first/README.md").write_text("trained for a while")
+    assert answer(whole/"sounds.csv", "out.csv", **args | dict(model_name="first")).resumed == 32
+    assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
+    assert answer(whole/"sounds.csv", "out.csv", **args, overwrite=True).resumed == 0
+    assert Path("out.csv").read_bytes() != (whole/"whole.csv").read_bytes()
+
+
+def test_contents_of_an_identity():
+    "A byte of an adapter, of a template, of a tokenizer, of weights that are larger than a piece"
+    save("model", 0)
+    Path("adapter").mkdir()
+    files = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json", "mine.jinja", "model/model.safetensors", "model/tokenizer.json", "model/config.json"]
+    for f in files[:3]: Path(f).write_text("some content")
+    s = settings("rows.csv", "out.csv", model_name="model", adapter="adapter", chat_template="mine.jinja")
+    before = run_identity(s)
+    for f, name in zip(files, ["adapter", "adapter", "chat-template"] + ["model-name"]*3):
+        flip(Path(f), Path(f).stat().st_size//2)
+        assert identity_changes(before, run_identity(s)) == [f"the contents of --{name} have changed"]
+        flip(Path(f), Path(f).stat().st_size//2)
+    assert identity_changes(before, run_identity(s)) == []
+    assert identity_changes(before, run_identity(dataclasses.replace(s, adapter=None))) == ["the contents of --adapter have changed"]
+    assert identity_changes(before, run_identity(dataclasses.replace(s, seed=7))) == ["--seed was 42 and is 7"]
+
+
+def test_unfinished_run_of_version_0_1(whole):
+    "It did not record which model gave its answers, so it is refused, with the remedy, and nothing of it is lost"
+    part, log = stopped(3, whole/"sounds.csv", base_dir=whole)
+    Path("out.csv.part.json").write_text(json.dumps(dict(input=str(whole/"sounds.csv"), model_name="tiny", batch_size=2, base_dir=str(whole), max_new_tokens=4)))
+    before = {p.name: p.read_bytes() for p in Path().glob("out.csv*")}
+    with pytest.raises(InputError, match="started by another version.*--overwrite true"): answer(whole/"sounds.csv", "out.csv", base_dir=whole)
+    assert {p.name: p.read_bytes() for p in Path().glob("out.csv*")} == before
+    assert answer(whole/"sounds.csv", "out.csv", base_dir=whole, overwrite=True).resumed == 0
+    assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
+
+
+def test_many_finished_shards():
+    "What remains of 100,000 shards is known at once"
+    n = 100_000
+    part = OutputPart(Path("out.csv.part"))
+    part.create("audio,prediction\n")
+    part.log.write_text("".join(LoggedShard(i, 20*i, 20*i + 20, "0"*16, 256, [], []).format() for i in range(n)))
+    logged = [s.number for s in part.shards()]
+    assert len(logged) == n
+    start = time.process_time()
+    finished = [i for i in logged if i % 10]
+    remaining = [remaining_shards(n, finished, rank, 2) for rank in range(2)]
+    seconds = time.process_time() - start
+    assert remaining == [list(range(0, n, 20)), list(range(10, n, 20))]
+    assert seconds < 1
+
+
+def test_interrupted_while_a_server_is_slow():
+    "Ctrl-C does not wait for threads that read clips"
+    code = """
+import sys, time
+from mdl_nbdev.base.processes import DaemonPool
+def read(i):
+    print('reading', flush=True)
+    time.sleep(60)
+try:
+    with DaemonPool(2) as pool: list(pool.map(read, range(9), ahead=4))
+except KeyboardInterrupt: sys.exit(130)"""
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "reading\n"
+    start = time.perf_counter()
+    p.send_signal(signal.SIGINT)
+    assert p.wait(timeout=50) == 130 and time.perf_counter() - start < 20
 
 
 # --- Launchers

@@ -29,7 +29,7 @@ def shard_digest(
     "A digest that is the same only for the same rows with the same predictions"
     return hashlib.sha256(asked.encode() + answered).hexdigest()[:16]
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LoggedShard:
     "A finished shard, as the log of a part describes it"
     number:int # From 0, in the order of the input
@@ -41,9 +41,11 @@ class LoggedShard:
     truncated:list # Lines of rows whose answers were truncated
 
     @classmethod
-    def parse(cls, line:str):
-        "Read a line of the log; `ValueError` or `KeyError` if it is damaged"
-        d = json.loads(line)
+    def parse(cls,
+        line:bytes, # A line of the log
+    )->'LoggedShard':
+        "Read a line; `ValueError`, `KeyError` or `TypeError` if it is damaged"
+        d = json.loads(line.decode())
         return cls(d['window'], d['start'], d['end'], d['digest'], d['rows'], d['rejects'], d['cut'])
 
     def format(self)->str:
