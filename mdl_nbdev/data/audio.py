@@ -17,7 +17,7 @@ import numpy as np, soundfile as sf, soxr
 from .remote import AudioError, fetch, is_url
 
 # %% ../../nbs/1_data/01_audio.ipynb #c5
-SAMPLE_RATE = 16_000 # Samples per second of the waveforms that this package makes unless another rate is asked for
+SAMPLE_RATE = 16_000 # Samples per second of waveforms, unless another rate is asked for
 
 # %% ../../nbs/1_data/01_audio.ipynb #c7
 def resolve(
@@ -34,11 +34,15 @@ def local_file(
     "Find or download a clip; raises `AudioError`"
     if is_url(src): return fetch(str(src))
     if re.match(r'\w+://', str(src)):
-        raise AudioError(f'{src}: only http:// and https:// addresses can be downloaded; download it and give its path')
+        raise AudioError(f'{src}: only http:// and https:// addresses can be downloaded; '
+                         'download it and give its path')
     path = os.path.expanduser(src)
-    if os.path.isdir(path): raise AudioError(f'{src}: this is a folder, not a sound file; give the path of one clip')
-    if not os.path.isfile(path): raise AudioError(f'{src}: no such file; correct the path, or set the base folder it is relative to')
-    if not os.path.getsize(path): raise AudioError(f'{src}: the file is empty (0 bytes); copy or download it again')
+    if os.path.isdir(path):
+        raise AudioError(f'{src}: this is a folder, not a sound file; give the path of one clip')
+    if not os.path.isfile(path):
+        raise AudioError(f'{src}: no such file; correct the path, or set the base folder it is relative to')
+    if not os.path.getsize(path):
+        raise AudioError(f'{src}: the file is empty (0 bytes); copy or download it again')
     return Path(path)
 
 # %% ../../nbs/1_data/01_audio.ipynb #c10
@@ -93,8 +97,10 @@ def check_complete(
     m = _SHORT.search(f.extra_info)
     promised, found = map(int, m.groups()) if m else (0, 0)
     if found < promised < 0x7FFF_0000: # larger numbers mean that the length was unknown
-        raise AudioError(f'{src}: truncated, its header promises {promised:,} bytes of sound and {found:,} are there; copy or download it again')
-    if f.format=='OGG' and not ogg_is_complete(path): raise AudioError(f'{src}: truncated, its last page is incomplete; copy or download it again')
+        raise AudioError(f'{src}: truncated, its header promises {promised:,} bytes of sound and {found:,} are there; '
+                         'copy or download it again')
+    if f.format=='OGG' and not ogg_is_complete(path):
+        raise AudioError(f'{src}: truncated, its last page is incomplete; copy or download it again')
 
 # %% ../../nbs/1_data/01_audio.ipynb #c18
 @contextmanager
@@ -103,7 +109,8 @@ def open_clip(
 )->Iterator[sf.SoundFile]: # To be read from start to end
     "Open a clip; raises `AudioError` if it is missing, unreadable or truncated, here or while it is read"
     path = local_file(src)
-    if path.suffix.lower()=='.raw': raise AudioError(f'{src}: raw samples without a header; save it as wav, flac, ogg or mp3')
+    if path.suffix.lower()=='.raw':
+        raise AudioError(f'{src}: raw samples without a header; save it as wav, flac, ogg or mp3')
     with ExitStack() as files:
         try:
             f = files.enter_context(_Stream(path))
@@ -112,11 +119,14 @@ def open_clip(
                 whole = piped_wav(path)
                 if whole: f = files.enter_context(_Stream(whole))
         except sf.LibsndfileError as e:
-            raise AudioError(f'{src}: not readable as audio ({e.error_string}); save it as wav, flac, ogg or mp3') from None
+            raise AudioError(f'{src}: not readable as audio ({e.error_string}); '
+                             'save it as wav, flac, ogg or mp3') from None
         check_complete(f, path, src)
         if not f.frames: raise AudioError(f'{src}: contains no sound (0 frames); record or export it again')
         try: yield f
-        except sf.LibsndfileError as e: raise AudioError(f'{src}: damaged or truncated ({e.error_string}); copy or download it again') from None
+        except sf.LibsndfileError as e:
+            raise AudioError(f'{src}: damaged or truncated ({e.error_string}); '
+                             'copy or download it again') from None
 
 # %% ../../nbs/1_data/01_audio.ipynb #c20
 @dataclass(frozen=True, slots=True)
@@ -156,7 +166,8 @@ def audio_info(
 )->AudioInfo: # Length, rate, channels and format
     """Read a clip's header, without decoding it; raises `AudioError`.
 
-    Lengths of wav, flac and ogg files are exact. Where the header does not state the length (mp3 without a length tag, flac from a pipe) the frames are counted by decoding.
+    Lengths of wav, flac and ogg files are exact. Where the header does not state the length (mp3 without a length tag,
+    flac from a pipe) the frames are counted by decoding.
     The length tag of an mp3 may be wrong by a frame or two of the format; `len(load_audio(src))` is exact."""
     with open_clip(src) as f:
         frames = f.frames if f.frames < _UNKNOWN else sum(map(len, read_blocks(f)))
@@ -164,7 +175,8 @@ def audio_info(
     if not info.samples: raise _too_short(src, SAMPLE_RATE)
     return info
 
-def _too_short(src, rate): return AudioError(f'{src}: less than one sample at {rate:,} Hz; record or export it again')
+def _too_short(src, rate):
+    return AudioError(f'{src}: less than one sample at {rate:,} Hz; record or export it again')
 
 # %% ../../nbs/1_data/01_audio.ipynb #c25
 MAX_PEAK = 2. # Largest magnitude that is still accepted as audio
@@ -176,7 +188,9 @@ def to_mono(
     "Average the channels; raises `AudioError` for samples that cannot be sound"
     peak = max(block.max(), -block.min())
     if not np.isfinite(peak): raise AudioError(f'{src}: contains NaN or infinite samples; export it again')
-    if peak > MAX_PEAK: raise AudioError(f'{src}: samples reach {peak:g}, and full scale is 1; divide them by their full scale and save it again')
+    if peak > MAX_PEAK:
+        raise AudioError(f'{src}: samples reach {peak:g}, and full scale is 1; '
+                         'divide them by their full scale and save it again')
     channels = block.shape[1]
     return block[:, 0].copy() if channels==1 else block @ np.full(channels, 1/channels, np.float32)
 
@@ -196,10 +210,12 @@ def decode(
     missing = f.frames - n if known else 0
     tolerance = 2304 if f.format=='MP3' else 0 # two frames of the format
     if missing > tolerance or not n:
-        raise AudioError(f'{src}: truncated, its header promises {f.frames:,} frames and {n:,} could be read; copy or download it again')
+        raise AudioError(f'{src}: truncated, its header promises {f.frames:,} frames and {n:,} could be read; '
+                         'copy or download it again')
 
 def _too_long(src, seconds, limit):
-    return AudioError(f'{src}: {seconds} s long, the limit is {limit:g} s; cut it into shorter clips or raise the limit (--max-audio-seconds)')
+    return AudioError(f'{src}: {seconds} s long, the limit is {limit:g} s; '
+                      'cut it into shorter clips or raise the limit (--max-audio-seconds)')
 
 # %% ../../nbs/1_data/01_audio.ipynb #c28
 def resample(
@@ -208,7 +224,9 @@ def resample(
     new_rate:int, # The sample rate to convert to, Hz
 )->Iterator[np.ndarray]: # [samples] float32 each
     "Change the sample rate of a stream of blocks"
-    if rate==new_rate: return (yield from blocks)
+    if rate==new_rate:
+        yield from blocks
+        return
     stream = soxr.ResampleStream(rate, new_rate, 1, dtype='float32', quality='HQ')
     for block in blocks: yield stream.resample_chunk(block)
     yield stream.resample_chunk(np.empty(0, np.float32), last=True)

@@ -98,15 +98,20 @@ def summary(self:CheckReport)->list[str]: # Lines
     "The facts of the report"
     bad_lines, s = len({b[:2] for b in self.bad}), self.seconds
     lines = [f"rows: {self.rows:,}, bad: {bad_lines:,}"]
-    if len(s): lines.append(f"audio: {format_duration(sum(s))} in clips of {min(s):.2f} to {max(s):.2f} s, {sum(s)/len(s):.2f} s on average")
+    if len(s):
+        total, mean = sum(s), sum(s)/len(s)
+        lines.append(f"audio: {format_duration(total)} in clips of {min(s):.2f} to {max(s):.2f} s, {mean:.2f} s on average")
     if self.rows > bad_lines and not self.clips: lines.append("audio: none, the rows are text")
     lines.append(f"predictions: {self.labels.total():,}, {len(self.labels):,} distinct")
-    counts = {"without a system prompt":self.no_system_prompt, "without a user prompt":self.no_user_prompt,
-              "with the prompt and answer of an earlier row":self.repeated, "with the prompt of an earlier row, but another answer":self.conflicting}
+    counts = {"without a system prompt": self.no_system_prompt, "without a user prompt": self.no_user_prompt,
+              "with the prompt and answer of an earlier row": self.repeated,
+              "with the prompt of an earlier row, but another answer": self.conflicting}
     lines += [f"{plural(n, 'row')} {what}" for what, n in counts.items() if n]
-    if self.other: lines.append("ignored: " + ", ".join(f"{name} ({plural(n, 'row')})" for name, n in count_labels(self.other, 10)))
+    ignored = [f"{name} ({plural(n, 'row')})" for name, n in count_labels(self.other, 10)]
+    if ignored: lines.append(f"ignored: {', '.join(ignored)}")
     return lines + self.hints
 
+# %% ../../nbs/1_data/11_check.ipynb #c14
 @patch
 def histograms(self:CheckReport)->dict[str,list]: # Title -> names and counts
     "What can be counted; transcripts, which mostly differ, have no histogram"
@@ -117,7 +122,7 @@ def histograms(self:CheckReport)->dict[str,list]: # Title -> names and counts
         durations=count_durations(self.seconds), predictions=count_labels(self.labels) if are_labels else [])
     return {title: bins for title, bins in found.items() if bins}
 
-# %% ../../nbs/1_data/11_check.ipynb #c13
+# %% ../../nbs/1_data/11_check.ipynb #c15
 @patch
 def __repr__(self:CheckReport):
     parts = [self.file, *(f"  {line}" for line in self.summary())]
@@ -131,7 +136,8 @@ def histogram_html(
 )->Html: # A `<table>` element
     "A histogram as a table with bars"
     top = max(n for _, n in bins)
-    return html_table([(name, html_bar(n/top, width="300px", height=12), f"{n:,}") for name, n in bins], caption=title)
+    rows = [(name, html_bar(n/top, width="300px", height=12), f"{n:,}") for name, n in bins]
+    return html_table(rows, caption=title)
 
 @patch
 def _repr_html_(self:CheckReport):
@@ -142,7 +148,7 @@ def _repr_html_(self:CheckReport):
     if len(self.bad) > 50: bad.append(("", f"... and {len(self.bad)-50:,} more"))
     return facts + "".join(pictures) + html_table(bad, ["line", "reason"], "bad rows")
 
-# %% ../../nbs/1_data/11_check.ipynb #c16
+# %% ../../nbs/1_data/11_check.ipynb #c18
 @patch
 def add_row(self:CheckReport,
     row, # A `Row` or a `Record`
@@ -161,6 +167,7 @@ def add_row(self:CheckReport,
     self.no_user_prompt += needs_prompt and not s.user_prompt
     return conversation
 
+# %% ../../nbs/1_data/11_check.ipynb #c20
 @patch
 def add_rows(self:CheckReport,
     s:CheckSettings, # The input, the prompts, and whether answers are needed
@@ -184,7 +191,7 @@ def add_rows(self:CheckReport,
     self.clips = sum(map(len, clips.values()))
     return clips
 
-# %% ../../nbs/1_data/11_check.ipynb #c18
+# %% ../../nbs/1_data/11_check.ipynb #c22
 def clip_seconds(
     audio:str, # A clip, as a row names it
     s:CheckSettings, # The limit, the base folder, and whether to decode
@@ -193,11 +200,14 @@ def clip_seconds(
     source, limit = resolve(audio, s.base_dir), s.max_audio_seconds
     seconds = len(load_audio(source, limit))/SAMPLE_RATE if s.decode else audio_info(source).seconds
     if seconds > limit:
-        raise InputError(f"{source}: {seconds:,.1f} s long, the limit is {limit:g} s; cut it into shorter clips or raise the limit (--max-audio-seconds)")
+        raise InputError(f"{source}: {seconds:,.1f} s long, the limit is {limit:g} s; "
+                         "cut it into shorter clips or raise the limit (--max-audio-seconds)")
     if seconds < MIN_AUDIO_SECONDS:
-        raise InputError(f"{source}: {seconds:.3f} s long, the minimum is {MIN_AUDIO_SECONDS:g} s; remove the row or export the clip again")
+        raise InputError(f"{source}: {seconds:.3f} s long, the minimum is {MIN_AUDIO_SECONDS:g} s; "
+                         "remove the row or export the clip again")
     return seconds
 
+# %% ../../nbs/1_data/11_check.ipynb #c24
 @patch
 def add_clips(self:CheckReport,
     clips:dict[str,array], # The lines that name each clip

@@ -22,8 +22,8 @@ from .rows import BadRow, RowFile, line_fault
 @dataclass(slots=True)
 class Record(Located):
     "A line of a JSONL file: its conversation in one form, and the object as it was written"
-    messages:list[dict] # As in a `Conversation`, with clips as they were written; a plain text has the role `text`
-    prediction:str|None # The `prediction`, or else the text of the last message if it is the assistant's; `None`: neither
+    messages:list[dict] # As in a `Conversation`, with clips as they were written
+    prediction:str|None # The `prediction`, or else the last message of the assistant; `None`: neither
     task:str|None # Its `data_name`
     raw:dict # The JSON object
     file:str # Path of the file
@@ -59,9 +59,11 @@ def faults(self:Record,
 )->list[str]: # Reasons, without the record's place; empty for a good one
     "What keeps the record from being used for inference, or for training"
     last = self.messages[-1]
-    if last["role"]=="text": return [] if with_prediction else ["a text has no prompt; give its beginning as prompt"]
+    if last["role"]=="text":
+        return [] if with_prediction else ["a text has no prompt; give its beginning as prompt"]
     if not with_prediction: return []
-    if last["role"]=="user": return ["the last message is from the user; add the answer, or remove the record"]
+    if last["role"]=="user":
+        return ["the last message is from the user; add the answer, or remove the record"]
     answer = message_text(last)
     if not answer.strip(): return ["the last answer is empty; write it, or remove the record"]
     if not (self.prediction or "").strip() or self.prediction==answer: return []
@@ -95,13 +97,17 @@ def parse_line(
     try: raw = json.loads(line.rstrip(), object_pairs_hook=unique_keys)
     except InputError: raise
     except json.JSONDecodeError as e:
-        raise InputError(f"not valid JSON: {e.msg} at column {e.colno}; a record is one JSON object on one line") from None
-    except (ValueError, RecursionError) as e: raise InputError(f"not readable as JSON: {shorten(str(e), 100)}; write it again") from None
-    if not isinstance(raw, dict): raise InputError(f"this line is {kind_of(raw)}; a record is one JSON object on one line")
+        raise InputError(f"not valid JSON: {e.msg} at column {e.colno}; "
+                         "a record is one JSON object on one line") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"not readable as JSON: {shorten(str(e), 100)}; write it again") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"this line is {kind_of(raw)}; a record is one JSON object on one line")
     if "\\u" in line: # only an escape can bring in half of a pair
         try: json.dumps(raw, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise InputError("contains half of a surrogate pair, between \\ud800 and \\udfff, which is not a character; remove it") from None
+            raise InputError("contains half of a surrogate pair, between \\ud800 and \\udfff, "
+                             "which is not a character; remove it") from None
     return raw
 
 # %% ../../nbs/1_data/08_jsonl.ipynb #c18
@@ -128,7 +134,7 @@ class JsonlFile(RowFile):
 
 @patch
 def rows(self:JsonlFile,
-    on_bad:Callable[[BadRow],None]|None=None, # Receives every broken line; without it the first one raises `InputError`
+    on_bad:Callable[[BadRow],None]|None=None, # Receives each broken line; None: the first one raises `InputError`
 )->Iterator[Record]: # The records, in order
     "Read the file once, a record at a time; blank lines are left out"
     file, empty = str(self.path), True

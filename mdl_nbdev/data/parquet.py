@@ -47,7 +47,8 @@ class ParquetFile(TableFile):
         super().__init__(path)
         try: schema = pq.read_schema(path)
         except (pa.ArrowException, OSError) as e:
-            raise InputError(f"{path}: not readable as Parquet: {shorten(str(e), 200)}; write it again") from None
+            raise InputError(f"{path}: not readable as Parquet: {shorten(str(e), 200)}; "
+                             "write it again") from None
         self.set_columns(schema.names)
         found = [header_fault(self.columns, needs), *map(column_fault, schema)]
         faults = [fault for fault in found if fault]
@@ -66,5 +67,6 @@ def rows(self:ParquetFile,
                 columns = [list(map(cell_text, c.to_pylist())) for c in batch.columns]
                 for line, cells in enumerate(zip(*columns), line+1): yield self.row(cells, line)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{self.path}: damaged after row {line:,}: {shorten(str(e), 200)}; write it again") from None
+        raise InputError(f"{self.path}: damaged after row {line:,}: {shorten(str(e), 200)}; "
+                         "write it again") from None
     if not line: raise InputError(f"{self.path}: columns and no rows; add rows")

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 import numpy as np
 from ..base.errors import InputError
-from ..base.html import Html, audio_player, svg_image
+from ..base.html import Html, as_html, audio_player, svg_image
 from .audio import SAMPLE_RATE, load_audio
 
 # %% ../../nbs/1_data/02_pictures.ipynb #c6
@@ -29,7 +29,8 @@ def waveform_html(
     outline = [*zip(x, top), *zip(x[::-1], bottom[::-1])]
     points = ' '.join(f'{x:.0f},{y:.1f}' for x, y in outline)
     shape = f'<polygon points="{points}" fill="#4a90c2" stroke="#4a90c2" stroke-width="0.5"/>'
-    return svg_image(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{shape}</svg>', 'waveform')
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{shape}</svg>'
+    return svg_image(svg, 'waveform')
 
 # %% ../../nbs/1_data/02_pictures.ipynb #c8
 def spectrogram_html(
@@ -49,12 +50,14 @@ def spectrogram_html(
     decibels = 10*np.log10(np.maximum(bands/max(bands.max(), 1e-12), 1e-12))
     out = io.BytesIO()
     imsave(out, decibels[::-1], vmin=floor, vmax=0, cmap='magma', format='png')
-    return Html(f'<img alt="spectrogram" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">')
+    png = base64.b64encode(out.getvalue()).decode()
+    return Html(f'<img alt="spectrogram" src="data:image/png;base64,{png}">')
 
 # %% ../../nbs/1_data/02_pictures.ipynb #c12
 def clip_html(
     source:str, # Path or URL of a clip
 )->Html: # The player with the clip's name, or what is wrong with the clip
     "An audio player for a clip"
-    try: return Html(f'{audio_player(load_audio(source), SAMPLE_RATE)}<br><small>{escape(Path(source).name)}</small>')
-    except InputError as e: return Html(escape(str(e)))
+    try: player = audio_player(load_audio(source), SAMPLE_RATE)
+    except InputError as e: return as_html(e)
+    return Html(f'{player}<br><small>{escape(Path(source).name)}</small>')

@@ -39,7 +39,8 @@ def check_response(
     if int(r.headers.get('content-length', 0)) > max_bytes: raise _too_large(url, max_bytes)
 
 def _too_large(url, max_bytes):
-    return AudioError(f'{url}: larger than the limit of {max_bytes:,} bytes; cut it into shorter clips, or download it and give its path')
+    return AudioError(f'{url}: larger than the limit of {max_bytes:,} bytes; '
+                      'cut it into shorter clips, or download it and give its path')
 
 # %% ../../nbs/1_data/00_remote.ipynb #c11
 @lru_cache
@@ -48,7 +49,8 @@ def http_client(
 ):
     "The `httpx.Client` of a process"
     import httpx
-    return httpx.Client(follow_redirects=True, headers={'User-Agent': 'mdl_nbdev', 'Accept-Encoding': 'identity'})
+    headers = {'User-Agent': 'mdl_nbdev', 'Accept-Encoding': 'identity'}
+    return httpx.Client(follow_redirects=True, headers=headers)
 
 def write_body(
     url:str, # http or https address
@@ -66,9 +68,11 @@ def write_body(
                 if out.tell() + len(chunk) > max_bytes: raise _too_large(url, max_bytes)
                 if time.monotonic() > end: raise concurrent.futures.TimeoutError
                 out.write(chunk)
-    except httpx.UnsupportedProtocol as e: raise AudioError(f'{url}: not an address that can be downloaded ({e}); check it') from None
+    except httpx.UnsupportedProtocol as e:
+        raise AudioError(f'{url}: not an address that can be downloaded ({e}); check it') from None
     except httpx.TransportError as e: raise TryAgain(f'{type(e).__name__} {e}'.strip()) from None
-    except (httpx.HTTPError, httpx.InvalidURL) as e: raise AudioError(f'{url}: {type(e).__name__} {e}; check the address') from None
+    except (httpx.HTTPError, httpx.InvalidURL) as e:
+        raise AudioError(f'{url}: {type(e).__name__} {e}; check the address') from None
 
 # %% ../../nbs/1_data/00_remote.ipynb #c13
 def download(
@@ -91,7 +95,8 @@ def download(
         finally: Path(part).unlink(missing_ok=True)
         remaining = max(0, end - time.monotonic())
         if attempt < retries: time.sleep(min(2**attempt / 2, remaining))
-    raise AudioError(f'{url}: {reason}, {retries + 1} times; try again later, or download it and give its path')
+    raise AudioError(f'{url}: {reason}, {retries + 1} times; '
+                     'try again later, or download it and give its path')
 
 # %% ../../nbs/1_data/00_remote.ipynb #c15
 def call_within(
@@ -125,7 +130,9 @@ def fetch(
     end = time.monotonic() + deadline
     try: call_within(deadline, download, url, path, max_bytes, timeout, end, retries)
     except concurrent.futures.TimeoutError:
-        raise AudioError(f'{url}: not complete after {deadline:g} s; try again later, or download it and give its path') from None
+        raise AudioError(f'{url}: not complete after {deadline:g} s; '
+                         'try again later, or download it and give its path') from None
     except OSError as e:
-        raise AudioError(f'{url}: cannot be stored in {cache_dir()} ({e}); set MDL_CACHE to a folder with free space') from None
+        raise AudioError(f'{url}: cannot be stored in {cache_dir()} ({e}); '
+                         'set MDL_CACHE to a folder with free space') from None
     return path

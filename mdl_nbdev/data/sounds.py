@@ -36,7 +36,8 @@ def _clicks(t, f, rng):
     period = 1 / rng.uniform(5, 9)
     return rng.normal(0, .5, len(t)) * np.exp(-(t % period) / .003)
 
-_RECIPES = dict(rising=_rising, falling=_falling, tone=_tone, beeps=_beeps, siren=_siren, chord=_chord, noise=_noise, clicks=_clicks)
+_RECIPES = dict(rising=_rising, falling=_falling, tone=_tone, beeps=_beeps,
+                siren=_siren, chord=_chord, noise=_noise, clicks=_clicks)
 SOUND_LABELS = tuple(_RECIPES) # What a model should answer
 
 # %% ../../nbs/1_data/03_sounds.ipynb #c15
@@ -68,6 +69,7 @@ def make_sounds(
         rows.writerow(['audio', 'prediction'])
         for i, label in enumerate(labels):
             audio = f'{table.stem}/{i:04}.wav'
-            sf.write(table.parent/audio, to_int16(make_sound(label, np.random.default_rng([seed, i]))), SAMPLE_RATE)
+            sound = make_sound(label, np.random.default_rng([seed, i]))
+            sf.write(table.parent/audio, to_int16(sound), SAMPLE_RATE)
             rows.writerow([audio, label])
     return table

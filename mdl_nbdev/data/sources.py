@@ -27,14 +27,16 @@ def file_kind(
 
 def open_rows(
     path:str|Path, # CSV, TSV, JSONL or Parquet file; `.part` may follow while it is being written
-    needs:tuple[str,...]=("audio", "prediction"), # Columns that a table must have; one with `user_prompt` and without `audio` is a table of texts
+    needs:tuple[str,...]=("audio", "prediction"), # Columns that a table must have; a table of texts needs no audio
 )->RowFile: # With `columns`, `rows`, `count`, `header` and `format`
     "Open a file of rows by the end of its name"
     kind = file_kind(path)
     if kind==".jsonl": return JsonlFile(path)
     if kind==".parquet": return ParquetFile(path, needs)
     check_path(path)
-    if kind not in SUFFIXES: raise InputError(f"{path}: not a kind of file with rows; its name must end in {', '.join(SUFFIXES)}")
+    if kind not in SUFFIXES:
+        raise InputError(f"{path}: not a kind of file with rows; "
+                         f"its name must end in {', '.join(SUFFIXES)}")
     return CsvFile(path, needs)
 
 # %% ../../nbs/1_data/10_sources.ipynb #c10
@@ -112,6 +114,7 @@ def find_tasks(
     for path in map(Path, paths): found += folder_sources(path) if path.is_dir() else [file_source(path)]
     for s in found:
         real = os.path.realpath(s.path)
-        if real in seen: raise InputError(f"{s.path}: given twice; to see its rows more often, use --task-sampling")
+        if real in seen:
+            raise InputError(f"{s.path}: given twice; to see its rows more often, use --task-sampling")
         seen.add(real)
     return found

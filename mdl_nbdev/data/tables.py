@@ -80,7 +80,9 @@ def header_remedy(
     "How to repair a header"
     names = {";":"semicolons", "\t":"tabs", "|":"bars", ",":"commas"}
     separators = [d for d in names if d in columns[0]] if len(columns)==1 else []
-    if separators: return f"the cells seem to be separated by {names[separators[0]]}: save them with commas, or with tabs as .tsv"
+    if separators:
+        found = names[separators[0]]
+        return f"the cells seem to be separated by {found}: save them with commas, or with tabs as .tsv"
     plain = {c.strip().lower(): c for c in columns}
     near = [plain[n] for c in missing for n in difflib.get_close_matches(c, plain, 1)]
     if near: return f"did you mean {', '.join(map(repr, near))}? Names are compared letter by letter"
@@ -143,19 +145,23 @@ class TableFile(RowFile):
 class CsvFile(TableFile):
     "A CSV or TSV file"
     def __init__(self,
-        path:str|Path, # CSV file in UTF-8; TSV if the name ends in `.tsv`, or in `.tsv.part` while it is being written
+        path:str|Path, # CSV file in UTF-8; TSV if its name ends in `.tsv`, or in `.tsv.part` while it is written
         needs:tuple[str,...]=("audio",), # Columns that the file must have
     ):
         super().__init__(path)
         is_tsv = str(path).lower().removesuffix(".part").endswith(".tsv")
         self.delimiter, self.out_suffix = ("\t", ".tsv") if is_tsv else (",", ".csv")
         try: line, columns, fault = next(read_cells(path, self.delimiter), (0, [], None))
-        except OSError as e: raise InputError(f"{path}: {e.strerror}; the working directory is {Path.cwd()}") from None
-        if not line: raise InputError(f"{path}: the file is empty; it needs a header with the columns {', '.join(needs)}")
+        except OSError as e:
+            raise InputError(f"{path}: {e.strerror}; the working directory is {Path.cwd()}") from None
+        if not line:
+            raise InputError(f"{path}: the file is empty; "
+                             f"it needs a header with the columns {', '.join(needs)}")
         fault = fault or header_fault(columns, needs)
         if fault: raise InputError(f"{path}:{line}: {fault}")
         self.set_columns(columns)
 
+# %% ../../nbs/1_data/06_tables.ipynb #c25
 def width_fault(
     cells:list[str], # Cells of a row
     columns:list[str], # Names of the columns
@@ -163,12 +169,13 @@ def width_fault(
     "What is wrong with the number of cells in a row"
     n, expected = len(cells), len(columns)
     if n==expected: return None
-    remedy = "put a cell that contains the separator in quotes" if n > expected else f"there is no cell for {', '.join(columns[n:])}"
+    if n > expected: remedy = "put a cell that contains the separator in quotes"
+    else: remedy = f"there is no cell for {', '.join(columns[n:])}"
     return f"{plural(n, 'cell')}, and the header has {expected}: {shorten(repr(cells))}; {remedy}"
 
 @patch
 def rows(self:CsvFile,
-    on_bad:Callable[[BadRow],None]|None=None, # Receives every broken row; without it the first one raises `InputError`
+    on_bad:Callable[[BadRow],None]|None=None, # Receives each broken row; None: the first one raises `InputError`
 )->Iterator[Row]: # The rows, in order
     "Read the file once, a row at a time"
     file, empty, found = str(self.path), True, read_cells(self.path, self.delimiter)
@@ -181,7 +188,7 @@ def rows(self:CsvFile,
         else: raise InputError(str(BadRow(file, line, fault)))
     if empty: raise InputError(f"{file}: a header and no rows; add rows below the header")
 
-# %% ../../nbs/1_data/06_tables.ipynb #c31
+# %% ../../nbs/1_data/06_tables.ipynb #c33
 def read_rows(
     path:str|Path, # CSV or TSV file
     needs:tuple[str,...]=("audio",), # Columns that the file must have
