@@ -178,7 +178,7 @@ def a_folder():
 
 local_clips = {
     "no such file": (lambda: "nowhere.wav", "nowhere.wav: no such file"),
-    "a folder": (a_folder, "dir.wav: a folder"),
+    "a folder": (a_folder, "dir.wav: this is a folder"),
     "empty": (text("", "empty.wav"), r"empty.wav: .*empty \(0 bytes\)"),
     "not audio": (text("these are words, not sounds " * 99, "words.wav"), "words.wav: not readable as audio"),
     "truncated": (truncated, "cut.wav: truncated"),
