@@ -14,7 +14,7 @@ import soundfile as sf
 import mdl_nbdev.data.remote as remote
 from mdl_nbdev.base.html import audio_player
 from mdl_nbdev.data.audio import audio_info, from_int16, load_audio, resolve, to_int16
-from mdl_nbdev.data.pictures import waveform_html
+from mdl_nbdev.data.pictures import spectrogram_html, waveform_html
 from mdl_nbdev.data.remote import AudioError, fetch
 
 rates = [8000, 11025, 16000, 22050, 44100, 48000, 96000]
@@ -86,6 +86,15 @@ def test_formats(tmp_path, name, subtype, channels, rate):
     assert peaks == set(TONES[:2] if channels == 1 else TONES[:3])
     lossless = subtype.startswith("PCM") or subtype in ("FLOAT", "DOUBLE")
     if lossless and rate == 16000: np.testing.assert_allclose(w, x.mean(1), atol=2**-7 if subtype == "PCM_U8" else 2**-15)
+
+
+@pytest.mark.parametrize("rate", [8000, 24000, 48000])
+def test_another_sample_rate(tmp_path, rate):
+    "A model may take another rate than 16 kHz; the length is known beforehand there too"
+    write_wave(tmp_path/"a.wav", tones(44100), 44100)
+    w = load_audio(tmp_path/"a.wav", sample_rate=rate)
+    assert len(w) == audio_info(tmp_path/"a.wav").samples_at(rate) == round(.8*rate)
+    np.testing.assert_allclose(w[rate//20:-rate//20], tones(rate)[:, 0][rate//20:-rate//20], atol=1e-3)
 
 
 def test_nothing_is_folded_back(tmp_path):
@@ -200,6 +209,29 @@ def test_displays():
     assert "first" not in audio_player(to_int16(w)) and len(page) < 60_000
     svg = base64.b64decode(waveform_html(np.array([0, 1, -1, 0], np.float32), width=8, height=10).split("base64,")[1].split('"')[0]).decode()
     assert svg.count("<polygon") == 1 and ",0.0" in svg and ",10.0" in svg
+
+
+def test_spectrogram():
+    "The loudest row of the picture is the pitch of a tone: rows are 8000/64 Hz each, from high to low"
+    import base64
+    import io
+
+    from PIL import Image
+    w = np.sin(2*np.pi*3000*np.arange(16000)/16000)
+    for waveform in [w, (w*30000).astype(np.int16)]:
+        png = base64.b64decode(spectrogram_html(waveform, width=40).split("base64,")[1].split('"')[0])
+        brightness = np.asarray(Image.open(io.BytesIO(png)).convert("L"), float)
+        assert brightness.shape == (64, 40) and abs(63 - brightness.mean(1).argmax() - 3000*64/8000) <= 1
+    spectrogram_html(w[:10]), spectrogram_html(np.zeros(1000, np.int16))
+
+
+def test_old_names():
+    "Imports written for version 0.1.0"
+    from mdl_nbdev.audio import audio_html, duration_text, svg_image
+    assert "first 2 s of 3.0 s" in audio_html(np.zeros(48000, np.int16), max_seconds=2.) and duration_text(90) == "1.5 minutes" and "<img" in svg_image("<svg/>")
+    from mdl_nbdev.data import BadRow, Conversation, CsvFile, Row, clip_html, format_row, read_rows, text_message, to_conversation
+    from mdl_nbdev.records import JsonlFile, ParquetFile, Record, Source, find_tasks, open_rows
+    assert all([BadRow, Conversation, CsvFile, Row, clip_html, format_row, read_rows, text_message, to_conversation, JsonlFile, ParquetFile, Record, Source, find_tasks, open_rows])
 
 
 # Downloads

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mdl_nbdev.data.check import check
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings
+from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.data.rows import BadRow, Row, to_conversation
 from mdl_nbdev.data.tables import CsvFile, format_row, read_rows
 
@@ -255,6 +256,24 @@ def test_displays_are_escaped(tmp_path):
     for shown in [row, to_conversation(row), CsvFile(path)]:
         page = shown._repr_html_()
         assert "<script>" not in page and "&lt;script&gt;" in page and "a &amp; b" in page and "<i>" not in page and "<b>x" not in page
+
+
+def test_what_a_conversation_knows(tmp_path):
+    path = write(tmp_path, "audio,system_prompt,user_prompt,prediction\na.wav,S,U,x\nb.wav,,,\n")
+    a, b = (to_conversation(r, with_prediction=i == 0) for i, r in enumerate(read_rows(path)))
+    assert (a.where, a.clips, a.system, a.prompt_text(), a.reference, [m["role"] for m in a.turns]) == (f"{path}:2", ["a.wav"], "S", "U", "x", ["user", "assistant"])
+    assert (b.clips, b.system, b.prompt_text(), b.reference, b.turns) == (["b.wav"], None, "", None, b.messages)
+
+
+messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": st.lists(
+    st.fixed_dictionaries({"type": st.just("text"), "text": st.text()}) | st.fixed_dictionaries({"type": st.just("audio"), "audio": st.text()}))}), min_size=1)
+
+
+@settings(deadline=None)
+@given(messages, st.none() | st.text(), st.none() | st.integers(1), st.none() | st.text())
+def test_conversations_as_json(messages, file, line, task):
+    c = Conversation(messages, file, line, task)
+    assert Conversation.from_json(c.to_json()) == c and c.to_json().isascii() and "\n" not in c.to_json()
 
 
 # The check
