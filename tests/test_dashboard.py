@@ -208,7 +208,7 @@ def test_a_dashboard_that_dies_leaves_the_run_alone(what, sounds, tmp_path, monk
 
 
 def test_answers_that_fail_leave_the_run_alone(sounds, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(SampleAnswers, "_answers", boom)
+    monkeypatch.setattr(SampleAnswers, "answers", boom)
     run = start_training(train_settings(sounds, tmp_path/"run"))
     assert run.wait().whole and not run.view.dead and "no more sample answers, the run goes on: Boom: no paper" in run._repr_html_()
     assert train(train_settings(sounds, tmp_path/"again")).whole

@@ -5,10 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from training_runs import finish, history, kill_later, start, wait_until, weights
 
+from mdl_nbdev.train import resume
 from mdl_nbdev.train.checkpoints import check_checkpoint, last_checkpoint
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
@@ -119,6 +122,30 @@ def test_changed_rows_are_refused_unless_allowed(csv, run, tmp_path):
     with pytest.raises(InputError, match="training rows"): train(s)
     s.allow_changes = True
     assert train(s).steps == 20
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_process_reads_a_sharded_run(monkeypatch, main):
+    "With FSDP the others get their shards from it; without, every rank reads"
+    read = []
+    monkeypatch.setattr(resume, "load_state", lambda folder, name: read.append(name) or {"a": 1})
+    rank = SimpleNamespace(is_fsdp_enabled=True, is_world_process_zero=lambda: main)
+    assert resume.RestoredState.read_once(rank, "checkpoint-1", "trained") == ({"a": 1} if main else {}) and read == ["trained"]*main
+    rank.is_fsdp_enabled = False
+    assert resume.RestoredState.read_once(rank, "checkpoint-1", "trained") == {"a": 1}
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_process_holds_what_deepspeed_collects(monkeypatch, main):
+    "Every rank takes part, one tensor after the other"
+    asked, layer = [], torch.nn.Linear(2, 2)
+    layer.bias.requires_grad_(False)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", SimpleNamespace(safe_get_full_fp32_param=lambda p: asked.append(p) or p))
+    rank = SimpleNamespace(model=layer, is_world_process_zero=lambda: main)
+    found = resume.GatheredState.deepspeed_tensors(rank)
+    assert len(asked) == 1 and list(found) == ["weight"]*main
+    if main: assert torch.equal(found["weight"], layer.weight) and found["weight"].data_ptr() != layer.weight.data_ptr()
 
 
 @pytest.mark.slow

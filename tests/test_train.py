@@ -2,7 +2,6 @@
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +16,12 @@ from mdl_nbdev.base.settings import ConvertSettings, TrainSettings
 from mdl_nbdev.train.convert import convert
 from mdl_nbdev.train.dataset import AudioDataset
 from mdl_nbdev.model.load import load_model
-from mdl_nbdev.model.save import load_adapter
+from mdl_nbdev.model.save import load_adapter, merge
 from mdl_nbdev.model.midashenglm_family import tiny_model
 from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.train.run import read_metrics, train
+from mdl_nbdev.train.callbacks import read_metrics
+from mdl_nbdev.train.run import train
+from mdl_nbdev.train import run as run_module
 from mdl_nbdev.train.loop import TaskTrainer
 
 TOK = tiny_tokenizer()
@@ -150,12 +151,33 @@ def test_how_often_may_change_when_a_run_goes_on(csv, tmp_path):
 
 def test_a_batch_goes_to_the_device_as_it_is(csv, tmp_path):
     "All of its tensors, in their own types; `meta` stands for a GPU"
-    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("meta")))
-    trainer._prepare_input = lambda data: TaskTrainer._prepare_input(trainer, data)
     ds = AudioDataset(convert(ConvertSettings(input=csv, output=tmp_path / "d", base_dir=csv.parent, model_name="tiny")).path)
     batch = Collator(TOK.pad_token_id, MiDashengLMFamily())([ds[i] for i in range(3)])
-    moved = trainer._prepare_input(batch)
+    moved = batch.to(torch.device("meta"))
     assert {k: (v.device.type, v.dtype, v.shape) for k, v in moved.items()} == {k: ("meta", v.dtype, v.shape) for k, v in batch.items()}
+
+
+def test_early_stopping_on_the_very_last_step(csv, tmp_path, monkeypatch):
+    "`final/` holds the best checkpoint; report and model card give the figures of that model, not those of the last step"
+    evaluations = iter([1.25, 2.25, 3.25])
+    monkeypatch.setattr(TaskTrainer, "mean_loss", lambda *args: next(evaluations))
+    r = train(settings(csv, tmp_path / "r", eval_dataset=csv, eval_steps=1, max_steps=3, early_stopping_patience=2, sample_answers=0))
+    assert (r.steps, r.stopped, r.whole, r.best.name, r.exit_code) == (3, "early stopping", True, "checkpoint-1", 0)
+    first = [m["loss"] for m in r.metrics if "loss" in m][0]
+    assert (r.loss, r.eval_loss, r.last("eval_loss")) == (first, 1.25, 3.25)
+    assert "eval loss 1.2500" in str(r) and f"the model is that of {r.best}" in str(r)
+    card = (r.final / "README.md").read_text()
+    assert "| eval loss | 1.2500 |" in card and f"| loss | {first:.4f} |" in card
+    merged, final = merge(load_adapter(load_model("tiny"), r.best)).state_dict(), load_model(str(r.final)).state_dict()
+    assert all(torch.equal(merged[k], final[k]) for k in merged)
+
+
+def test_gradients_keep_their_own_timeout(csv, tmp_path, monkeypatch):
+    "Ranks wait for the main process in a group of their own; the group that carries gradients has torch's timeout"
+    asked = []
+    monkeypatch.setattr(run_module, "PartialState", lambda **kwargs: asked.append(kwargs))
+    with pytest.raises(InputError, match="nowhere"): train(settings(csv.parent / "nowhere.csv", tmp_path / "r"))
+    assert [set(kwargs) for kwargs in asked] == [{"cpu"}]
 
 
 def test_half_an_epoch(csv, tmp_path): assert train(settings(csv, tmp_path / "r", num_epochs=0.5, batch_size=4)).steps == 3
