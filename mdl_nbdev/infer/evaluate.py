@@ -60,7 +60,8 @@ def mismatch(
     kind, value = found[i]
     remedy = f"rows are compared by position: {rerun}"
     if Counter(found)==Counter(expected): remedy = "the same rows are in another order: sort one file like the other"
-    return (f"{rows[i].where}: {kind} is {excerpt(value, 100)!r}, and {refs[i].where} has {excerpt(expected[i][1], 100)!r} "
+    other = excerpt(expected[i][1], 100)
+    return (f"{rows[i].where}: {kind} is {excerpt(value, 100)!r}, and {refs[i].where} has {other!r} "
             f"({len(different):,} of {plural(len(rows), 'row')} differ); {remedy}")
 
 def excerpt(
@@ -75,7 +76,8 @@ def reference_faults(
     row, # A `Row` or `Record`
 )->list[str]: # Reasons; empty for a good reference
     "Why a row can't be a reference"
-    if not (row.prediction or '').strip(): return ["the reference has no prediction; write the reference, or remove the row from both files"]
+    if not (row.prediction or '').strip():
+        return ["the reference has no prediction; write the reference, or remove the row from both files"]
     return row.faults() if isinstance(row, Record) else []
 
 def read_pairs(
@@ -155,7 +157,8 @@ def label_lines(
     for name,r in zip(names, shown):
         share = r['exact']/r['rows']
         wrong = f"  {excerpt(r['wrong'], 30)} ({r['wrong_rows']:,})" if r['wrong_rows'] else ''
-        lines.append(f"  {name:<{width}} {r['exact']:>6,} of {r['rows']:>6,} {share:>7.1%} {'█'*round(20*share):<20}{wrong}".rstrip())
+        bar = '█'*round(20*share)
+        lines.append(f"  {name:<{width}} {r['exact']:>6,} of {r['rows']:>6,} {share:>7.1%} {bar:<20}{wrong}".rstrip())
     if more:
         exact, rows = sum(r['exact'] for r in more), sum(r['rows'] for r in more)
         lines.append(f"  ({plural(len(more), 'more label')}, {exact:,} of {plural(rows, 'row')} match)")
@@ -215,7 +218,8 @@ def labels_html(self:EvalReport
     for r in self.label_table()[:self.most]:
         share = r['exact']/r['rows']
         wrong = f"{excerpt(r['wrong'], 60)} ({r['wrong_rows']:,})" if r['wrong_rows'] else ''
-        rows.append([excerpt(r['label'], 60), f"{r['rows']:,}", f'{share:.1%}', html_bar(share, '#2ca02c', '200px', 14), wrong])
+        bar = html_bar(share, '#2ca02c', '200px', 14)
+        rows.append([excerpt(r['label'], 60), f"{r['rows']:,}", f'{share:.1%}', bar, wrong])
     return html_table(rows, ['label', 'rows', 'exact', '', 'most frequent wrong prediction'])
 
 # %% ../../nbs/4_infer/04_evaluate.ipynb #c19
@@ -242,7 +246,8 @@ def worst_html(self:EvalReport
     "The worst rows with their corrections"
     s, rows = self.scores, []
     for i in self.worst():
-        rows.append((self.lines[i], f'{s.word_edits[i]/s.words[i]:.0%}', corrections_html(self.references[i], self.predictions[i])))
+        corrections = corrections_html(self.references[i], self.predictions[i])
+        rows.append((self.lines[i], f'{s.word_edits[i]/s.words[i]:.0%}', corrections))
     return html_table(rows, ['line', 'WER', 'corrections']) if rows else Html()
 
 @patch
@@ -277,6 +282,7 @@ def evaluate(
     predictions = [(r.prediction or '').strip() for r in rows]
     references = [(r.prediction or '').strip() for r in refs]
     lines = [r.line for r in rows]
-    report = EvalReport(str(s.input), str(s.reference), score(references, predictions), references, predictions, lines, s.max_labels)
+    scores = score(references, predictions)
+    report = EvalReport(str(s.input), str(s.reference), scores, references, predictions, lines, s.max_labels)
     if s.output: write_json(s.output, report.to_dict())
     return report

@@ -92,5 +92,6 @@ def identity_changes(
         old = before['settings'].get(name)
         if old != value: changes.append(f"{option(name)} was {old!r} and is {value!r}")
     for name in BY_CONTENT:
-        if before['contents'].get(name) != now['contents'].get(name): changes.append(f"the contents of {option(name)} have changed")
+        if before['contents'].get(name) != now['contents'].get(name):
+            changes.append(f"the contents of {option(name)} have changed")
     return changes

@@ -63,12 +63,14 @@ def score(
 )->Scores: # Counts and rates
     "Compare predictions with references"
     if len(references) != len(predictions):
-        raise InputError(f"{plural(len(predictions), 'prediction')} for {plural(len(references), 'reference')}: give one for each")
+        counts = f"{plural(len(predictions), 'prediction')} for {plural(len(references), 'reference')}"
+        raise InputError(f"{counts}: give one for each")
     if not len(references): raise InputError("nothing to compare: no references")
     refs = [' '.join(r.split()) for r in references]
     preds = [' '.join(p.split()) for p in predictions]
     if '' in refs:
-        raise InputError(f"no reference for prediction {refs.index('')}, counting from 0: an empty text can't be compared")
+        i = refs.index('')
+        raise InputError(f"no reference for prediction {i}, counting from 0: an empty text can't be compared")
     return Scores(
         correct=np.array([r.strip()==p.strip() for r,p in zip(references, predictions)]),
         empty=np.array([not p for p in preds]),

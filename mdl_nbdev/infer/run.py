@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_NEW_TOKENS', 'BATCHES_PER_SHARD', 'completion_limit', 'PromptedRow', 'Prompter', 'Pipeline', 'InferReport',
            'prompt_html', 'reference_mark', 'open_output', 'load_engine', 'join_output', 'stop_at_reject',
-           'rows_of_shards', 'prepare_output', 'show_progress', 'infer']
+           'rows_of_shards', 'prepare_output', 'ProgressBar', 'infer']
 
 # %% ../../nbs/4_infer/02_run.ipynb #c4
 import os, socket, time
@@ -44,12 +44,14 @@ def completion_limit(
 )->int: # At least 1
     "Maximum tokens of a completion; `InputError` if nothing remains for it"
     if prompt_tokens >= max_tokens:
-        raise InputError(f"the prompt has {prompt_tokens:,} tokens, and this model takes {max_tokens:,}, its answer included; shorten the prompt")
+        raise InputError(f"the prompt has {prompt_tokens:,} tokens, and this model takes {max_tokens:,}, "
+                         "its answer included; shorten the prompt")
     if s.max_new_tokens: limit = s.max_new_tokens
     elif s.max_length: limit = s.max_length - prompt_tokens
     else: limit = DEFAULT_NEW_TOKENS
     if limit < 1:
-        raise InputError(f"the prompt has {prompt_tokens:,} tokens, so --max-length {s.max_length} leaves none for an answer; raise it, or give --max-new-tokens instead")
+        raise InputError(f"the prompt has {prompt_tokens:,} tokens, so --max-length {s.max_length} leaves none "
+                         "for an answer; raise it, or give --max-new-tokens instead")
     return min(limit, max_tokens - prompt_tokens)
 
 @dataclass(slots=True)
@@ -170,11 +172,14 @@ class InferReport:
         lines = [f"{plural(self.rows, 'row')} in {self.output}, {rate:.1f} rows/s"]
         if self.resumed: lines[0] += f", {self.resumed:,} of them answered before"
         if self.truncated:
-            lines.append(f"{plural(len(self.truncated), 'answer')} truncated at the token limit, the first in line {self.truncated[0]}; "
+            answers = plural(len(self.truncated), 'answer')
+            lines.append(f"{answers} truncated at the token limit, the first in line {self.truncated[0]}; "
                          "to get them in full, raise --max-new-tokens")
         if self.rejected:
             _, line, _, reason = self.rejected[0]
-            lines.append(f"{plural(len(self.rejected), 'row')} without an answer, listed in {self.output}.rejects.csv; the first is line {line}: {reason}")
+            rows = plural(len(self.rejected), 'row')
+            lines.append(f"{rows} without an answer, listed in {self.output}.rejects.csv; "
+                         f"the first is line {line}: {reason}")
         return '\n'.join(lines)
 
 # %% ../../nbs/4_infer/02_run.ipynb #c13
@@ -229,7 +234,8 @@ def join_output(
 )->OutputPart: # Its part
     "Create the part of a rank"
     if not out.state.exists():
-        raise InputError(f"{out.state}: {socket.gethostname()} does not see this file of rank 0; choose an --output in a folder that all machines share")
+        raise InputError(f"{out.state}: {socket.gethostname()} does not see this file of rank 0; "
+                         "choose an --output in a folder that all machines share")
     part = out.part(rank)
     part.create(out.header)
     return part
@@ -242,7 +248,8 @@ def stop_at_reject(
     "With `--on-error raise`, raise `InputError` for the first row without an answer"
     bad = next((r for r in rows if r.reason is not None), None)
     if s.on_error=='raise' and bad:
-        raise InputError(f"{bad.row.where}: {bad.reason}. Fix this row and run the same command again: finished rows are kept in {s.output}.part")
+        raise InputError(f"{bad.row.where}: {bad.reason}. Fix this row and run the same command again: "
+                         f"finished rows are kept in {s.output}.part")
 
 def rows_of_shards(
     source, # The input, from `open_rows`
@@ -266,21 +273,32 @@ def prepare_output(
     out.begin(run_identity(s), s.overwrite)
     return out.resume(shard_rows)
 
-def show_progress(
-    bar, # A tqdm bar over all rows
-    progress:LoggedProgress, # What all ranks have logged
-)->None:
-    "Bring a progress bar up to date"
-    bar.update(progress.update() - bar.n)
-    if progress.rejects: bar.set_postfix_str(f"{progress.rejects:,} without an answer", refresh=False)
+class ProgressBar:
+    "A bar over the rows that all ranks have logged; a context manager"
+    def __init__(self,
+        progress:LoggedProgress, # Reads the logs
+        report:InferReport, # Knows the number of rows
+        hidden:bool=False, # Whether not to show it
+    ):
+        self.progress = progress
+        self.bar = tqdm(total=report.rows, initial=report.resumed, desc='answering', unit='row', mininterval=.5, disable=hidden)
+
+    def update(self)->int: # Rows done
+        "Bring the bar up to date"
+        self.bar.update(self.progress.update() - self.bar.n)
+        if self.progress.rejects: self.bar.set_postfix_str(f"{self.progress.rejects:,} without an answer", refresh=False)
+        return self.progress.rows
+
+    def __enter__(self): return self
+    def __exit__(self, *_): self.bar.close()
 
 # %% ../../nbs/4_infer/02_run.ipynb #c20
 def infer(
     s:InferSettings, # What to answer, with what, and where to
-    callbacks:Iterable[Callable]=(), # Each is called with the `PromptedRow`s of a shard, the rows done and the rows in total
+    callbacks:Iterable[Callable]=(), # Each gets a shard's `PromptedRow`s, the rows done and the rows in total
 )->InferReport: # What was done; under a launcher the main process has all of it
     "Answer every row of a table or of records; a rerun after an interruption continues where it stopped"
-    os.environ.pop('ACCELERATE_USE_FSDP', None) # each process has a whole model, whatever a launcher's file says about training
+    os.environ.pop('ACCELERATE_USE_FSDP', None) # is about training; here each process has a whole model
     with Ranks() as ranks, ExitStack() as stack:
         if not ranks.is_main: silence_libraries()
         out, total = ranks.agree(open_output, s)
@@ -292,17 +310,17 @@ def infer(
         report = InferReport(s.output, total, sum(min(shard_rows, total - n*shard_rows) for n in finished))
         numbers = remaining_shards(-(-total//shard_rows), finished, ranks.rank, ranks.world)
         shards = stack.enter_context(closing(pipeline.run(rows_of_shards(out.source, shard_rows, numbers))))
-        progress, start = LoggedProgress(out.parts()), time.perf_counter()
-        quiet = not ranks.is_main or any(getattr(c, 'shows_progress', False) for c in callbacks)
-        bar = stack.enter_context(tqdm(total=total, initial=report.resumed, desc='answering', unit='row', mininterval=.5, disable=quiet))
+        hidden = not ranks.is_main or any(getattr(c, 'shows_progress', False) for c in callbacks)
+        bar = stack.enter_context(ProgressBar(LoggedProgress(out.parts()), report, hidden))
+        start = time.perf_counter()
         for number,rows in zip(numbers, shards, strict=True):
             stop_at_reject(rows, s)
             out.write(part, number, number*shard_rows, rows)
             report.sample = (report.sample + rows)[:5]
-            show_progress(bar, progress)
-            for callback in callbacks: callback(rows, progress.rows, total)
-        ranks.wait(lambda: show_progress(bar, progress))
-        show_progress(bar, progress) # what was written since the last call
+            done = bar.update()
+            for callback in callbacks: callback(rows, done, total)
+        ranks.wait(bar.update)
+        bar.update() # what was written since the last call
         if ranks.is_main: report.rejected, report.truncated = out.finish()
         report.seconds = time.perf_counter() - start
     return report
