@@ -24,20 +24,22 @@ class StepSampler:
         rank:int=0, # The number of this one
         accumulation:int=1, # Micro-batches of each rank in a step
         task_ids:np.ndarray|None=None, # [rows]: the task of each row
-        sampling:dict[int,float]|None=None, # How often an epoch visits the rows of a task; once if it is not named
+        sampling:dict[int,float]|None=None, # Task -> how often an epoch visits its rows; otherwise once
         pack:int|None=None, # Pack rows into sequences of at most this length
         shuffle:bool=True, # False: from the longest to the shortest, for evaluation
     ):
         self.lengths, self.task_ids = np.asarray(lengths), task_ids
-        self.batch_size, self.world_size, self.rank, self.accumulation = batch_size, world_size, rank, accumulation
-        self.seed, self.sampling, self.pack, self.shuffle = seed, sampling or {}, pack, shuffle
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.world_size, self.rank = world_size, rank
+        self.seed, self.shuffle = seed, shuffle
+        self.sampling, self.pack = sampling or {}, pack
         self.epoch = 0
         self.drop_last = False # accelerate looks for it
         self._packed = None # (key, packs) of the last call of `packs`
         if not pack: return
         if any(f != int(f) for f in self.sampling.values()):
-            raise InputError("--packing: --task-sampling must be whole numbers, since parts of a task would fill a different number of "
-                             "sequences in each epoch; choose whole numbers, or use --task-weights")
+            raise InputError("--packing: --task-sampling must be whole numbers, since parts of a task would fill a "
+                             "different number of sequences in each epoch; choose whole numbers, or use --task-weights")
         longest = self.lengths.max()
         if longest > pack:
             raise InputError(f"packing: a row has {longest:,} tokens, and a sequence {pack:,}; use a larger --seq-length")
@@ -70,8 +72,8 @@ def by_length(self:StepSampler,
 @patch
 def order(self:StepSampler,
     epoch:int, # Which pass over the data
-)->list: # For each step an array of rows, or with packing a list of packs, each a tuple of rows; sorted by length
-    "The global batches of an epoch; the last one may be short"
+)->list: # For each step an array of rows, or with packing a list of packs (tuples of rows)
+    "The global batches of an epoch, each sorted by length; the last one may be short"
     rng, size = np.random.default_rng([self.seed, epoch]), self.step_size
     if self.pack: steps = self.packed_steps(epoch, rng)
     elif self.shuffle:
@@ -110,7 +112,8 @@ def rows(self:StepSampler,
         n = max(1, len(mine))
         times, rest = divmod(round(factor*len(mine)), n)
         turns = np.random.default_rng([self.seed, task]).permutation(mine)
-        rows = np.concatenate([others, np.repeat(mine, times), turns[np.arange(epoch*rest, (epoch+1)*rest) % n]])
+        extra = turns[np.arange(epoch*rest, (epoch+1)*rest) % n]
+        rows = np.concatenate([others, np.repeat(mine, times), extra])
     if not len(rows): raise InputError("--task-sampling leaves no row to train on; give some task more than 0")
     return rows
 
@@ -118,7 +121,7 @@ def rows(self:StepSampler,
 @patch
 def deal(self:StepSampler,
     items, # The rows or packs of a step
-)->list: # Micro-batches: of all ranks the first, of all ranks the second, ...; some may be empty in a short step
+)->list: # Micro-batches: of all ranks the first, then the second, ...; some may be empty
     "Cut a step into micro-batches of nearly equal size"
     n = -(-len(items)//(self.batch_size*self.world_size))*self.world_size
     edges = [len(items)*i//n for i in range(n+1)]
@@ -196,7 +199,8 @@ def packs(self:StepSampler,
     rows = np.random.default_rng([self.seed, 0]).permutation(self.rows(key))
     ends, pool_size = self.lengths[rows].cumsum(), self.pack*max(512, 8*self.step_size)
     pools = np.split(rows, np.searchsorted(ends, np.arange(pool_size, ends[-1], pool_size)))
-    packs = [tuple(pool[p].tolist()) for pool in pools if len(pool) for p in pack_rows(self.lengths[pool], self.pack)]
+    def packs_of(pool): return [tuple(pool[p].tolist()) for p in pack_rows(self.lengths[pool], self.pack)]
+    packs = [pack for pool in pools for pack in packs_of(pool)]
     self._packed = key, packs
     return packs
 

@@ -87,12 +87,14 @@ def update(self:CoBa,
     return self.weights
 
 # %% ../../nbs/3_train/05_coba.ipynb #c19
-STATE_NAMES = dict(looks='probes', first='first', ratios='ratios', slopes='slopes', worst='worst') # Name in a checkpoint -> attribute
+# Name in a checkpoint -> attribute
+STATE_NAMES = dict(looks='probes', first='first', ratios='ratios', slopes='slopes', worst='worst')
 
 @patch
 def state_dict(self:CoBa)->dict: # Numbers and lists
     "Everything that it remembers"
-    return {k:deepcopy(getattr(self, name)) for k,name in STATE_NAMES.items()} | dict(weights=self.weights.tolist())
+    history = {k:deepcopy(getattr(self, name)) for k,name in STATE_NAMES.items()}
+    return history | dict(weights=self.weights.tolist())
 
 @patch
 def load_state_dict(self:CoBa,
@@ -101,6 +103,7 @@ def load_state_dict(self:CoBa,
     "Continue from a state; `InputError` if it has another number of tasks"
     n = len(state['first'])
     if n != self.n_tasks:
-        raise InputError(f"coba: the checkpoint has a history of {n} tasks, and there are {self.n_tasks} now; start a new run")
+        raise InputError(f"coba: the checkpoint has a history of {n} tasks, and there are {self.n_tasks} now; "
+                         "start a new run")
     for k,name in STATE_NAMES.items(): setattr(self, name, deepcopy(state[k]))
     self.weights = np.array(state['weights'])

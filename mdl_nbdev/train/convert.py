@@ -194,10 +194,11 @@ def plan_shards(
     size = min(4096, max(64, -(-len(rows)//64)))
     rate, longest = chat.family.sample_rate, min(s.max_audio_seconds, chat.family.max_clip_seconds)
     most_samples = rate*longest*max(1, max(len(c.clips) for c in rows))
-    batch_size = min(s.tokenizing_batch_size, max(1, int(2**31/most_samples))) # an Arrow record batch has 32-bit offsets
-    fingerprint = chat.fingerprint
-    def job(i): return ShardJob(tuple(rows[i:i+size]), folder, i//size, s.audio_dtype, s.max_audio_seconds, batch_size, fingerprint, rate)
-    return [job(i) for i in range(0, len(rows), size)]
+    fits = max(1, int(2**31/most_samples)) # an Arrow record batch has 32-bit offsets
+    batch_size = min(s.tokenizing_batch_size, fits)
+    shared = dict(audio_dtype=s.audio_dtype, max_seconds=s.max_audio_seconds, batch_size=batch_size,
+                  fingerprint=chat.fingerprint, sample_rate=rate)
+    return [ShardJob(tuple(rows[i:i+size]), folder, i//size, **shared) for i in range(0, len(rows), size)]
 
 def conversion_key(
     jobs:list[ShardJob], # All shards of a file

@@ -8,6 +8,7 @@ __all__ = ['ArrowFile', 'read_cell', 'list_lengths', 'OwnLayout', 'ToolkitLayout
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c4
 import json, mmap
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from fastcore.basics import patch
@@ -66,8 +67,9 @@ class OwnLayout:
         ends = np.cumsum(row['audio_lengths'])
         clips = np.split(row['audio'], ends)[:len(ends)]
         task, kept = row.get('task') or name, row.get('conversation') # folders of version 0.1.0 have no conversations
-        if kept is None: return Example(row['input_ids'], row['labels'], clips, task=task, source=(source, row.get('line', 0)))
-        return Example(row['input_ids'], row['labels'], clips, Conversation.from_json(kept), row['spans'].reshape(-1, 2), task)
+        e = Example(row['input_ids'], row['labels'], clips, task=task, source=(source, row.get('line', 0)))
+        if kept is None: return e
+        return replace(e, conversation=Conversation.from_json(kept), spans=row['spans'].reshape(-1, 2))
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c10
 class ToolkitLayout:
@@ -130,11 +132,12 @@ def check(self:AudioDataset,
     "Raise `InputError` if columns are missing, or if it was converted for another chat"
     missing = self.layout.needs - self.columns
     if missing:
-        raise InputError(f"{self.path}: this dataset lacks the columns {', '.join(sorted(missing))}; convert the file with mdl_convert")
+        raise InputError(f"{self.path}: this dataset lacks the columns {', '.join(sorted(missing))}; "
+                         "convert the file with mdl_convert")
     converted_with = self.manifest.get('tokenizer')
     if fingerprint and converted_with and fingerprint != converted_with:
-        raise InputError(f"{self.path}: converted with another tokenizer ({self.manifest['model_name']}, {converted_with}) than "
-                         f"the model's ({fingerprint}); convert it again for this model")
+        raise InputError(f"{self.path}: converted with another tokenizer ({self.manifest['model_name']}, {converted_with}) "
+                         f"than the model's ({fingerprint}); convert it again for this model")
 
 @patch
 def __getitem__(self:AudioDataset,
@@ -178,10 +181,11 @@ def lines(self:AudioDataset)->np.ndarray: # int64 [rows]
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c17
 @patch(as_prop=True)
-def tasks(self:AudioDataset)->tuple[list[str], np.ndarray]: # Names, sorted; int64 [rows]: the position of each row's task among them
+def tasks(self:AudioDataset)->tuple[list[str], np.ndarray]: # Names, sorted; int64 [rows]: positions among them
     "The tasks of the rows"
     if 'task' not in self.columns: return [self.name], np.zeros(len(self), np.int64)
-    column = pa.chunked_array([file.batches[i].column('task') for file,i in self.batches]).combine_chunks().dictionary_encode()
+    columns = [file.batches[i].column('task') for file,i in self.batches]
+    column = pa.chunked_array(columns).combine_chunks().dictionary_encode()
     names = [n or self.name for n in column.dictionary.to_pylist()]
     known = sorted(set(names))
     return known, np.array([known.index(n) for n in names])[column.indices.to_numpy()]
@@ -192,7 +196,8 @@ def _repr_html_(self:AudioDataset):
     def players(e): return Html(''.join(audio_player(c, self.sample_rate) for c in e.clips))
     rows = [(e.line or i, players(e), len(e.input_ids), int((e.labels >= 0).sum())) for i,e in enumerate(examples)]
     audio = format_duration(self.n_samples.sum()/self.sample_rate)
-    return html_table(rows, ('line', 'clips', 'tokens', 'with loss'), f"{plural(len(self), 'row')}, {audio} of audio, {self.n_tokens.sum():,} tokens")
+    caption = f"{plural(len(self), 'row')}, {audio} of audio, {self.n_tokens.sum():,} tokens"
+    return html_table(rows, ('line', 'clips', 'tokens', 'with loss'), caption)
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c21
 def open_dataset(
@@ -216,7 +221,7 @@ def check_settings(
     chat:Chat, # Of the model
     settings:dict, # May name a system_prompt and a user_prompt
 )->AudioDataset: # The same
-    "Raise `InputError` if a dataset was converted with other prompts than the settings name, or for another sample rate"
+    "Raise `InputError` if a dataset was converted with other prompts or for another sample rate"
     if ds.sample_rate != chat.family.sample_rate:
         raise InputError(f"{ds.path}: its clips have {ds.sample_rate:,} samples per second, and the model takes "
                          f"{chat.family.sample_rate:,}; convert the file again for this model")

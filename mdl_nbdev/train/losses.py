@@ -71,8 +71,8 @@ def loss_weights(
     task_weights:Sequence[float], # [tasks], for the modes over tasks
     n_tasks:int, # Number of tasks, whether or not they occur in these batches
     reduce:Callable|None=None, # Sums a float64 tensor over all ranks; needed when there are several
-)->tuple[list[torch.Tensor], torch.Tensor]: # float32 [1 + tasks, rows, positions] for each batch; float64 [tasks]: labels in the whole step
-    "Weight maps of the objective and of the mean token loss of each task"
+)->tuple[list[torch.Tensor], torch.Tensor]: # float32 [1 + tasks, rows, positions] of each batch; float64 [tasks]
+    "Weight maps of the objective and of the mean token loss of each task; the number of labels of each task in the step"
     mode = LOSS_MODES.get(mode, mode)
     counts = count_labels(batches, n_tasks)
     labels, samples = counts if reduce is None else reduce(counts)

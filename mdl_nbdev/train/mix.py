@@ -27,7 +27,7 @@ from .dataset import AudioDataset, open_dataset
 # %% ../../nbs/3_train/02_mix.ipynb #c6
 def number_tasks(
     datasets:list[tuple[str|None, AudioDataset]], # Each with the name of its task; None: its rows know
-    names:list[str]|None=None, # The tasks of the training data, if these are evaluation data; a single one takes all rows
+    names:list[str]|None=None, # Tasks of the training data, if these are evaluation data; a single one takes all rows
 )->tuple[list[str], list[np.ndarray]]: # The names; for each dataset int64 [rows], positions among the names
     "Number the tasks of several datasets"
     if names and len(names)==1: datasets = [(names[0], ds) for _,ds in datasets]
@@ -36,7 +36,8 @@ def number_tasks(
     names = names or found
     unknown = [n for n in found if n not in names]
     if unknown:
-        raise InputError(f"the evaluation data has a task {unknown[0]!r}, which is none of those trained on: {', '.join(names)}")
+        raise InputError(f"the evaluation data has a task {unknown[0]!r}, which is none of those trained on: "
+                         f"{', '.join(names)}")
     return names, [np.array([names.index(n) for n in own])[at] for own,at in tasks]
 
 class Mix:
@@ -82,7 +83,7 @@ def __getitem__(self:Mix,
 
 @patch
 def __getitems__(self:Mix,
-    items:list[Item], # Of a batch; torch's `DataLoader` calls this method, if a dataset has it, with what a batch sampler yields
+    items:list[Item], # Of a batch
 )->list: # An example for each item; for a packed one, a list of examples
     "Read a batch"
     examples = [[dummy_example(self[i]) if item.dummy else self[i] for i in item.rows] for item in items]
@@ -110,12 +111,13 @@ def describe(self:Mix)->dict[str,dict]: # Task -> rows, seconds of audio, tokens
 @patch
 def __str__(self:Mix):
     def audio(d): return f"{format_duration(d['seconds'])} of audio, " if d['seconds'] else ''
-    return '\n'.join(f"{name}: {plural(d['rows'], 'row')}, {audio(d)}{d['tokens']:,} tokens" for name,d in self.describe().items())
+    def line(name, d): return f"{name}: {plural(d['rows'], 'row')}, {audio(d)}{d['tokens']:,} tokens"
+    return '\n'.join(line(*task) for task in self.describe().items())
 
 @patch
 def _repr_html_(self:Mix):
-    rows = [(name, f"{d['rows']:,}", format_duration(d['seconds']), f"{d['tokens']:,}") for name,d in self.describe().items()]
-    return html_table(rows, ('task', 'rows', 'audio', 'tokens'))
+    def cells(name, d): return name, f"{d['rows']:,}", format_duration(d['seconds']), f"{d['tokens']:,}"
+    return html_table([cells(*task) for task in self.describe().items()], ('task', 'rows', 'audio', 'tokens'))
 
 # %% ../../nbs/3_train/02_mix.ipynb #c12
 def open_mix(
@@ -127,8 +129,8 @@ def open_mix(
 )->Mix: # Ready to read
     "Open all data under some paths as one mix; files are converted first"
     sources, chat = find_tasks([Path(p) for p in paths]), chat_of(chat)
-    datasets = [open_dataset(s.path, chat, Path(cache)/f'{n}-{s.path.stem}', **settings) for n,s in enumerate(sources)]
-    return Mix([(s.task, ds) for s,ds in zip(sources, datasets)], names, chat.family)
+    def opened(n, s): return open_dataset(s.path, chat, Path(cache)/f'{n}-{s.path.stem}', **settings)
+    return Mix([(s.task, opened(n, s)) for n,s in enumerate(sources)], names, chat.family)
 
 # %% ../../nbs/3_train/02_mix.ipynb #c18
 @patch(as_prop=True)
@@ -151,7 +153,8 @@ def by_task(self:Mix,
 def fingerprint(self:Mix)->str: # 16 hexadecimal digits
     "A digest of the rows and their order: tasks, token ids, labels and lengths of audio"
     h = hashlib.sha256(json.dumps(self.task_names).encode())
-    for a in (self.task_ids, self.n_tokens, self.n_samples, self.dataset_of, self.row_of): h.update(np.ascontiguousarray(a, np.int64))
+    for name in ('task_ids', 'n_tokens', 'n_samples', 'dataset_of', 'row_of'):
+        h.update(np.ascontiguousarray(getattr(self, name), np.int64))
     for ds in self.datasets:
         for name in ('input_ids', 'labels'):
             for file,i in ds.batches:
@@ -181,7 +184,8 @@ def split(
         n = min(len(rows)-1, max(1, round(share*len(rows))))
         if n > 0: held_out[np.random.default_rng([seed, *name.encode()]).permutation(rows)[:n]] = True
     if not held_out.any():
-        raise InputError("--validation-split: every task has one row only, which is kept for training; use --eval-dataset instead")
+        raise InputError("--validation-split: every task has one row only, which is kept for training; "
+                         "use --eval-dataset instead")
     return mix.take(~held_out), mix.take(held_out)
 
 # %% ../../nbs/3_train/02_mix.ipynb #c26
@@ -221,7 +225,8 @@ class LengthReport:
         return sum(r.what=='rejected' for r in self.rows)
     def __str__(self):
         n, out = len(self.rows), self.rejected
-        return f"{n:,} of {self.total:,} rows have more than {self.seq_length:,} tokens: {out:,} left out, {n-out:,} truncated"
+        long = f"{n:,} of {self.total:,} rows have more than {self.seq_length:,} tokens"
+        return f"{long}: {out:,} left out, {n-out:,} truncated"
     def write(self,
         path:str|Path, # CSV file
     )->None:
@@ -246,6 +251,7 @@ def limit_length(
         new.n_samples[i] = sum(len(c) for c in e.clips[:clips])
     done = [f'truncated to {new.n_tokens[i]}' if keep[i] else 'rejected' for i in long]
     if not keep.any():
-        raise InputError(f"--seq-length {seq_length}: every row has more tokens, the shortest {mix.n_tokens.min():,}; use a larger one")
+        shortest = mix.n_tokens.min()
+        raise InputError(f"--seq-length {seq_length}: every row has more tokens, the shortest {shortest:,}; use a larger one")
     rows = [TooLong(*where, int(mix.n_tokens[i]), what) for i,where,what in zip(long, mix.where(long), done)]
     return new.take(keep), LengthReport(seq_length, len(mix), rows)
