@@ -1,11 +1,13 @@
 "Building, loading, adapting, saving and merging: what must hold of the weights, and every error a user can meet"
 import json
 import math
+import os
 import pickle
 import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -20,8 +22,10 @@ from mdl_nbdev import model as M
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import MergeSettings, TuneSettings
+from mdl_nbdev.base.settings import MergeSettings, TrainSettings, TuneSettings
 from mdl_nbdev.model.midashenglm import MiDashengLMModel
+
+from mdl_nbdev.train.run import train
 
 logging.disable_progress_bar()
 tok = tiny_tokenizer()
@@ -473,6 +477,121 @@ def test_a_damaged_model_is_an_input_error(tmp_path):
     kept = {k: v for k, v in M.tiny_model().state_dict().items() if "blocks.1.mlp" not in k}
     save_file(kept, weights, {"format": "pt"})
     with pytest.raises(InputError, match="cannot be loaded: 4 weights are missing, audio_encoder.blocks.1.mlp.fc1.bias"): M.load_model(str(tmp_path), device="cpu")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder/"config.json").read_text())
+    (folder/"config.json").write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(model_type="brand_new"), r"its architecture, brand_new, is not supported: transformers [\d.]+ does not know it"),
+    (dict(model_type="wav2vec2"), "its architecture, wav2vec2, is not supported: it is not a model that generates text"),
+    (dict(model_type=None), "config.json has no model_type"),
+    (dict(hidden_size=64), r"weights do not fit config.json: [\w.]+ is \[.*128.*\] in the file, \[.*64.*\] in the model"),
+])
+def test_the_reason_why_a_model_cannot_be_loaded(changes, message, tmp_path):
+    folder = edit_config(M.save_model(M.tiny_text_model(), tok, tmp_path/"base"), **changes)
+    with pytest.raises(InputError, match=f"--model-name {folder}: .*{message}") as e: M.load_model(str(folder), device="cpu")
+    assert "no such folder" not in str(e.value)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    M.tiny_text_model().save_pretrained(tmp_path/"base", max_shard_size="1MB")
+    damaged = sorted((tmp_path/"base").glob("*.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    with pytest.raises(InputError, match=f"--model-name {tmp_path/'base'}: cannot be loaded: {damaged} is damaged; copy or download it again"):
+        M.load_model(str(tmp_path/"base"), device="cpu")
+    (tmp_path/"base"/"config.json").write_text("{")
+    with pytest.raises(InputError, match="its config.json is damaged"): M.load_model(str(tmp_path/"base"), device="cpu")
+
+
+def test_a_model_in_the_cache_of_the_hub_is_looked_at_there(tmp_path, monkeypatch):
+    "Also where only a part of it was downloaded"
+    cached = tmp_path/"models--some--model"/"snapshots"/"abc"
+    M.save_model(M.tiny_text_model(), tok, cached)
+    (cached.parent.parent/"refs").mkdir()
+    (cached.parent.parent/"refs"/"main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert type(M.load_model("some/model", device="cpu")) is GPTNeoXForCausalLM
+    weights = cached/"model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(InputError, match=f"--model-name some/model: cannot be loaded: {weights} is damaged"): M.load_model("some/model", device="cpu")
+    edit_config(cached, model_type="brand_new")
+    with pytest.raises(InputError, match="--model-name some/model: its architecture, brand_new"): M.load_model("some/model", device="cpu")
+
+
+def test_a_model_that_does_not_fit_in_memory_is_not_damaged(tmp_path, monkeypatch):
+    base = M.save_model(M.tiny_text_model(), tok, tmp_path/"base")
+    def full(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 MiB")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(InputError, match="base: does not fit in the memory of cpu; use --quantization 4bit"): M.load_model(str(base), device="cpu")
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "compressed-tensors"])
+def test_published_quantised_weights_are_refused_in_training(method, tmp_path, monkeypatch):
+    folder = edit_config(M.save_model(M.tiny_model(), M.load_processor("tiny"), tmp_path/"small"), quantization_config=dict(quant_method=method, bits=4, config_groups={}))
+    message = rf"--model-name {folder}: its weights are quantised \({method}\) and cannot be trained; .*mispeech/midashenglm-7b-1021-bf16, with --quantization 4bit"
+    with pytest.raises(InputError, match=message): M.check_trainable(str(folder))
+    for tuning in ("lora", "full"):
+        model = M.tiny_model()
+        model.name_or_path, model.config.quantization_config = str(folder), dict(quant_method=method)
+        with pytest.raises(InputError, match=message): adapt(model, tuning=tuning)
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", np.zeros(16000), 16000)
+    (tmp_path/"in.csv").write_text("audio,prediction\na.wav,dog\n")
+    with pytest.raises(InputError, match=message): train(TrainSettings(train_dataset=["in.csv"], output="run", model_name=str(folder)))
+    assert not (tmp_path/"run"/"data").exists(), "refused before the data is converted"
+    with pytest.raises(InputError, match=rf"quantised already \({method}\); leave out --quantization 4bit"): M.load_model(str(folder), quantization="4bit", device="cpu")
+    if method != "fp8": # transformers dequantises it where it cannot compute with it
+        with pytest.raises(InputError, match=rf"small: its weights are quantised \({method}\) and cannot be loaded here: .*pip install.*mispeech/midashenglm-7b-1021-bf16"):
+            M.load_model(str(folder), device="cpu")
+
+
+def test_weights_that_bitsandbytes_stored_can_be_trained(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    small = M.save_model(M.load_model("tiny", quantization="4bit", device="cpu"), M.load_processor("tiny"), tmp_path/"small")
+    M.check_trainable(str(small)), M.check_trainable("tiny")
+    fit(adapt(M.load_model(str(small), device="cpu")), batch(), 1)
+    assert M.is_quantised(M.load_model(str(small), quantization="4bit", device="cpu"))
+
+
+class Wrapper(torch.nn.Module):
+    "Like DistributedDataParallel"
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_the_model_inside_of_wrappers():
+    model = M.tiny_text_model()
+    assert M.unwrap_model(model) is model
+    adapted = adapt(model)
+    assert M.unwrap_model(adapted) is model
+    assert M.unwrap_model(Wrapper(torch.compile(Wrapper(adapted)))) is model
+
+
+INFER = """
+import sys
+from mdl_nbdev.cli.commands import mdl_infer
+sys.argv = ["mdl_infer", "in.csv", "--model-name", "final", "--output", "out.csv"]
+try: mdl_infer()
+except SystemExit as e: assert not e.code, e.code
+assert open("out.csv").read().count("\\n") == 2
+loaded = [m for m in ("peft", "bitsandbytes") if m in sys.modules]
+assert not loaded, loaded
+"""
+
+
+def test_inference_of_a_merged_model_imports_neither_peft_nor_bitsandbytes(tmp_path):
+    M.save_model(M.merge(adapt(M.tiny_model(), rank=2)), M.load_processor("tiny"), tmp_path/"final")
+    soundfile.write(tmp_path/"a.wav", np.random.default_rng(0).normal(0, .1, 12000), 16000)
+    (tmp_path/"in.csv").write_text("audio,user_prompt\na.wav,What?\n")
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | dict(PYTHONPATH=str(Path(__file__).parent.parent))
+    r = subprocess.run([sys.executable, "-c", INFER], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert r.returncode == 0, r.stderr
 
 
 def test_adapters_that_cannot_be_loaded(tmp_path):
