@@ -44,7 +44,8 @@ def target_pattern(
     except re.error as e: raise InputError(f"--lora-target-modules {regex}: not a regular expression: {e}") from None
     if not found:
         examples = ', '.join(names[0] for names in layers.values())
-        raise InputError(f"--lora-target-modules {regex}: no module of this model has a name that matches all of it; names look like {examples}")
+        raise InputError(f"--lora-target-modules {regex}: no module of this model has a name that matches all of it; "
+                         f"names look like {examples}")
     return regex
 
 # %% ../../nbs/2_model/32_adapters.ipynb #c10
@@ -53,17 +54,19 @@ def check_pissa(
     s:TuneSettings, # With `lora_init='pissa'`
     pattern:str, # Of the modules to adapt
 )->None:
-    "`InputError` unless PiSSA can take the weights apart: they are matrices, not quantised, and have enough singular vectors"
+    "`InputError` unless the weights are matrices, not quantised, and with enough singular vectors"
     if is_quantised(model):
-        raise InputError("--lora-init pissa and --quantization do not go together: PiSSA changes the weights that it starts from; "
-                         "use --lora-init default, or load the model unquantised")
+        raise InputError("--lora-init pissa and --quantization do not go together: PiSSA changes the weights that it "
+                         "starts from; use --lora-init default, or load the model unquantised")
     for name, m in model.named_modules():
         if not re.fullmatch(pattern, name): continue
         if not isinstance(m, (nn.Linear, Conv1D)):
-            raise InputError(f"--lora-target-modules {pattern} with --lora-init pissa: {name} is not a linear layer, and PiSSA knows no other")
+            raise InputError(f"--lora-target-modules {pattern} with --lora-init pissa: {name} is not a linear layer, "
+                             "and PiSSA knows no other")
         vectors = min(m.weight.shape)
         if vectors < s.lora_rank:
-            raise InputError(f"--lora-rank {s.lora_rank} with --lora-init pissa: {name} has only {vectors} singular vectors; choose a lower rank")
+            raise InputError(f"--lora-rank {s.lora_rank} with --lora-init pissa: {name} has only {vectors} singular "
+                             "vectors; choose a lower rank")
 
 def lora_config(
     model:nn.Module, # From `load_model`
@@ -75,12 +78,13 @@ def lora_config(
     chosen = chosen_embeddings(model, s.train_target)
     in_full = [name for name, target in embedding_layers(model).items() if target in chosen]
     if s.use_dora and model.device.type == 'cpu' and getattr(model, 'is_loaded_in_8bit', False):
-        raise InputError("--use-dora and --quantization 8bit do not go together on a CPU: peft loses the scales of the weights; "
-                         "use --quantization 4bit, or train without DoRA")
+        raise InputError("--use-dora and --quantization 8bit do not go together on a CPU: peft loses the scales of the "
+                         "weights; use --quantization 4bit, or train without DoRA")
     if s.lora_init == 'pissa': check_pissa(model, s, pattern)
-    return LoraConfig(r=s.lora_rank, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, use_rslora=s.use_rslora, use_dora=s.use_dora,
-                      target_modules=pattern, modules_to_save=in_full or None, ensure_weight_tying=bool(in_full) and is_tied(model),
-                      task_type='CAUSAL_LM')
+    tied = bool(in_full) and is_tied(model)
+    return LoraConfig(
+        r=s.lora_rank, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, use_rslora=s.use_rslora, use_dora=s.use_dora,
+        target_modules=pattern, modules_to_save=in_full or None, ensure_weight_tying=tied, task_type='CAUSAL_LM')
 
 # %% ../../nbs/2_model/32_adapters.ipynb #c12
 def principal_vectors(

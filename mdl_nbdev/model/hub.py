@@ -19,7 +19,8 @@ def model_folder(
     "The folder that holds the files of a model"
     if Path(source).is_dir(): return Path(source)
     from transformers.utils import cached_file
-    try: found = cached_file(str(source), 'config.json', local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    options = dict(local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    try: found = cached_file(str(source), 'config.json', **options)
     except (OSError, ValueError): return None
     return Path(found).parent if found else None
 
@@ -42,7 +43,8 @@ def explain_failure(
     folder, why = model_folder(source), one_line(error)
     if folder is None:
         return ("no such folder, and it cannot be fetched from the hub (offline, misspelt, or access not granted). "
-                "Give a folder that holds the model, a hub id that this machine can reach, or a built-in model, `tiny` or `tiny-text`. "
+                "Give a folder that holds the model, a hub id that this machine can reach, or a built-in model, "
+                "`tiny` or `tiny-text`. "
                 f"The hub said: {why[:200]}")
     if (folder/'final').is_dir(): return f"this is a run; its model is {folder/'final'}"
     config = folder/'config.json'
@@ -52,7 +54,8 @@ def explain_failure(
     if kind is None: return "cannot be loaded: its config.json has no model_type"
     if 'does not recognize this architecture' in why:
         from transformers import __version__
-        return f"its architecture, {kind}, is not supported: transformers {__version__} does not know it; a newer version may"
+        return (f"its architecture, {kind}, is not supported: transformers {__version__} does not know it; "
+                "a newer version may")
     if 'Unrecognized configuration class' in why:
         return f"its architecture, {kind}, is not supported: it is not a model that generates text from text or audio"
     return f"cannot be loaded: {why}"

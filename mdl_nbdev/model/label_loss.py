@@ -55,7 +55,7 @@ def labelled_loss(
     lm_head, # Output layer: features to logits
     vocab_size:int, # Width of the logits
     num_items=None, # Divisor, a number or a tensor; None: the number of labels in the batch
-    loss_weights:torch.Tensor|None=None, # [sums, rows, positions] float32: weight of each label in each sum; the sums are not divided
+    loss_weights:torch.Tensor|None=None, # [sums, rows, positions] float32: weights for sums that are not divided
     pieces:int|None=None, # Number of pieces; processes that share sharded weights must all use the same number
 )->torch.Tensor: # A float32 scalar, or [sums] with weights; 0 without labels
     "Cross entropy of the next token at labelled positions"

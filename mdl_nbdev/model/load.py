@@ -52,7 +52,8 @@ def quantization_config(
     if find_spec('bitsandbytes') is None:
         raise InputError(f"--quantization {kind} needs the bitsandbytes package: pip install 'mdl_nbdev[quantization]'")
     if kind == '8bit': return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype)
 
 # %% ../../nbs/2_model/30_load.ipynb #c12
 def stored_quantization(
@@ -79,16 +80,16 @@ def check_trainable(
     if builtin_family(name): return
     method = stored_quantization(config or from_hub(load_config, name, from_modelscope))
     if method in (None, 'bitsandbytes'): return
-    raise InputError(f"--model-name {name}: its weights are quantised ({method}) and cannot be trained; train the model that they were made from, "
-                     f"such as {DEFAULT_MODEL}, with --quantization 4bit if memory is short")
+    raise InputError(f"--model-name {name}: its weights are quantised ({method}) and cannot be trained; train the model "
+                     f"that they were made from, such as {DEFAULT_MODEL}, with --quantization 4bit if memory is short")
 
 # %% ../../nbs/2_model/30_load.ipynb #c15
 def no_safetensors(
     where:str|Path, # Option or folder, for the beginning of the message
 )->InputError: # To be raised
     "The error for weights that are not in safetensors format"
-    return InputError(f"{where}: has no weights in safetensors format; files such as .bin or .pt are pickles, which can run code "
-                      "when they are opened, so they are not loaded: convert them to safetensors")
+    return InputError(f"{where}: has no weights in safetensors format; files such as .bin or .pt are pickles, "
+                      "which can run code when they are opened, so they are not loaded: convert them to safetensors")
 
 def check_weights(
     found:dict, # `output_loading_info` of transformers
@@ -111,11 +112,12 @@ def explain_weights(
     "What is wrong with the weights of a model"
     where, why = f"--model-name {source}", one_line(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return InputError(f"{where}: does not fit in the memory of {device}; use --quantization 4bit or a smaller model ({why[:120]})")
+        remedy = "use --quantization 4bit or a smaller model"
+        return InputError(f"{where}: does not fit in the memory of {device}; {remedy} ({why[:120]})")
     method = stored_quantization(config)
     if method and isinstance(error, (ImportError, RuntimeError, ValueError)):
-        return InputError(f"{where}: its weights are quantised ({method}) and cannot be loaded here: {why} The model that they were made from, "
-                          f"such as {DEFAULT_MODEL}, can be loaded with --quantization 4bit")
+        remedy = f"The model that they were made from, such as {DEFAULT_MODEL}, can be loaded with --quantization 4bit"
+        return InputError(f"{where}: its weights are quantised ({method}) and cannot be loaded here: {why} {remedy}")
     if isinstance(error, pickle.UnpicklingError): return no_safetensors(where)
     if isinstance(error, OSError) and 'model.safetensors' in why: return no_safetensors(where)
     if isinstance(error, (SafetensorError, RuntimeError)):
@@ -137,7 +139,8 @@ def read_weights(
     model_class = model_class or find_family(source).model_class()
     stored = stored_quantization(config)
     if quantization and stored not in (None, 'bitsandbytes'):
-        raise InputError(f"--model-name {source}: its weights are quantised already ({stored}); leave out --quantization {quantization}")
+        remedy = f"leave out --quantization {quantization}"
+        raise InputError(f"--model-name {source}: its weights are quantised already ({stored}); {remedy}")
     if quantization: kwargs['quantization_config'] = quantization_config(quantization, dtype)
     try:
         model, found = model_class.from_pretrained(
@@ -177,8 +180,9 @@ def load_model(
     "Load a model onto this process's device"
     device = torch.device(device or pick_device())
     dtype = dtype or pick_dtype(device=device)
-    if builtin_family(name): return load_built_in(name, torch.float32 if dtype == 'auto' else dtype, quantization, device)
-    if (Path(name)/'adapter_config.json').exists(): # transformers would load the adapter's base and ignore what else is there
+    if builtin_family(name):
+        return load_built_in(name, torch.float32 if dtype == 'auto' else dtype, quantization, device)
+    if (Path(name)/'adapter_config.json').exists(): # transformers would load its base, and ignore what else is there
         raise InputError(f"--model-name {name}: this folder holds a LoRA adapter, not a model; "
                          "give its base model, or merge the two with mdl_merge")
     return from_hub(read_weights, name, from_modelscope, dtype=dtype, quantization=quantization, device=device)

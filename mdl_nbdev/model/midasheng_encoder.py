@@ -36,7 +36,8 @@ class MiDashengAudioConfig(PreTrainedConfig):
     model_type = "midashenglm_dasheng_encoder"
     base_config_key = "audio_encoder_config"
     defaults = dict(
-        embed_dim=1280, depth=32, num_heads=16, mlp_ratio=4.0, qkv_bias=True, init_values=None, drop_rate=0.0, attn_drop_rate=0.0,
+        embed_dim=1280, depth=32, num_heads=16, mlp_ratio=4.0, qkv_bias=True, init_values=None,
+        drop_rate=0.0, attn_drop_rate=0.0,
         n_mels=64, patch_size=[64, 4], patch_stride=[64, 4], input_channels=1, target_length=1008, outputdim=527,
         sample_rate=16000, win_length=512, n_fft=512, hop_length=160, f_min=0.0, f_max=8000.0, center=True)
 
@@ -83,7 +84,8 @@ def log_mel(
     "Log-mel spectrogram of a padded batch, each clip as if it were alone"
     c = config
     with torch.autocast(waveform.device.type, enabled=False):
-        window, filters = mel_constants(c.n_fft, c.win_length, c.n_mels, c.f_min, c.f_max, c.sample_rate, waveform.device)
+        device = waveform.device
+        window, filters = mel_constants(c.n_fft, c.win_length, c.n_mels, c.f_min, c.f_max, c.sample_rate, device)
         extended = reflect_ends(waveform.float(), n_samples, c.n_fft//2)
         spectrum = torch.stft(extended, c.n_fft, c.hop_length, c.win_length, window, center=False, return_complex=True)
         power = filters @ spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)

@@ -26,8 +26,9 @@ from .midasheng_encoder import MIN_SAMPLES, SAMPLE_RATE, LayerScale, MiDashengAu
 from .midasheng_encoder import MiDashengAudioProjector, n_audio_tokens
 
 # %% ../../nbs/2_model/12_midashenglm.ipynb #c6
-QWEN2_7B = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                num_key_value_heads=4, max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=False)
+QWEN2_7B = dict(
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=False)
 
 def plain_rope(
     text:dict, # Fields of `text_config`
@@ -114,7 +115,8 @@ class AudioInputs:
         if audio_length is None: lengths = torch.full((len(input_values),), input_values.shape[1])
         else: lengths = audio_length.reshape(-1).long().cpu()
         if len(lengths) != len(input_values) or int(lengths.max()) > input_values.shape[1]:
-            raise ValueError(f"audio_length {lengths.tolist()} does not fit input_values of shape {list(input_values.shape)}")
+            shape = list(input_values.shape)
+            raise ValueError(f"audio_length {lengths.tolist()} does not fit input_values of shape {shape}")
         x = input_values[:, :int(lengths.max())].to(self.audio_encoder.time_pos_embed.device)
         x = x.float() / 32768 if x.dtype == torch.int16 else x.float()
         if int(lengths.min()) < MIN_SAMPLES:
@@ -135,7 +137,8 @@ class AudioInputs:
             audio = self.encode_audio(embeds.new_zeros(1, MIN_SAMPLES))[:0]
         at = (input_ids == self.config.audio_token_id).flatten().nonzero().squeeze(1)
         if len(at) != len(audio):
-            raise ValueError(f"the text has {len(at)} audio tokens (id {self.config.audio_token_id}), the clips make {len(audio)}")
+            token = self.config.audio_token_id
+            raise ValueError(f"the text has {len(at)} audio tokens (id {token}), the clips make {len(audio)}")
         flat = embeds.flatten(0, 1).index_copy(0, at.to(embeds.device), audio.to(embeds.device, embeds.dtype))
         return flat.view_as(embeds)
 
@@ -153,10 +156,10 @@ class MiDashengLMModel(AudioInputs, MiDashengLMPreTrainedModel, GenerationMixin)
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, input_values=None, audio_length=None, labels=None, position_ids=None,
-                past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None, num_items_in_batch=None,
-                loss_weights=None, loss_pieces=None, **kwargs):
-        "Loss or logits of rows [rows, positions] with clips [clips, samples]; see `labelled_loss` for the last three named arguments"
+    def forward(self, input_ids=None, attention_mask=None, input_values=None, audio_length=None, labels=None,
+                position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None,
+                num_items_in_batch=None, loss_weights=None, loss_pieces=None, **kwargs):
+        "Loss or logits of rows [rows, positions] with clips [clips, samples]; `labelled_loss` explains the last line"
         if inputs_embeds is None:
             cached = past_key_values is not None and past_key_values.get_seq_length() > 0
             if cached and input_values is None: inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -164,8 +167,9 @@ class MiDashengLMModel(AudioInputs, MiDashengLMPreTrainedModel, GenerationMixin)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1]:]
         if labels is not None: use_cache = False
-        out = self.decoder.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-                                 past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+        out = self.decoder.model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=use_cache, **kwargs)
         hidden, loss, logits = out.last_hidden_state, None, None
         if labels is not None:
             loss = labelled_loss(hidden, labels, self.decoder.lm_head, self.config.text_config.vocab_size,
@@ -200,7 +204,8 @@ def load_clip(
     x = x.mean(1)
     if rate == sampling_rate: return x
     try: import soxr
-    except ImportError: raise ImportError(f"a clip at {rate} Hz must be resampled to {sampling_rate} Hz: pip install soxr") from None
+    except ImportError:
+        raise ImportError(f"a clip at {rate} Hz must be resampled to {sampling_rate} Hz: pip install soxr") from None
     return soxr.resample(x, rate, sampling_rate)
 
 # %% ../../nbs/2_model/12_midashenglm.ipynb #c25
@@ -208,7 +213,8 @@ def clip_sources(
     conversations:list, # Lists of messages
 )->list: # Paths, URLs and waveforms
     "Sources of the audio parts of conversations, in the order of their appearance"
-    parts = [p for messages in conversations for m in messages if not isinstance(m["content"], str) for p in m["content"]]
+    contents = [m["content"] for messages in conversations for m in messages]
+    parts = [p for content in contents if not isinstance(content, str) for p in content]
     sources = [next((p[k] for k in ("audio", "path", "url") if k in p), None) for p in parts if p["type"] == "audio"]
     if any(s is None for s in sources): raise ValueError("an audio part of a message needs 'path', 'url' or 'audio'")
     return sources
@@ -223,7 +229,8 @@ class ConversationProcessor:
         "Repeat the `<|AUDIO|>` of each clip once per audio token, between bos and eos"
         bos, audio, eos = self.audio_bos_token, self.audio_token, self.audio_eos_token
         found = sum(t.count(audio) for t in texts)
-        if found != len(lengths): raise ValueError(f"the text has {found} {audio}, but {len(lengths)} clips were given")
+        if found != len(lengths):
+            raise ValueError(f"the text has {found} {audio}, but {len(lengths)} clips were given")
         remaining = iter(lengths)
         clip = re.compile(f"({re.escape(bos)})?{re.escape(audio)}({re.escape(eos)})?")
         return [clip.sub(lambda _: bos + audio*n_audio_tokens(next(remaining)) + eos, t) for t in texts]
@@ -237,7 +244,8 @@ class ConversationProcessor:
         **kwargs, # For the template (`add_generation_prompt`, ...); those of the tokenizer can be given here, too
     ):
         "Render conversations with the chat template, and load their clips"
-        names = {"padding", "padding_side", "truncation", "max_length", "add_special_tokens", "return_tensors", "sampling_rate"}
+        names = {"padding", "padding_side", "truncation", "max_length", "add_special_tokens", "return_tensors",
+                 "sampling_rate"}
         call = {k: kwargs.pop(k) for k in names & kwargs.keys()} | (processor_kwargs or {})
         is_batch = isinstance(conversation[0], (list, tuple))
         conversations = list(conversation) if is_batch else [conversation]
@@ -272,14 +280,16 @@ class MiDashengLMProcessor(ConversationProcessor, ProcessorMixin):
         **kwargs, # For the tokenizer; by default it pads on the left
     )->BatchFeature: # input_ids, attention_mask, and with audio input_values and audio_length
         "Turn prompts and clips into a batch"
-        if sampling_rate not in (None, SAMPLE_RATE): raise ValueError(f"clips must be at {SAMPLE_RATE} Hz, not {sampling_rate}")
+        if sampling_rate not in (None, SAMPLE_RATE):
+            raise ValueError(f"clips must be at {SAMPLE_RATE} Hz, not {sampling_rate}")
         if audio is None: audio = []
         elif getattr(audio, "ndim", 0) == 1: audio = [audio]
         clips = [np.asarray(c, dtype=np.float32) for c in audio]
         out, lengths = {}, [len(c) for c in clips]
         if text is not None:
             texts = self.expand_audio_tokens([text] if isinstance(text, str) else list(text), lengths)
-            out.update(self.tokenizer(texts, return_tensors=return_tensors, **{"padding": True, "padding_side": "left", **kwargs}))
+            options = {"padding": True, "padding_side": "left", **kwargs}
+            out.update(self.tokenizer(texts, return_tensors=return_tensors, **options))
         if clips:
             x = np.zeros((len(clips), max(lengths)), np.float32)
             for row, c in zip(x, clips): row[:len(c)] = c

@@ -60,7 +60,8 @@ def load_adapter(
             warnings.filterwarnings('error', 'Found missing adapter keys')
             return make_savable(PeftModel.from_pretrained(model, str(folder)))
     except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as e:
-        raise InputError(f"{folder}: this adapter does not fit {model.name_or_path}, or is damaged: {one_line(e)}") from e
+        reason = f"this adapter does not fit {model.name_or_path}, or is damaged"
+        raise InputError(f"{folder}: {reason}: {one_line(e)}") from e
 
 # %% ../../nbs/2_model/33_save.ipynb #c13
 def merge(
@@ -93,8 +94,8 @@ def merge_into_base(
     "Load a base model, and merge adapters into it"
     base = load_model(name, from_modelscope, dtype, device='cpu')
     if is_quantised(base):
-        raise InputError(f"--model-name {name}: these weights are quantised, and a merged model needs weights of 16 or 32 bits; "
-                         "give the model that they were made from")
+        raise InputError(f"--model-name {name}: these weights are quantised, and a merged model needs weights of 16 or "
+                         "32 bits; give the model that they were made from")
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True)
 
 # %% ../../nbs/2_model/33_save.ipynb #c17
@@ -104,7 +105,8 @@ def merge_adapter(
     "Merge the adapters in a folder into their base model"
     out = Path(s.output)
     name = s.model_name or adapter_config(s.adapter).get('base_model_name_or_path')
-    if not name: raise InputError(f"{s.adapter}: this adapter does not say what its base model is; give it as --model-name")
+    if not name:
+        raise InputError(f"{s.adapter}: this adapter does not say what its base model is; give it as --model-name")
     new_output(out, s.overwrite, 'model*.safetensors', (s.adapter, name))
     dtype = 'auto' if s.bf16 is None else pick_dtype(s.bf16)
     shutil.rmtree(f"{out}.part", ignore_errors=True)

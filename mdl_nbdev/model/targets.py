@@ -96,7 +96,8 @@ def check_full_tuning(
                          "use --tuning lora, or load the model unquantised")
     for name in ADAPTER_SETTINGS:
         if getattr(s, name) != getattr(TuneSettings(), name):
-            raise InputError(f"{option(name)} and --tuning full do not go together: there are no adapters in full fine-tuning")
+            raise InputError(f"{option(name)} and --tuning full do not go together: "
+                             "there are no adapters in full fine-tuning")
 
 def train_in_full(
     model:nn.Module, # From `load_model`; it is changed
@@ -107,7 +108,8 @@ def train_in_full(
     chosen = {*chosen_parts(model, s.train_target), *chosen_embeddings(model, s.train_target)}
     if not chosen:
         existing = ', '.join(linear_layers(model))
-        raise InputError(f"--train-target {','.join(s.train_target)}: nothing to train; this model has {existing}, embed_tokens and lm_head")
+        raise InputError(f"--train-target {','.join(s.train_target)}: nothing to train; "
+                         f"this model has {existing}, embed_tokens and lm_head")
     parts, family = parameter_parts(model), family_of(model)
     model.loaded_dtype = model.dtype # the type to save it in
     for name, p in model.named_parameters():
@@ -138,7 +140,8 @@ class Trainable:
 
     def _repr_html_(self):
         rows = [*self.parts.items(), ('all', (self.layers, self.trainable, self.total))]
-        cells = [(part, layers, f'{trained:,}', f'{size:,}', f'{trained/size:.1%}') for part, (layers, trained, size) in rows]
+        cells = [(part, layers, f'{trained:,}', f'{size:,}', f'{trained/size:.1%}')
+                 for part, (layers, trained, size) in rows]
         return html_table(cells, ['part', 'adapted layers', 'trainable', 'parameters', 'share'])
 
 # %% ../../nbs/2_model/31_targets.ipynb #c23
@@ -176,6 +179,6 @@ def load_trainable_state(
     def kinds(state): return {name: (t.shape, t.dtype) for name, t in state.items()}
     wrong = sorted({name for name, _ in kinds(own).items() ^ kinds(tensors).items()})
     if wrong:
-        raise InputError(f"these weights are not of this model with these settings: {len(wrong)} tensors are missing, left over "
-                         f"or of another shape or type, {wrong[0]} among them")
+        raise InputError(f"these weights are not of this model with these settings: {len(wrong)} tensors are missing, "
+                         f"left over or of another shape or type, {wrong[0]} among them")
     for name, p in own.items(): p.copy_(tensors[name])
