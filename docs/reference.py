@@ -67,7 +67,7 @@ def field_params(cls): # A dataclass
         if not f.init or f.name.startswith("_"): continue
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else EMPTY if f.default is dataclasses.MISSING else f.default
         shown = "half the cores" if getattr(f.default_factory, "__name__", "") == "half_the_cores" else value_name(default) # not this machine's number
-        yield Param(f.name, type_name(f.type), shown, docs.get(f.name) or "")
+        yield Param(f.name, type_name(f.type), shown, " ".join((docs.get(f.name) or "").split()))
 
 
 def params(o): # A function or class
@@ -80,7 +80,7 @@ def params(o): # A function or class
     for name, p in inspect.signature(o).parameters.items():
         if name in ("self", "cls"): continue
         stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-        found.append(Param(stars + name, type_name(p.annotation), "" if stars else value_name(p.default), (docs.get(name) or {}).get("docment") or ""))
+        found.append(Param(stars + name, type_name(p.annotation), "" if stars else value_name(p.default), " ".join(((docs.get(name) or {}).get("docment") or "").split())))
     returned = docs.get("return") or {}
     result = Param("", type_name(returned.get("anno")), "", returned.get("docment") or "")
     return found, result if not inspect.isclass(o) and (result.type or result.meaning) else None

@@ -27,7 +27,7 @@ def option_groups(
         names = [n for n in c.__dict__.get('__annotations__', {}) if n in own]
         if names:
             docs = docments(c)
-            groups[c.__doc__] = {n: docs[n] or '' for n in names}
+            groups[c.__doc__] = {n: ' '.join((docs[n] or '').split()) for n in names}
             own -= set(names)
     return groups
 
@@ -71,8 +71,10 @@ def parser(
         group = p.add_argument_group(title if title != cls.__doc__ else 'This command')
         for name, text in options.items():
             kw = dict(help=(text + default_text(fields[name])).replace('%', '%%'))
-            if option_facts(fields[name]).positional: group.add_argument(name, nargs='?', metavar=name.upper(), **kw)
-            else: group.add_argument(option(name), dest=name, metavar=metavar(fields[name].type), action='append', **kw)
+            if option_facts(fields[name]).positional:
+                group.add_argument(name, nargs='?', metavar=name.upper(), **kw)
+            else:
+                group.add_argument(option(name), dest=name, metavar=metavar(fields[name].type), action='append', **kw)
     p.add_argument('--config', metavar='FILE', help="YAML or JSON file with settings; options given here win over it")
     return p
 
@@ -96,8 +98,10 @@ def read_config(
     import yaml
     path = Path(path)
     try: values = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError) as e: raise InputError(f"{path}: cannot read this configuration file: {e}") from None
-    except yaml.YAMLError as e: raise InputError(f"{path}: not valid YAML or JSON: {' '.join(str(e).split())}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot read this configuration file: {e}") from None
+    except yaml.YAMLError as e:
+        raise InputError(f"{path}: not valid YAML or JSON: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict): raise InputError(f"{path}: expected settings as `name: value` lines")
     values = {str(k).replace('-', '_'): v for k,v in values.items()}
     known = [f.name for f in dataclasses.fields(cls)]

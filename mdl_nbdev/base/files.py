@@ -26,7 +26,9 @@ def replacing(
         yield new
         with open(new, 'rb') as f: os.fsync(f.fileno())
         os.replace(new, path)
-    except OSError as e: raise InputError(f"{path}: cannot write this file: {e.strerror or e}; free some space or choose another --output") from e
+    except OSError as e:
+        message = f"{path}: cannot write this file: {e.strerror or e}; free some space or choose another --output"
+        raise InputError(message) from e
     finally:
         with suppress(OSError): new.unlink()
 
@@ -55,7 +57,9 @@ def append_text(
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
-    except OSError as e: raise InputError(f"{path}: cannot write this file: {e.strerror or e}; finished work is kept: run the same command again to continue") from e
+    except OSError as e:
+        raise InputError(f"{path}: cannot write this file: {e.strerror or e}; "
+            "finished work is kept: run the same command again to continue") from e
 
 def json_lines(
     values:Iterable, # Plain values
@@ -87,7 +91,8 @@ def lock_file(
             except OSError: return f # a file system without locks
             if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(f.fileno())): return f
             f.close() # removed by the process that held it
-    except OSError as e: raise InputError(f"{path}: cannot write this file: {e.strerror or e}; choose another --output") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot write this file: {e.strerror or e}; choose another --output") from None
 
 @contextmanager
 def file_lock(
@@ -115,23 +120,29 @@ def file_digest(
 def new_output(
     path:str|Path, # Where a command will write
     overwrite:bool=False, # Whether it may replace what is there
-    marker:str|None=None, # Pattern of a file that an output folder of this command always holds; None: the output is a file
+    # Pattern of a file that an output folder of this command always holds; None: the output is a file
+    marker:str|None=None,
     inputs:tuple=(), # Files that the command reads, which it must not replace
 )->None:
     "Check that an output can be written: it does not exist, or may be replaced and was written by this command"
     if not os.path.lexists(path): return
     same = [p for p in inputs if os.path.exists(p) and os.path.exists(path) and os.path.samefile(p, path)]
     if same: raise InputError(f"{path}: is an input; choose another --output")
-    if not overwrite: raise InputError(f"{path}: the output exists already; choose another --output, or replace it with --overwrite true")
-    if marker: own, kind = not os.path.islink(path) and any(Path(path).glob(marker)), f'a folder with {marker} in it'
+    if not overwrite:
+        raise InputError(f"{path}: the output exists already; choose another --output, or replace it with --overwrite true")
+    if marker:
+        own, kind = not os.path.islink(path) and any(Path(path).glob(marker)), f'a folder with {marker} in it'
     else: own, kind = os.path.isfile(path), 'a file'
-    if not own: raise InputError(f"{path}: is not replaced, since it is not {kind}, as this command writes; choose another --output")
+    if not own:
+        raise InputError(f"{path}: is not replaced, since it is not {kind}, as this command writes; choose another --output")
 
 def make_folder(
     path:str|Path, # Folder to make, with its parents
 )->Path: # The same
     "Make a folder that can be written to"
     try: Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f"{path}: cannot make this folder: {e.strerror}; choose another --output") from None
-    if not os.access(path, os.W_OK): raise InputError(f"{path}: no permission to write here; choose another --output")
+    except OSError as e:
+        raise InputError(f"{path}: cannot make this folder: {e.strerror}; choose another --output") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: no permission to write here; choose another --output")
     return Path(path)

@@ -30,7 +30,8 @@ def html_table(
 )->Html: # A `<table>` element
     "A table; cells that are not `Html` are escaped"
     style = 'text-align:left;vertical-align:middle;white-space:pre-wrap;padding:2px 14px 2px 0'
-    def line(tag, cells): return '<tr>' + ''.join(f'<{tag} style="{style}">{as_html(c)}</{tag}>' for c in cells) + '</tr>'
+    def line(tag, cells):
+        return '<tr>' + ''.join(f'<{tag} style="{style}">{as_html(c)}</{tag}>' for c in cells) + '</tr>'
     top = (f'<caption>{as_html(caption)}</caption>' if caption else '') + (line('th', head) if head else '')
     return Html(f'<table style="border-collapse:collapse">{top}{"".join(line("td", r) for r in rows)}</table>')
 
@@ -40,7 +41,8 @@ def svg_image(
     alt:str='', # A description for screen readers
 )->Html: # An `<img>` element
     "An SVG as a picture that any viewer of notebooks shows"
-    return Html(f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">')
+    data = base64.b64encode(svg.encode()).decode()
+    return Html(f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/svg+xml;base64,{data}">')
 
 def html_bar(
     share:float, # Between 0 and 1
@@ -66,7 +68,8 @@ def audio_player(
     sf.write(out, head, rate, format='MP3')
     note = f' <small>first {max_seconds:g} s of {len(waveform)/rate:.1f} s</small>' if len(head) < len(waveform) else ''
     css = f' style="{style}"' if style else ''
-    return Html(f'<audio{css} controls preload="none" src="data:audio/mpeg;base64,{base64.b64encode(out.getvalue()).decode()}"></audio>{note}')
+    data = base64.b64encode(out.getvalue()).decode()
+    return Html(f'<audio{css} controls preload="none" src="data:audio/mpeg;base64,{data}"></audio>{note}')
 
 # %% ../../nbs/0_base/04_html.ipynb #c17
 def html_box(

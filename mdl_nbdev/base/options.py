@@ -18,7 +18,8 @@ def type_text(
     tp:Any, # A declared type
 )->str: # Such as `a whole number or null`
     "Describe the values of a type, for help texts and errors"
-    if get_origin(tp) in (Union, types.UnionType): return ' or '.join(dict.fromkeys(type_text(t) for t in get_args(tp)))
+    if get_origin(tp) in (Union, types.UnionType):
+        return ' or '.join(dict.fromkeys(type_text(t) for t in get_args(tp)))
     if get_origin(tp) is list: return type_text(get_args(tp)[0])
     if get_origin(tp) is dict: return f"name={type_text(get_args(tp)[1])}"
     if get_origin(tp) is Literal: return '|'.join(map(str, get_args(tp)))
@@ -86,7 +87,8 @@ class OptionFacts:
     positional:bool=False # Given by position on the command line
     location:bool=False   # Says where data, model or output are: forms show these first
     result:bool=True      # Results depend on it
-    resume:bool=False     # It may change when a run resumes: no result depends on it, or contents are compared instead
+    # It may change when a run resumes: no result depends on it, or contents are compared instead
+    resume:bool=False
     convert:bool=False    # Conversion of a dataset reads it
     adapter:bool=False    # It describes adapters, and means nothing in full fine-tuning
 
@@ -121,7 +123,8 @@ def options_where(
     return [f.name for f in dataclasses.fields(cls) if getattr(option_facts(f), fact) is value]
 
 # %% ../../nbs/0_base/05_options.ipynb #c16
-BOUNDS = dict(minimum=('at least', operator.ge), above=('more than', operator.gt), maximum=('at most', operator.le), below=('less than', operator.lt)) # How to say and to check each bound
+BOUNDS = dict(minimum=('at least', operator.ge), above=('more than', operator.gt),
+    maximum=('at most', operator.le), below=('less than', operator.lt)) # How to say and to check each bound
 
 class Settings:
     "The base of all settings: a keyword-only dataclass whose values are checked when it is made"
@@ -129,7 +132,8 @@ class Settings:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             try: value = coerce(value, f.type)
-            except ValueError: raise InputError(f"{option(f.name)}: got {value!r}, expected {type_text(f.type)}") from None
+            except ValueError:
+                raise InputError(f"{option(f.name)}: got {value!r}, expected {type_text(f.type)}") from None
             setattr(self, f.name, value)
             for number in value.values() if isinstance(value, dict) else [value]: _check_bounds(f, number)
 

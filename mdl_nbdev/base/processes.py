@@ -92,14 +92,16 @@ class DaemonPool:
         for _ in self.threads: self.tasks.put(None)
 
 # %% ../../nbs/0_base/02_processes.ipynb #c16
-LOST = "another process of this run ended before its work was done; finished work is kept: run the same command again to continue"
+LOST = ("another process of this run ended before its work was done; "
+    "finished work is kept: run the same command again to continue")
 
 class LostRank(InputError):
     "Another process of a run has ended or cannot be reached"
 
 class Ranks:
     "The processes of a run; a context manager that leaves `torch.distributed` as it found it"
-    def __init__(self): self.rank, self.world, self.group, self.started = process_rank(), world_size(), None, False
+    def __init__(self):
+        self.rank, self.world, self.group, self.started = process_rank(), world_size(), None, False
 
     def __enter__(self):
         if self.world > 1:

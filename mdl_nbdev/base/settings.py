@@ -25,9 +25,12 @@ class DataSettings(Settings):
     "Clips and prompts"
     system_prompt:str|None=opt(None, convert=True) # System prompt for rows that have none of their own
     user_prompt:str|None=opt(None, convert=True) # User prompt for rows that have none of their own
-    base_dir:Path|None=opt(None, resume=True, convert=True, location=True) # Folder that relative audio paths start from; otherwise the working directory
-    max_audio_seconds:float=opt(600., minimum=0.1, convert=True) # Longer clips are rejected before they are decoded
-    num_workers:int=opt(half_the_cores, minimum=1, result=False, convert=True) # Parallel readers of audio; half the available cores, at most 32
+    # Folder that relative audio paths start from; otherwise the working directory
+    base_dir:Path|None=opt(None, resume=True, convert=True, location=True)
+    # Longer clips are rejected before they are decoded
+    max_audio_seconds:float=opt(600., minimum=0.1, convert=True)
+    # Parallel readers of audio; half the available cores, at most 32
+    num_workers:int=opt(half_the_cores, minimum=1, result=False, convert=True)
 
 # %% ../../nbs/0_base/06_settings.ipynb #c7
 DEFAULT_MODEL = 'mispeech/midashenglm-7b-1021-bf16' # Recommended upstream for fine-tuning and inference
@@ -35,14 +38,18 @@ DEFAULT_MODEL = 'mispeech/midashenglm-7b-1021-bf16' # Recommended upstream for f
 @dataclass(kw_only=True)
 class ModelSettings(Settings):
     "The model"
-    model_name:str=opt(DEFAULT_MODEL, convert=True, location=True) # Hub id, folder, or a built-in model that needs no download: `tiny` (audio), `tiny-text`
-    from_modelscope:bool=opt(False, resume=True, convert=True) # Download from ModelScope instead of the Hugging Face hub
+    # Hub id, folder, or a built-in model that needs no download: `tiny` (audio), `tiny-text`
+    model_name:str=opt(DEFAULT_MODEL, convert=True, location=True)
+    # Download from ModelScope instead of the Hugging Face hub
+    from_modelscope:bool=opt(False, resume=True, convert=True)
 
 @dataclass(kw_only=True)
 class TokenizeSettings(Settings):
     "Tokenization"
-    tokenizing_batch_size:int=opt(8, minimum=1, result=False, convert=True) # Conversations tokenized in one call
-    chat_template:Path|None=opt(None, resume=True, convert=True, location=True) # Jinja file with a chat template, instead of the model's own
+    # Conversations tokenized in one call
+    tokenizing_batch_size:int=opt(8, minimum=1, result=False, convert=True)
+    # Jinja file with a chat template, instead of the model's own
+    chat_template:Path|None=opt(None, resume=True, convert=True, location=True)
 
 @dataclass(kw_only=True)
 class LoadSettings(ModelSettings):
@@ -57,15 +64,20 @@ TARGETS = ('encoder', 'projector', 'decoder', 'embed_tokens', 'lm_head') # Parts
 class TuneSettings(Settings):
     "What is trained"
     tuning:Literal['lora', 'full']='lora' # Train low-rank adapters, or the weights themselves
-    train_target:list[Literal[TARGETS]]=opt(lambda: ['encoder', 'projector', 'decoder']) # Parts to train; LoRA adapts every linear layer of encoder, projector and decoder, and trains embed_tokens and lm_head in full
+    # Parts to train; LoRA adapts every linear layer of encoder, projector and decoder, and trains
+    # embed_tokens and lm_head in full
+    train_target:list[Literal[TARGETS]]=opt(lambda: ['encoder', 'projector', 'decoder'])
     lora_rank:int=opt(32, minimum=1) # Rank of the adapters
     lora_alpha:int=opt(32, minimum=1) # Adapters are scaled by alpha / rank
     lora_dropout:float=opt(0., minimum=0, below=1) # Dropout on the input of the adapters
-    lora_target_modules:str|None=opt(None, adapter=True) # Regular expression that full module names must match, instead of encoder, projector and decoder
-    lora_init:Literal['default', 'pissa']=opt('default', adapter=True) # Initial adapters: no change to the model, or its principal singular vectors (PiSSA)
+    # Regular expression that full module names must match, instead of encoder, projector and decoder
+    lora_target_modules:str|None=opt(None, adapter=True)
+    # Initial adapters: no change to the model, or its principal singular vectors (PiSSA)
+    lora_init:Literal['default', 'pissa']=opt('default', adapter=True)
     use_rslora:bool=opt(False, adapter=True) # Scale adapters by alpha / sqrt(rank) (rsLoRA)
     use_dora:bool=opt(False, adapter=True) # Train magnitude and direction of the weights separately (DoRA)
-    loraplus_lr_ratio:float|None=opt(None, minimum=0, adapter=True) # LoRA+: learning rate of the B matrices, as a multiple of lr
+    # LoRA+: learning rate of the B matrices, as a multiple of lr
+    loraplus_lr_ratio:float|None=opt(None, minimum=0, adapter=True)
 
 # %% ../../nbs/0_base/06_settings.ipynb #c10
 LOSS_MODES = dict(case1='tokens', case2='samples', case3='tasks', case4='tasks-samples') # MFTCoder's names -> ours
@@ -73,19 +85,28 @@ LOSS_MODES = dict(case1='tokens', case2='samples', case3='tasks', case4='tasks-s
 @dataclass(kw_only=True)
 class TaskSettings(Settings):
     "Tasks and their loss"
-    train_dataset:list[Path]=opt(resume=True, location=True) # CSV, TSV, Parquet or JSONL file, converted dataset, folder with the files of a task, or folder of such folders; may be repeated
+    # CSV, TSV, Parquet or JSONL file, converted dataset, folder with the files of a task, or folder of such
+    # folders; may be repeated
+    train_dataset:list[Path]=opt(resume=True, location=True)
     eval_dataset:list[Path]=opt(list, resume=True, location=True) # The same, for evaluation
-    validation_split:float=opt(0., minimum=0, below=1) # Share of the rows of each task that is kept for evaluation
-    task_sampling:dict[str,float]=opt(dict, minimum=0) # How often an epoch visits the rows of a task, as name=number; once if not named
-    loss_mode:Literal['tokens', 'samples', 'tasks', 'tasks-samples', 'coba', 'case1', 'case2', 'case3', 'case4']='tasks' # Mean over tokens (case1), over samples (case2), over tasks of their tokens (case3), over tasks of their samples (case4), or over tasks with weights that follow their convergence (coba)
-    task_weights:dict[str,float]=opt(dict, minimum=0) # Weight of a task in the modes tasks and tasks-samples, as name=number; 1 if not named
+    # Share of the rows of each task that is kept for evaluation
+    validation_split:float=opt(0., minimum=0, below=1)
+    # How often an epoch visits the rows of a task, as name=number; once if not named
+    task_sampling:dict[str,float]=opt(dict, minimum=0)
+    # Mean over tokens (case1), over samples (case2), over tasks of their tokens (case3), over tasks of their
+    # samples (case4), or over tasks with weights that follow their convergence (coba)
+    loss_mode:Literal['tokens', 'samples', 'tasks', 'tasks-samples', 'coba', 'case1', 'case2', 'case3', 'case4']='tasks'
+    # Weight of a task in the modes tasks and tasks-samples, as name=number; 1 if not named
+    task_weights:dict[str,float]=opt(dict, minimum=0)
     coba_warmup_steps:int=opt(100, minimum=2) # coba: steps with equal weights
     coba_window:int=opt(200, minimum=2) # coba: number of validation losses that a slope is fitted to
     coba_tau:float=opt(5., minimum=0) # coba: temperature of the divergence factor
     coba_interval:int=opt(1, minimum=1) # coba: steps between two validation probes of one batch per task
     seq_length:int|None=opt(None, minimum=1) # Maximum tokens per sample, including audio tokens; null: no limit
-    too_long:Literal['reject', 'truncate']='reject' # Leave longer samples out, or truncate them; both are listed in too_long.csv
-    packing:bool=False # Pack several samples into one sequence of seq_length tokens; they do not attend to each other
+    # Leave longer samples out, or truncate them; both are listed in too_long.csv
+    too_long:Literal['reject', 'truncate']='reject'
+    # Pack several samples into one sequence of seq_length tokens; they do not attend to each other
+    packing:bool=False
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,33 +132,47 @@ class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings):
 @dataclass(kw_only=True)
 class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, TaskSettings):
     "Fine-tune a model"
-    output:Path=opt(result=False, location=True) # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/
+    # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/
+    output:Path=opt(result=False, location=True)
     lr:float=opt(1e-4, minimum=0) # Peak learning rate
     num_epochs:float=opt(1., minimum=0) # Passes over the training data; fractions are allowed
     max_steps:int|None=opt(None, minimum=1) # Stop after this many optimizer steps, whatever num_epochs says
-    warmup_steps:int|float=opt(0, minimum=0) # Steps over which the learning rate rises to its peak; below 1: a fraction of all steps
+    # Steps over which the learning rate rises to its peak; below 1: a fraction of all steps
+    warmup_steps:int|float=opt(0, minimum=0)
     min_lr:float=opt(0., minimum=0) # Floor of the learning rate after warm-up
     lr_scheduler_type:str='linear' # Learning rate schedule, by its name in transformers
     weight_decay:float=opt(0., minimum=0) # Weight decay of AdamW
     max_grad_norm:float=opt(1., minimum=0) # Clip gradients to this norm; 0: no clipping
     batch_size:int=opt(8, minimum=1) # Rows per batch, on each device
     gradient_accumulation_steps:int=opt(1, minimum=1) # Batches per optimizer step
-    gradient_checkpointing:bool=opt(True, result=False) # Recompute activations in the backward pass: less memory, more time
-    eval_strategy:list[Literal['steps', 'epoch']]=opt(lambda: ['steps'], result=False) # Evaluate by steps, after every epoch, or both
-    eval_steps:int|float=opt(500, steps=True, result=False) # Steps between evaluations; below 1: a fraction of all steps
+    # Recompute activations in the backward pass: less memory, more time
+    gradient_checkpointing:bool=opt(True, result=False)
+    # Evaluate by steps, after every epoch, or both
+    eval_strategy:list[Literal['steps', 'epoch']]=opt(lambda: ['steps'], result=False)
+    # Steps between evaluations; below 1: a fraction of all steps
+    eval_steps:int|float=opt(500, steps=True, result=False)
     eval_batch_size:int|None=opt(None, minimum=1, result=False) # Rows per evaluation batch; null: batch_size
-    eval_accumulation_steps:int|None=opt(None, minimum=1, result=False) # Evaluation batches between transfers of results to the CPU
-    sample_answers:int=opt(4, minimum=0, result=False) # Evaluation rows to answer after every evaluation, written to samples.jsonl; 0: none
-    save_steps:int|float=opt(500, steps=True, result=False) # Steps between checkpoints; below 1: a fraction of all steps
-    save_total_limit:int|None=opt(None, minimum=1, result=False) # Number of checkpoints to keep, the best and the latest among them; null: all
-    extra_save_by_epoch:bool=opt(False, result=False) # Also keep a checkpoint of every epoch, as epoch-N, which does not count towards the limit
-    early_stopping_patience:int|None=opt(None, minimum=1, resume=True) # Stop after this many evaluations in a row without a new best; null: never
+    # Evaluation batches between transfers of results to the CPU
+    eval_accumulation_steps:int|None=opt(None, minimum=1, result=False)
+    # Evaluation rows to answer after every evaluation, written to samples.jsonl; 0: none
+    sample_answers:int=opt(4, minimum=0, result=False)
+    # Steps between checkpoints; below 1: a fraction of all steps
+    save_steps:int|float=opt(500, steps=True, result=False)
+    # Number of checkpoints to keep, the best and the latest among them; null: all
+    save_total_limit:int|None=opt(None, minimum=1, result=False)
+    # Also keep a checkpoint of every epoch, as epoch-N, which does not count towards the limit
+    extra_save_by_epoch:bool=opt(False, result=False)
+    # Stop after this many evaluations in a row without a new best; null: never
+    early_stopping_patience:int|None=opt(None, minimum=1, resume=True)
     merge_lora:bool=opt(True, resume=True) # final/ holds the merged model; false: only the adapter
-    resume_from_checkpoint:bool|Path|None=opt(None, result=False) # Resume from the last checkpoint (true) or from a given one
+    # Resume from the last checkpoint (true) or from a given one
+    resume_from_checkpoint:bool|Path|None=opt(None, result=False)
     allow_changes:bool=opt(False, result=False) # Resume even if data or settings that matter have changed
-    dry_run:bool=opt(False, result=False) # Show what would be trained, the first batch, and the memory that the longest batch needs; then stop
+    # Show what would be trained, the first batch, and the memory that the longest batch needs; then stop
+    dry_run:bool=opt(False, result=False)
     logging_steps:int=opt(10, minimum=1, result=False) # Steps between lines of metrics.jsonl
-    report_to:list[str]=opt(list, result=False) # Trackers that also receive the metrics: tensorboard, wandb, ...
+    # Trackers that also receive the metrics: tensorboard, wandb, ...
+    report_to:list[str]=opt(list, result=False)
     seed:int=opt(42, minimum=0) # Seed of the initial adapters, the order of rows, and dropout
 
 # %% ../../nbs/0_base/06_settings.ipynb #c15
@@ -145,19 +180,23 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
 class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     "Answer every row of a file with a model"
     input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to answer
-    output:Path=opt(result=False, location=True) # File to write: the columns of the input, with the answer in `prediction`
+    # File to write: the columns of the input, with the answer in `prediction`
+    output:Path=opt(result=False, location=True)
     model_name:str=opt(location=True) # Hub id, folder, or a built-in model: `tiny` (audio), `tiny-text`
     adapter:Path|None=opt(None, location=True) # Folder of a LoRA adapter to apply to the model
     batch_size:int=opt(32, minimum=1) # Rows generated together
-    max_new_tokens:int|None=opt(None, minimum=1) # Maximum tokens of an answer; null: 256, or what max_length leaves
-    max_length:int|None=opt(None, minimum=1) # Maximum tokens of prompt and answer together, audio tokens included; null: no limit besides the model's
+    # Maximum tokens of an answer; null: 256, or what max_length leaves
+    max_new_tokens:int|None=opt(None, minimum=1)
+    # Maximum tokens of prompt and answer together, audio tokens included; null: no limit besides the model's
+    max_length:int|None=opt(None, minimum=1)
     do_sample:bool=False # Sample; false: choose the most likely token at every step
     temperature:float=opt(1., above=0) # Sampling temperature
     top_p:float=opt(1., above=0, maximum=1) # Sample from the most likely tokens that hold this much probability
     num_beams:int=opt(1, minimum=1) # Beams of a beam search
     repetition_penalty:float=opt(1., above=0) # Above 1: tokens that already occurred become less likely
     seed:int=opt(42, minimum=0) # Seed of sampling
-    on_error:Literal['reject', 'raise']=opt('reject', result=False) # A bad row gets an empty answer and a line in <output>.rejects.csv, or stops the run
+    # A bad row gets an empty answer and a line in <output>.rejects.csv, or stops the run
+    on_error:Literal['reject', 'raise']=opt('reject', result=False)
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
 # %% ../../nbs/0_base/06_settings.ipynb #c16

@@ -44,7 +44,8 @@ def format_duration(
     seconds:float, # How long
 )->str: # Such as `2.50 hours`, `8.5 minutes` or `12.0 s`
     "A duration in the unit that suits it"
-    return f'{seconds/3600:,.2f} hours' if seconds >= 3600 else f'{seconds/60:.1f} minutes' if seconds >= 60 else f'{seconds:.1f} s'
+    if seconds >= 3600: return f'{seconds/3600:,.2f} hours'
+    return f'{seconds/60:.1f} minutes' if seconds >= 60 else f'{seconds:.1f} s'
 
 def format_clock(
     seconds:float, # How long

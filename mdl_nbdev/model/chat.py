@@ -24,7 +24,8 @@ class Example:
     labels:np.ndarray # int32 [tokens]; -100 where there is no loss
     clips:list # Waveforms [samples], int16 (or float32), mono, in the order of their tokens
     conversation:object=None # The `Conversation` it was made from; None in datasets of earlier versions
-    spans:np.ndarray|None=None # int32 [turns, 2]: tokens from which to which each turn of the conversation reaches
+    # int32 [turns, 2]: tokens from which to which each turn of the conversation reaches
+    spans:np.ndarray|None=None
     task:str='' # Task it belongs to; '': not given
     task_id:int=0 # Number of the task in a mix of tasks
     source:tuple[str,int]=('', 0) # File and line it came from, where there is no conversation
@@ -66,14 +67,17 @@ class Chat:
         chat_template:str|None=None, # A Jinja template instead of the model's own
         template_file:str|None=None, # The file it came from, for error messages
     ):
-        if tok.eos_token is None: raise InputError("this tokenizer has no end token, so the model could not learn when to stop")
+        if tok.eos_token is None:
+            raise InputError("this tokenizer has no end token, so the model could not learn when to stop")
         tok.chat_template = chat_template or family.chat_template(tok)
-        if not tok.chat_template: raise InputError(f"{family.name}: the tokenizer has no chat template; give one with --chat-template")
+        if not tok.chat_template:
+            raise InputError(f"{family.name}: the tokenizer has no chat template; give one with --chat-template")
         if template_file: tok.chat_template_file = template_file
         if tok.pad_token is None: tok.pad_token = tok.eos_token
         self.tok, self.family, self.plans = tok, family, {}
         self.inner_tok, self.inner_after_control = inner_tokenizer(tok)
-        if chat_template: self.segments((('user', ('text',)), ('assistant', ('text',)))) # better now than after the data is read
+        if chat_template:
+            self.segments((('user', ('text',)), ('assistant', ('text',)))) # better now than after the data is read
 
     @property
     def pad_id(self)->int:
@@ -91,7 +95,8 @@ class Chat:
         return tuple(self.tok.get_vocab().get(t) for t in self.family.brackets or (None, None))
 
 # %% ../../nbs/2_model/03_chat.ipynb #c12
-SPACE_RULES = {'Metaspace':('prepend_scheme', 'never'), 'ByteLevel':('add_prefix_space', False), 'Prepend':('prepend', '')} # Step of a tokenizer -> setting and value that adds no space
+# Step of a tokenizer -> its setting, and the value that adds no space
+SPACE_RULES = {'Metaspace':('prepend_scheme', 'never'), 'ByteLevel':('add_prefix_space', False), 'Prepend':('prepend', '')}
 
 def inner_tokenizer(
     tok, # A transformers tokenizer
@@ -117,7 +122,8 @@ def segments(self:Chat,
     "The segments of a shape, worked out once"
     if shape not in self.plans:
         found = segments_of(self.tok, self.family, shape)
-        def inner(i): return self.inner_tok is not self.tok and i > 0 and (self.inner_after_control or found[i-1].kind=='text')
+        def inner(i):
+            return self.inner_tok is not self.tok and i > 0 and (self.inner_after_control or found[i-1].kind=='text')
         self.plans[shape] = tuple(replace(s, inner=inner(i)) for i,s in enumerate(found))
     return self.plans[shape]
 
@@ -133,9 +139,11 @@ def check(self:Chat,
         for m in conversation.messages if markers else ():
             text = ''.join(p.get('text', '') for p in m['content'])
             forged = [mark for mark in markers if m['role'] != 'text' and mark in text]
-            if forged: raise InputError(f"the {m['role']}'s text contains {forged[0]!r}, which marks a turn for this model; remove it")
+            if forged:
+                raise InputError(f"the {m['role']}'s text contains {forged[0]!r}, which marks a turn for this model; remove it")
         return self.segments(shape_of(conversation.messages))
-    except InputError as e: raise InputError(f"{conversation.where}: {e}" if conversation.file else str(e)) from e.__cause__
+    except InputError as e:
+        raise InputError(f"{conversation.where}: {e}" if conversation.file else str(e)) from e.__cause__
 
 # %% ../../nbs/2_model/03_chat.ipynb #c18
 @dataclass(slots=True)
@@ -163,14 +171,16 @@ def example(self:TokenizedConversation,
     previous = None
     for segment,own in zip(self.segments, self.ids):
         if segment.kind=='clip': own = own*self.family.clip_tokens(next(lengths))
-        learned = segment.kind=='completion' or previous=='completion' and segment.kind=='control' # the token after a completion ends it
+        ends = previous=='completion' and segment.kind=='control' # the token after a completion ends it
+        learned = segment.kind=='completion' or ends
         bounds.append((len(ids), len(ids)+len(own)))
         ids += own
         labels += own if learned else [-100]*len(own)
         previous = segment.kind
     labels[:1] = [-100] # nothing comes before the first token, so nothing can predict it
     conv = self.conversation
-    return Example(np.array(ids, np.int32), np.array(labels, np.int32), clips, conv, turn_spans(conv, self.segments, bounds), conv.task or '')
+    spans = turn_spans(conv, self.segments, bounds)
+    return Example(np.array(ids, np.int32), np.array(labels, np.int32), clips, conv, spans, conv.task or '')
 
 def turn_spans(
     conversation, # A `Conversation`
@@ -201,7 +211,8 @@ def tokenize(self:Chat,
     runs = {False:[], True:[]}
     for plan,own in zip(plans, texts):
         for s in plan:
-            if s.token is None: runs[s.inner].append(''.join(own[v] if isinstance(v, int) else v for v in s.run))
+            if s.token is None:
+                runs[s.inner].append(''.join(own[v] if isinstance(v, int) else v for v in s.run))
     encoded = {False:iter(run_ids(self.tok, runs[False])), True:iter(run_ids(self.inner_tok, runs[True]))}
     def ids(s): return next(encoded[s.inner]) if s.token is None else [s.token]
     return [TokenizedConversation(c, self.family, plan, [ids(s) for s in plan]) for c,plan in zip(conversations, plans)]
@@ -261,6 +272,7 @@ def decode_completion(self:Chat,
 def fingerprint(self:Chat)->str: # 16 hexadecimal digits
     "A digest of everything that decides token ids: vocabulary, merges, control tokens, chat template"
     backend = json.loads(self.tok.backend_tokenizer.to_str()) | dict(padding=None, truncation=None)
-    named = [self.tok.bos_token, self.tok.eos_token] if self.family.clip_token is None else [] # the templates of audio models spell them out
+    named = [self.tok.bos_token, self.tok.eos_token]
+    if self.family.clip_token is not None: named = [] # the templates of audio models spell them out
     facts = [backend, self.tok.chat_template, *named, *self.family.fingerprint_facts]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -58,13 +58,15 @@ class Collator:
 
 # %% ../../nbs/2_model/05_collate.ipynb #c9
 DESCRIPTIONS = ('sample', 'task', 'n_samples') # Tensors of a batch that describe it and are not for the model
-SAMPLE_COLOURS = [('#b7e4c7', '#2d6a4f'), ('#bfdbfe', '#1d4ed8'), ('#fde68a', '#b45309'), ('#fbcfe8', '#be185d'), ('#ddd6fe', '#6d28d9'), ('#a5f3fc', '#0e7490')] # Without and with loss
+SAMPLE_COLOURS = [('#b7e4c7', '#2d6a4f'), ('#bfdbfe', '#1d4ed8'), ('#fde68a', '#b45309'),
+    ('#fbcfe8', '#be185d'), ('#ddd6fe', '#6d28d9'), ('#a5f3fc', '#0e7490')] # Without and with loss
 
 class Batch(dict):
     """Tensors by name: the model's arguments, and three that describe the batch.
 
-    input_ids and labels are int64 [rows, tokens]; attention_mask is there for padded rows, position_ids for packed ones. sample [rows, tokens] is the number of the sample that a token
-    belongs to, or -1; task [samples] is the number of its task; n_samples [clips] is the length of each clip."""
+    input_ids and labels are int64 [rows, tokens]; attention_mask is there for padded rows, position_ids for packed
+    ones. sample [rows, tokens] is the number of the sample that a token belongs to, or -1; task [samples] is the
+    number of its task; n_samples [clips] is the length of each clip."""
     def __init__(self,
         tensors:dict, # Name -> tensor
         sample_rate:int=16_000, # Of the clips
@@ -89,7 +91,8 @@ class Batch(dict):
 
 # %% ../../nbs/2_model/05_collate.ipynb #c10
 @patch
-def __repr__(self:Batch): return f"{len(self['task'])} samples in {len(self['sample'])} rows of {self['sample'].shape[1]} tokens"
+def __repr__(self:Batch):
+    return f"{len(self['task'])} samples in {len(self['sample'])} rows of {self['sample'].shape[1]} tokens"
 
 @patch
 def _repr_html_(self:Batch):
@@ -107,7 +110,9 @@ def sample_strip(
 )->str: # A `<div>` element
     "A row of a batch as a strip of coloured runs"
     ends = np.flatnonzero(np.diff(sample*2 + (labels>=0), append=-9)) + 1
-    def colour(i): return '#f1f5f9' if sample[i] < 0 else SAMPLE_COLOURS[sample[i] % len(SAMPLE_COLOURS)][int(labels[i] >= 0)]
-    def run(a, b): return f'<span style="display:inline-block;width:{(b-a)*width:.1f}px;height:8px;background:{colour(a)}"></span>'
+    def colour(i):
+        return '#f1f5f9' if sample[i] < 0 else SAMPLE_COLOURS[sample[i] % len(SAMPLE_COLOURS)][int(labels[i] >= 0)]
+    def run(a, b):
+        return f'<span style="display:inline-block;width:{(b-a)*width:.1f}px;height:8px;background:{colour(a)}"></span>'
     runs = ''.join(run(a, b) for a,b in zip([0, *ends], ends))
     return f'<div style="white-space:nowrap;line-height:8px;margin-bottom:1px">{runs}</div>'

@@ -101,7 +101,8 @@ def arguments(self:TransformersEngine,
 )->dict: # Of the model's `generate`
     "The options of a batch"
     o = self.options
-    args = dict(do_sample=o.do_sample, num_beams=o.num_beams, repetition_penalty=o.repetition_penalty, max_new_tokens=max(r.max_new_tokens for r in batch))
+    args = dict(do_sample=o.do_sample, num_beams=o.num_beams, repetition_penalty=o.repetition_penalty,
+        max_new_tokens=max(r.max_new_tokens for r in batch))
     if o.do_sample: args |= dict(temperature=o.temperature, top_p=o.top_p, top_k=0)
     if o.logprobs: args |= dict(output_scores=True)
     return args | dict(return_dict_in_generate=True, eos_token_id=self.stops, pad_token_id=self.chat.pad_id)
@@ -114,11 +115,14 @@ def complete(self:TransformersEngine,
     "Generate one batch"
     o, inputs = self.options, self.collate([r.example for r in batch]).to(self.model.device).inputs
     inputs.pop('labels')
-    if o.do_sample: torch.manual_seed(zlib.crc32(repr((o.seed, batch[0].key)).encode())) # the same after an interruption
+    if o.do_sample:
+        torch.manual_seed(zlib.crc32(repr((o.seed, batch[0].key)).encode())) # the same after an interruption
     out = self.model.generate(**inputs, **self.arguments(batch))
     start = 0 if self.chat.family.generates_from_embeddings else inputs['input_ids'].shape[1]
     scores = [None]*len(batch)
-    if o.logprobs: scores = self.model.compute_transition_scores(out.sequences, out.scores, getattr(out, 'beam_indices', None), normalize_logits=True).tolist()
+    if o.logprobs:
+        beams = getattr(out, 'beam_indices', None)
+        scores = self.model.compute_transition_scores(out.sequences, out.scores, beams, normalize_logits=True).tolist()
     return [self.completion(r, ids, s) for r,ids,s in zip(batch, out.sequences[:,start:].tolist(), scores)]
 
 @patch
@@ -130,7 +134,8 @@ def completion(self:TransformersEngine,
     "What belongs to a request of the tokens generated for its batch"
     end = next((i for i,t in enumerate(ids) if t in self.stops), len(ids))
     n = min(end, request.max_new_tokens)
-    return Completion(request.key, ids[:n], self.chat.decode_completion(ids[:n]), end==len(ids) or end > request.max_new_tokens, scores[:n] if scores else None)
+    truncated = end==len(ids) or end > request.max_new_tokens
+    return Completion(request.key, ids[:n], self.chat.decode_completion(ids[:n]), truncated, scores[:n] if scores else None)
 
 # %% ../../nbs/2_model/40_engine.ipynb #c13
 @torch.no_grad()

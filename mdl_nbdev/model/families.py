@@ -48,8 +48,10 @@ def read_template(
 )->str: # Its text
     "Read a Jinja file"
     try: text = Path(path).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise InputError(f"--chat-template {path}: this file cannot be read as UTF-8 text: {e}") from e
-    if not text.strip(): raise InputError(f"--chat-template {path}: this file is empty; it should hold a Jinja chat template")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"--chat-template {path}: this file cannot be read as UTF-8 text: {e}") from e
+    if not text.strip():
+        raise InputError(f"--chat-template {path}: this file is empty; it should hold a Jinja chat template")
     return text
 
 def load_chat(
@@ -65,5 +67,7 @@ def load_chat(
             family = find_family(path).configured(path)
             return family, family.load_tokenizer(path)
         family, tok = from_hub(load, name, from_modelscope)
-    if tok.eos_token is None: raise InputError(f"--model-name {name}: its tokenizer has no end token, so the model could not learn when to stop")
+    if tok.eos_token is None:
+        raise InputError(f"--model-name {name}: its tokenizer has no end token, "
+            "so the model could not learn when to stop")
     return Chat(tok, family, *([read_template(chat_template), str(chat_template)] if chat_template else []))

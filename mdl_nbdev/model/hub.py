@@ -48,9 +48,11 @@ def explain_failure(
                 f"The hub said: {why[:200]}")
     if (folder/'final').is_dir(): return f"this is a run; its model is {folder/'final'}"
     config = folder/'config.json'
-    if not config.exists(): return f"this folder cannot be loaded: it has no config.json, so it holds no model ({why})"
+    if not config.exists():
+        return f"this folder cannot be loaded: it has no config.json, so it holds no model ({why})"
     try: kind = json.loads(config.read_text(encoding='utf-8')).get('model_type')
-    except (ValueError, AttributeError) as e: return f"cannot be loaded: its config.json is damaged: {one_line(e)}"
+    except (ValueError, AttributeError) as e:
+        return f"cannot be loaded: its config.json is damaged: {one_line(e)}"
     if kind is None: return "cannot be loaded: its config.json has no model_type"
     if 'does not recognize this architecture' in why:
         from transformers import __version__
@@ -80,4 +82,5 @@ def from_hub(
         if download: source = snapshot_download(name)
         return load(source, **kwargs)
     except InputError: raise
-    except (OSError, ValueError) as e: raise InputError(f"--model-name {name}: {explain_failure(source, e)}") from e
+    except (OSError, ValueError) as e:
+        raise InputError(f"--model-name {name}: {explain_failure(source, e)}") from e

@@ -64,7 +64,8 @@ class LabelView:
     __repr__ = __str__
 
 # %% ../../nbs/2_model/20_label_view.ipynb #c8
-TOKEN_STYLES = {'loss':'background:#b7e4c7;color:#111', 'control':'background:#e5e7eb;color:#555', 'clip':'background:#fde68a;color:#111', 'plain':''} # CSS of each kind of token
+TOKEN_STYLES = {'loss':'background:#b7e4c7;color:#111', 'control':'background:#e5e7eb;color:#555',
+    'clip':'background:#fde68a;color:#111', 'plain':''} # CSS of each kind of token
 
 def token_html(
     kind:str, # A key of `TOKEN_STYLES`

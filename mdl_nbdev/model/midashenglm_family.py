@@ -17,15 +17,17 @@ from .text_family import ROLE_MARKERS, draw_weights
 # %% ../../nbs/2_model/16_midashenglm_family.ipynb #c6
 AUDIO, AUDIO_BOS, AUDIO_EOS = '<|AUDIO|>', '<|audio_bos|>', '<|audio_eos|>'
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>\
+{% if m.content is string %}{{ m.content }}{% else %}\
+{% for part in m.content %}{% if part.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>\
 {% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
 def tiny_tokenizer(): # A transformers tokenizer
     "The byte-level ChatML tokenizer of `tiny`"
-    return byte_tokenizer(eos_token='<|im_end|>', pad_token='<|endoftext|>', extra_special_tokens=['<|im_start|>', AUDIO, AUDIO_BOS, AUDIO_EOS],
-        chat_template=CHATML, audio_token=AUDIO, audio_bos_token=AUDIO_BOS, audio_eos_token=AUDIO_EOS, name_or_path='tiny')
+    return byte_tokenizer(eos_token='<|im_end|>', pad_token='<|endoftext|>', chat_template=CHATML,
+        extra_special_tokens=['<|im_start|>', AUDIO, AUDIO_BOS, AUDIO_EOS], audio_token=AUDIO,
+        audio_bos_token=AUDIO_BOS, audio_eos_token=AUDIO_EOS, name_or_path='tiny')
 
 def tiny_config(): # A `MiDashengLMConfig`
     "The shape of `tiny`"
@@ -68,11 +70,13 @@ class MiDashengLMFamily(Family):
 
     def clip_tokens(self, n_samples): return max(1, (1 + n_samples//160)//4//5)
 
-    def clip_cost(self, n_samples, n_clips): return n_samples//640 # a patch of the encoder counts like a token of the decoder
+    def clip_cost(self, n_samples, n_clips):
+        return n_samples//640 # a patch of the encoder counts like a token of the decoder
 
     def clip_tensors(self, clips):
         lengths = np.array([len(c) for c in clips], np.int64)
-        if len({c.dtype for c in clips}) > 1: clips = [c if c.dtype==np.float32 else from_int16(c) for c in clips]
+        if len({c.dtype for c in clips}) > 1:
+            clips = [c if c.dtype==np.float32 else from_int16(c) for c in clips]
         values = np.zeros((len(clips), lengths.max()), clips[0].dtype)
         for row,clip in zip(values, clips): row[:len(clip)] = clip
         return dict(input_values=values, audio_length=lengths)

@@ -47,7 +47,8 @@ class Qwen2AudioFamily(Family):
     def clip_tensors(self, clips):
         floats = [c if c.dtype==np.float32 else from_int16(c) for c in clips]
         padded = [np.pad(c, (0, max(0, self.min_samples-len(c)))) for c in floats]
-        out = self.extractor(padded, sampling_rate=self.sample_rate, return_attention_mask=True, padding='max_length', return_tensors='np')
+        out = self.extractor(padded, sampling_rate=self.sample_rate, return_attention_mask=True, padding='max_length',
+            return_tensors='np')
         return dict(input_features=out['input_features'], feature_attention_mask=out['attention_mask'].astype(np.int64))
 
     def load_tokenizer(self, path):

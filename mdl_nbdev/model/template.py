@@ -64,11 +64,14 @@ def render_shape(
     add_generation_prompt:bool=False, # End with the header of an answer
 )->str: # Text with `MARKER`s in place of texts
     "What the chat template writes for a shape; `InputError` if it fails"
-    if family.clip_token is None and any('audio' in types for _,types in shape): raise InputError("this model takes no audio")
+    if family.clip_token is None and any('audio' in types for _,types in shape):
+        raise InputError("this model takes no audio")
     numbers = iter(range(10**6))
-    def part(kind): return {'type':'audio', 'audio':''} if kind=='audio' else {'type':'text', 'text':MARKER.format(next(numbers))}
+    def part(kind):
+        return {'type':'audio', 'audio':''} if kind=='audio' else {'type':'text', 'text':MARKER.format(next(numbers))}
     messages = [{'role':role, 'content':[part(t) for t in types]} for role,types in shape]
-    if family.clip_token is None: messages = [m | {'content':''.join(p['text'] for p in m['content'])} for m in messages]
+    if family.clip_token is None:
+        messages = [m | {'content':''.join(p['text'] for p in m['content'])} for m in messages]
     try: return tok.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **RENDERING)
     except Exception as e:
         line = template_line(e)
@@ -85,12 +88,14 @@ def check_rendering(
     "Raise `TemplateError` unless a rendering has all clips and texts exactly once and, beside clips, in order"
     n_clips = sum(t=='audio' for _,types in shape for t in types)
     shown = text.count(family.clip_token) if family.clip_token else 0
-    if shown != n_clips: raise template_error(tok, f"shows {shown} of a conversation's {n_clips} clips; it does not know parts of type audio")
+    if shown != n_clips:
+        raise template_error(tok, f"shows {shown} of a conversation's {n_clips} clips; it does not know parts of type audio")
     roles = [role for role,types in shape for t in types if t != 'audio']
     used = [int(n) for n in re.findall('\ue000(\\d+)\ue001', text)]
     for number,role in enumerate(roles):
         times = used.count(number)
-        if times != 1: raise template_error(tok, f"{'repeats' if times else 'leaves out'} the {role}'s text in {roles_text(shape)}")
+        if times != 1:
+            raise template_error(tok, f"{'repeats' if times else 'leaves out'} the {role}'s text in {roles_text(shape)}")
     if n_clips and used != sorted(used): raise template_error(tok, f"reorders the texts in {roles_text(shape)}")
 
 # %% ../../nbs/2_model/02_template.ipynb #c16
@@ -148,7 +153,8 @@ def split_run(
     if not at: return [Segment('text', run=tuple(run))] if run else []
     before, completion, after = run[:at[0]], run[at[0]:at[-1]+1], run[at[-1]+1:]
     if not ends or not completions.issuperset(completion) or ''.join(map(str, after)).strip():
-        raise template_error(tok, "does not end an answer with a control token, such as {{ eos_token }}, so the model could not learn when to stop")
+        raise template_error(tok, "does not end an answer with a control token, such as {{ eos_token }}, "
+            "so the model could not learn when to stop")
     if lead and before and str(before[-1]).endswith(lead):
         shorter = before[-1].removesuffix(lead)
         before, completion = [*before[:-1], *([shorter] if shorter else [])], [lead, *completion]

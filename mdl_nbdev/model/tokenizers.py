@@ -46,7 +46,9 @@ def tokenize(
 )->list[tuple]: # input_ids and labels of each
     "Token ids and labels of conversations"
     import numpy as np
-    examples = [t.example([np.broadcast_to(np.int16(0), n) for n in lengths]) for t,lengths in zip(chat_of(tok).tokenize(conversations), n_samples)]
+    tokenized = chat_of(tok).tokenize(conversations)
+    def silence(lengths): return [np.broadcast_to(np.int16(0), n) for n in lengths]
+    examples = [t.example(silence(lengths)) for t,lengths in zip(tokenized, n_samples)]
     return [(e.input_ids, e.labels) for e in examples]
 
 def encode(
