@@ -17,7 +17,7 @@ from accelerate import PartialState
 from .samples import SampleAnswers
 from .loop import Flow, TaskTrainer
 from ..model.adapters import adapt
-from ..model.load import load_model, load_processor, pick_dtype
+from ..model.load import check_trainable, load_model, load_processor, pick_dtype, unwrap_model
 from ..model.save import merge, save_model
 from ..model.targets import Trainable, load_trainable_state
 from transformers import SchedulerType, TrainerCallback, TrainingArguments, set_seed
@@ -41,7 +41,6 @@ from ..base.settings import TrainSettings
 from ..base.text import one_line
 from .batches import padding_waste
 from ..base.files import make_folder
-from .losses import unwrap
 from .mix import LengthReport, limit_length, open_mix, split
 from .memory import MemoryEstimate, estimate_memory, is_out_of_memory, memory_advice
 from ..data.sources import find_tasks
@@ -81,6 +80,7 @@ def open_run_folder(
 )->Path|None: # The checkpoint to resume from; None for a new run
     "Check the settings and make the run folder; refuse one that holds another run"
     check_settings(s)
+    check_trainable(s.model_name, s.from_modelscope)
     checkpoint = find_checkpoint(s)
     make_folder(s.output)
     left = [n for n in ('metrics.jsonl', 'final') if (s.output/n).exists()] + sorted(p.name for p in s.output.glob('checkpoint-*'))
@@ -169,7 +169,7 @@ def load_adapted(
 ): # A model with adapters, or with `tuning='full'` the model itself
     "The model with the parts that are to be trained"
     model = adapt(load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization, device), s)
-    if s.gradient_checkpointing: unwrap(model).activation_checkpointing_enable({'use_reentrant':False})
+    if s.gradient_checkpointing: unwrap_model(model).activation_checkpointing_enable({'use_reentrant':False})
     return model
 
 def memory_of_longest(
