@@ -160,6 +160,38 @@ def test_a_wav_from_a_pipe(tmp_path, size):
     assert (load_audio(tmp_path/"b.wav") == load_audio(tmp_path/"a.wav")).all()
 
 
+@pytest.mark.parametrize("riff, data, frames", [(16036, 0, 8000), (0xFFFFFFFF, 0, 8000), (16036, 16044, 8000)])
+def test_wrong_sizes_in_a_wav(tmp_path, riff, data, frames):
+    "Recorders that write no data size, or count the header as sound"
+    raw = bytearray(whole(tmp_path, "a.wav", seconds=1)[:44 + 2*frames])
+    raw[44:48] = b"\0\1\2\3"
+    raw[4:8], raw[40:44] = struct.pack("<I", riff), struct.pack("<I", data)
+    (tmp_path/"b.wav").write_bytes(raw)
+    assert len(load_audio(tmp_path/"b.wav")) == audio_info(tmp_path/"b.wav").samples == frames
+
+
+@pytest.mark.parametrize("name, kwargs", [("a.mp3", {}), ("a.ogg", {}), ("b.ogg", dict(subtype="OPUS"))], ids=["mp3", "vorbis", "opus"])
+def test_recordings_joined_into_one_file(tmp_path, name, kwargs):
+    "Decoders hear only the first of them"
+    one = whole(tmp_path, name, **kwargs)
+    sf.write(tmp_path/f"2{name}", np.zeros(16000), 16000, **kwargs)
+    (tmp_path/f"both-{name}").write_bytes(one + (tmp_path/f"2{name}").read_bytes())
+    assert len(load_audio(tmp_path/name)) >= 32000
+    for read in [audio_info, load_audio]:
+        with pytest.raises(AudioError, match="several recordings joined"): read(tmp_path/f"both-{name}")
+
+
+def test_an_mp3_makes_no_noise_on_stderr(tmp_path, capfd):
+    whole(tmp_path, "a.mp3")
+    load_audio(tmp_path/"a.mp3"), audio_info(tmp_path/"a.mp3")
+    assert capfd.readouterr().err == ""
+
+
+def test_sound_inside_a_cell():
+    with pytest.raises(AudioError, match="sound inside a cell") as e: load_audio("data:audio/wav;base64," + "A"*10_000)
+    assert len(str(e.value)) < 200
+
+
 def test_chunks_around_the_sound(tmp_path):
     data = whole(tmp_path, "a.wav")
     tag = b"LIST" + struct.pack("<I", 6) + b"INFO\0\0"
@@ -300,6 +332,14 @@ def test_a_second_attempt(tmp_path, site, kind, hits):
     assert fetch(f"{site}/{kind}/a.wav").read_bytes() == Server.body
     assert Server.hits == {f"/{kind}/a.wav": hits}
     assert len(cached(tmp_path)) == 1
+
+
+def test_what_is_no_sound_is_not_kept(tmp_path, site):
+    "An error page that was sent once is not the clip for ever"
+    sound, Server.body = Server.body, b"<html>try again later</html>"
+    with pytest.raises(AudioError, match="not readable as audio .*downloads it again"): load_audio(f"{site}/ok/a.wav")
+    Server.body = sound
+    assert len(load_audio(f"{site}/ok/a.wav")) == 16000
 
 
 def test_redirects(site): assert fetch(f"{site}/redirect/a.wav").read_bytes() == Server.body

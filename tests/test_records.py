@@ -346,6 +346,27 @@ def test_text_tables(tmp_path):
     with pytest.raises(InputError, match="the audio cell is empty"): to_conversation(row)
 
 
+lost_clips = {"path.csv": "path,user_prompt,prediction\na.wav,Q,A\n", "wav.tsv": "user_prompt\tprediction\twav\nQ\tA\thttps://x/a.MP3\n",
+    "nemo.jsonl": '{"audio_filepath": "a.wav", "text": "hello"}\n', "audios.jsonl": '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "audios": ["a.flac"]}\n'}
+
+
+@pytest.mark.parametrize("name", lost_clips)
+def test_clips_under_another_name_are_not_lost(tmp_path, name):
+    with pytest.raises(InputError, match=f":[12]: the (column|key) {name.split('.')[0] if 'nemo' not in name else 'audio_filepath'} names a clip.*rename it to audio"):
+        list(open_rows(write(tmp_path, lost_clips[name], name)))
+
+
+def test_a_clip_of_a_parquet_table_is_not_lost(tmp_path):
+    pq.write_table(pa.table({"wav": ["a.wav", "none"], "user_prompt": ["Q", "Q"], "prediction": ["A", "A"]}), tmp_path/"t.parquet")
+    bad = []
+    assert [r.line for r in open_rows(tmp_path/"t.parquet").rows(bad.append)] == [2] and "wav names a clip" in bad[0].reason
+
+
+def test_an_answer_under_another_name(tmp_path):
+    record, = open_rows(jsonl(tmp_path, {"audio": "a.wav", "sentence": "hello"}))
+    assert record.faults() == ["the last message is from the user; add the answer as prediction, or remove the record (ignored keys: sentence)"]
+
+
 # Kinds of files
 
 def test_open_rows(tmp_path):

@@ -23,7 +23,6 @@ from ..base.settings import CheckSettings
 from ..base.text import format_duration, plural, shorten
 from .audio import SAMPLE_RATE, audio_info, load_audio, resolve
 from .conversations import Conversation, message_clips, message_text
-from .messages import KEYS
 from .rows import BadRow
 from .sources import open_rows
 
@@ -176,7 +175,7 @@ def add_rows(self:CheckReport,
     clips, answers, broken = defaultdict(lambda: array("q")), {}, []
     f = open_rows(s.input, ("audio", "prediction") if s.predictions else ("audio",))
     for self.rows, row in enumerate(f.rows(broken.append), 1):
-        self.other.update(key for key in f.keys(row) if key not in KEYS)
+        self.other.update(f.ignored(row))
         conversation = self.add_row(row, s)
         for clip in conversation.clips: clips[clip].append(row.line)
         has_answer = conversation.reference is not None

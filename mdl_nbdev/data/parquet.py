@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.text import shorten
 from .rows import COLUMNS, BadRow, Row
-from .tables import TableFile, header_fault
+from .tables import TableFile, header_fault, lost_clip_fault
 
 # %% ../../nbs/1_data/09_parquet.ipynb #c6
 def column_fault(
@@ -56,7 +56,7 @@ class ParquetFile(TableFile):
 
 @patch
 def rows(self:ParquetFile,
-    on_bad:Callable[[BadRow],None]|None=None, # Not used: a Parquet file is not broken row by row
+    on_bad:Callable[[BadRow],None]|None=None, # Receives each broken row; None: the first one raises `InputError`
 )->Iterator[Row]: # The rows, in order; a row's line is its number, counting from 1
     "Read the file once, 1,024 rows at a time"
     import pyarrow as pa, pyarrow.parquet as pq
@@ -65,7 +65,11 @@ def rows(self:ParquetFile,
         with pq.ParquetFile(self.path) as f:
             for batch in f.iter_batches(1024):
                 columns = [list(map(cell_text, c.to_pylist())) for c in batch.columns]
-                for line, cells in enumerate(zip(*columns), line+1): yield self.row(cells, line)
+                for line, cells in enumerate(zip(*columns), line+1):
+                    fault = lost_clip_fault(cells, self.columns)
+                    if not fault: yield self.row(cells, line)
+                    elif on_bad: on_bad(BadRow(str(self.path), line, fault))
+                    else: raise InputError(f"{self.path}:{line}: {fault}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise InputError(f"{self.path}: damaged after row {line:,}: {shorten(str(e), 200)}; "
                          "write it again") from None

@@ -141,10 +141,11 @@ def line_fault(
     try: line.encode()
     except UnicodeEncodeError as e:
         is_utf16 = line[:2] in ("\udcff\udcfe", "\udcfe\udcff")
-        encoding = "UTF-16" if is_utf16 else "WINDOWS-1252"
+        encoding = "UTF-16" if is_utf16 else "ENCODING"
+        hint = "" if is_utf16 else " (ENCODING is WINDOWS-1252 for most Western files, GB18030 for most Chinese ones)"
         byte = ord(line[e.start]) - 0xdc00
         return (f"byte 0x{byte:02x} in column {e.start+1} of line {number} is not UTF-8; save the file as UTF-8, "
-                f"for example: iconv -f {encoding} -t UTF-8 OLD > NEW")
+                f"for example: iconv -f {encoding} -t UTF-8 OLD > NEW{hint}")
     if nul < 0: return None
     return f"NUL character in column {nul+1} of line {number}; the file is damaged or not text: write it again"
 
@@ -167,11 +168,11 @@ class RowFile:
         "Read the file once, a row at a time"
         raise NotImplementedError
 
-    def keys(self,
+    def ignored(self,
         row, # A row of this file
-    )->list[str]: # The names of all its values
-        "What a row has values for"
-        return self.columns
+    )->list[str]: # Names of columns or keys
+        "What a row has values for that have no meaning"
+        return [name for name in self.columns if name not in COLUMNS]
 
     def count(self)->int:
         "Count the rows; raises one `InputError` that names all broken ones"

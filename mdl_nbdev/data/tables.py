@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['given', 'quote_fault', 'watched_lines', 'read_cells', 'is_text_table', 'header_remedy', 'header_fault', 'format_row',
-           'TableFile', 'CsvFile', 'width_fault', 'read_rows']
+           'TableFile', 'CsvFile', 'width_fault', 'lost_clip_fault', 'read_rows']
 
 # %% ../../nbs/1_data/06_tables.ipynb #c4
 import csv, difflib, io
@@ -14,6 +14,7 @@ from typing import Callable, Iterator
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.text import plural, shorten
+from .audio import is_sound_file
 from .rows import COLUMNS, BadRow, Row, RowFile, line_fault
 
 # %% ../../nbs/1_data/06_tables.ipynb #c7
@@ -173,6 +174,16 @@ def width_fault(
     else: remedy = f"there is no cell for {', '.join(columns[n:])}"
     return f"{plural(n, 'cell')}, and the header has {expected}: {shorten(repr(cells))}; {remedy}"
 
+def lost_clip_fault(
+    cells:list[str], # Cells of a row
+    columns:list[str], # Names of the columns
+)->str|None: # What is wrong, and what to do
+    "A clip in a table of texts, under another name than `audio`"
+    if "audio" in columns: return None
+    lost = [name for name, cell in zip(columns, cells) if name not in COLUMNS and is_sound_file(cell)]
+    return f"the column {lost[0]} names a clip, and only audio is read; rename it to audio" if lost else None
+
+# %% ../../nbs/1_data/06_tables.ipynb #c27
 @patch
 def rows(self:CsvFile,
     on_bad:Callable[[BadRow],None]|None=None, # Receives each broken row; None: the first one raises `InputError`
@@ -183,12 +194,13 @@ def rows(self:CsvFile,
     for line, cells, fault in found:
         empty = False
         fault = fault or width_fault(cells, self.columns)
+        fault = fault or lost_clip_fault(cells, self.columns)
         if not fault: yield self.row(tuple(cells), line)
         elif on_bad: on_bad(BadRow(file, line, fault))
         else: raise InputError(str(BadRow(file, line, fault)))
     if empty: raise InputError(f"{file}: a header and no rows; add rows below the header")
 
-# %% ../../nbs/1_data/06_tables.ipynb #c33
+# %% ../../nbs/1_data/06_tables.ipynb #c35
 def read_rows(
     path:str|Path, # CSV or TSV file
     needs:tuple[str,...]=("audio",), # Columns that the file must have
