@@ -70,6 +70,10 @@ def stays_frozen(self:Family,
 
 # %% ../../nbs/2_model/00_family.ipynb #c12
 @patch
+def register(self:Family)->None:
+    "Tell transformers' Auto classes about a model that they do not know; called before models are loaded"
+
+@patch
 def load_tokenizer(self:Family,
     path:str, # Folder or hub id
 ): # A transformers tokenizer

@@ -18,9 +18,10 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from ..base.errors import InputError
 from ..base.settings import DEFAULT_MODEL
 from ..base.text import one_line
-from .families import builtin_family, find_family, load_chat
+from .families import FAMILIES, builtin_family, find_family, load_chat
 from .hub import damaged_weights, from_hub, model_folder
-from .midashenglm import MiDashengLMConfig # registers the network with transformers' Auto classes
+
+for family in FAMILIES: family.register()
 
 # %% ../../nbs/2_model/30_load.ipynb #c6
 def pick_device()->torch.device: # cuda:N, or cpu

@@ -83,6 +83,8 @@ class MiDashengLMFamily(Family):
 
     def chat_template(self, tok): return super().chat_template(tok) or ROLE_MARKERS
 
+    def register(self): import mdl_nbdev.model.midashenglm # registers its classes
+
     def load_tokenizer(self, path):
         import transformers
         from transformers.utils import cached_file
