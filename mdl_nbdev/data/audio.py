@@ -44,7 +44,8 @@ def local_file(
     "Find or download a clip; raises `AudioError`"
     if is_url(src): return fetch(str(src))
     name = shorten(str(src), 200)
-    if str(src).startswith('data:'): raise AudioError(f'{shorten(name)}: sound inside a cell; save it as a file and give its path')
+    if name.startswith('data:'):
+        raise AudioError(f'{shorten(name)}: sound inside a cell; save it as a file and give its path')
     if re.match(r'\w+://', str(src)):
         raise AudioError(f'{name}: only http:// and https:// addresses can be downloaded; '
                          'download it and give its path')
@@ -153,7 +154,7 @@ def check_complete(
         raise AudioError(f'{src}: several recordings joined into one file, of which only the first would be heard; '
                          'decode it and save it again')
 
-# %% ../../nbs/1_data/01_audio.ipynb #c21
+# %% ../../nbs/1_data/01_audio.ipynb #c22
 @contextmanager
 def open_clip(
     src:str|Path, # Path or web address
@@ -182,7 +183,7 @@ def open_clip(
             raise AudioError(f'{src}: damaged or truncated ({e.error_string}); '
                              'copy or download it again') from None
 
-# %% ../../nbs/1_data/01_audio.ipynb #c23
+# %% ../../nbs/1_data/01_audio.ipynb #c24
 @dataclass(frozen=True, slots=True)
 class AudioInfo:
     "The header of a clip"
@@ -207,7 +208,7 @@ class AudioInfo:
         "How many samples `load_audio` returns"
         return self.samples_at(SAMPLE_RATE)
 
-# %% ../../nbs/1_data/01_audio.ipynb #c24
+# %% ../../nbs/1_data/01_audio.ipynb #c25
 def read_blocks(
     f:sf.SoundFile, # From `open_clip`
 )->Iterator[np.ndarray]: # [frames, channels] float32; each is valid until the next one is read
@@ -232,7 +233,7 @@ def audio_info(
 def _too_short(src, rate):
     return AudioError(f'{src}: less than one sample at {rate:,} Hz; record or export it again')
 
-# %% ../../nbs/1_data/01_audio.ipynb #c28
+# %% ../../nbs/1_data/01_audio.ipynb #c29
 MAX_PEAK = 2. # Largest magnitude that is still accepted as audio
 
 def to_mono(
@@ -248,7 +249,7 @@ def to_mono(
     channels = block.shape[1]
     return block[:, 0].copy() if channels==1 else block @ np.full(channels, 1/channels, np.float32)
 
-# %% ../../nbs/1_data/01_audio.ipynb #c30
+# %% ../../nbs/1_data/01_audio.ipynb #c31
 def decode(
     f:sf.SoundFile, # From `open_clip`
     src:str|Path, # What messages call the clip
@@ -271,7 +272,7 @@ def _too_long(src, seconds, limit):
     return AudioError(f'{src}: {seconds} s long, the limit is {limit:g} s; '
                       'cut it into shorter clips or raise the limit (--max-audio-seconds)')
 
-# %% ../../nbs/1_data/01_audio.ipynb #c31
+# %% ../../nbs/1_data/01_audio.ipynb #c32
 def resample(
     blocks:Iterator[np.ndarray], # [samples] float32 each, mono
     rate:int, # Their sample rate, Hz
@@ -297,7 +298,7 @@ def load_audio(
     if not len(waveform): raise _too_short(src, sample_rate)
     return np.clip(waveform, -1, 1, out=waveform)
 
-# %% ../../nbs/1_data/01_audio.ipynb #c36
+# %% ../../nbs/1_data/01_audio.ipynb #c37
 def to_int16(
     waveform:np.ndarray, # float32 in [-1, 1]
 )->np.ndarray: # int16, the same shape

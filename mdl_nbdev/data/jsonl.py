@@ -36,6 +36,7 @@ class Record(Located):
         clips = [clip for m in self.messages for clip in message_clips(m)]
         return clips[0] if clips else None
 
+# %% ../../nbs/1_data/08_jsonl.ipynb #c9
 def find_lost_clip(
     raw:dict, # A JSON object without clips
 )->str|None: # Its key
@@ -62,7 +63,7 @@ def make_record(
         messages = [*prompt, text_message("assistant", prediction)]
     return Record(messages, answer if prediction is None else prediction, task, raw, file, line)
 
-# %% ../../nbs/1_data/08_jsonl.ipynb #c8
+# %% ../../nbs/1_data/08_jsonl.ipynb #c10
 @patch
 def faults(self:Record,
     user_prompt:str|None=None, # User prompt if the record has none
@@ -88,7 +89,7 @@ def _repr_html_(self:Record):
     task = f", task {self.task}" if self.task else ""
     return messages_html(self.messages) + as_html(f"{Path(self.file).name}:{self.line}{task}")
 
-# %% ../../nbs/1_data/08_jsonl.ipynb #c15
+# %% ../../nbs/1_data/08_jsonl.ipynb #c17
 def unique_keys(
     pairs:list[tuple[str,Any]], # Keys and values of an object
 )->dict: # The object
@@ -123,7 +124,7 @@ def parse_line(
                              "which is not a character; remove it") from None
     return raw
 
-# %% ../../nbs/1_data/08_jsonl.ipynb #c18
+# %% ../../nbs/1_data/08_jsonl.ipynb #c20
 class JsonlFile(RowFile):
     "A JSONL file in UTF-8"
     out_suffix = ".jsonl"
