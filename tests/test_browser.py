@@ -28,7 +28,8 @@ errors = '[data-mime-type="application/vnd.jupyter.error"]'
 setup = """import os
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.base.settings import InferSettings, TrainSettings
-from mdl_nbdev.cli.dashboard import start_inference, start_training
+from mdl_nbdev.cli.inference import start_inference
+from mdl_nbdev.cli.training import start_training
 csv = make_sounds('sounds', 64, seed=1, csv_name='train.csv')"""
 training = """run = start_training(TrainSettings(train_dataset=csv, eval_dataset=csv, base_dir='sounds', output='{name}', model_name='tiny', lr=2e-3, num_epochs=2000, batch_size=4,
     gradient_checkpointing=False, logging_steps=2, eval_steps=20, save_steps=100000))
@@ -214,7 +215,7 @@ answering"""
 
 def test_form(browser, lab):
     "The form checks while one types, and says the command"
-    form = "from mdl_nbdev.base.settings import TrainSettings\nfrom mdl_nbdev.cli.dashboard import SettingsForm\nform = SettingsForm(TrainSettings, train_dataset='a.csv', output='runs/a')\nform"
+    form = "from mdl_nbdev.base.settings import TrainSettings\nfrom mdl_nbdev.cli.form import SettingsForm\nform = SettingsForm(TrainSettings, train_dataset='a.csv', output='runs/a')\nform"
     nb = Notebook(browser, lab, notebook(lab, "form.ipynb", form, "print('rank', form.settings.lora_rank)"))
     nb.run_all()
     until(lambda: "mdl_train --train-dataset a.csv --output runs/a" in nb.text())

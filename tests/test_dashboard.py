@@ -17,11 +17,17 @@ from mdl_nbdev.base import settings
 from mdl_nbdev.base.command_line import from_args, read_config
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings, InferSettings, TrainSettings
-from mdl_nbdev.cli.dashboard import Curve, Live, Pace, SettingsForm, TrainView, View, _required, chart, start_inference, start_training, watch
+from mdl_nbdev.cli.charts import Curve, chart
+from mdl_nbdev.cli.form import SettingsForm, required_options
+from mdl_nbdev.cli.inference import start_inference
+from mdl_nbdev.cli.live import Live
+from mdl_nbdev.cli.training import TrainRun, TrainView, start_training, watch
+from mdl_nbdev.cli.view import Pace, View
 from mdl_nbdev.infer.run import infer
 from mdl_nbdev.train.samples import SampleAnswers, read_samples
 from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.train.run import train
+from mdl_nbdev.train.run import train # before transformers: it quietens bitsandbytes
+from transformers import TrainerCallback
 
 root = Path(__file__).parent.parent
 
@@ -50,18 +56,18 @@ def test_curve_is_bounded_and_loses_no_spike():
     c, start = Curve(), time.perf_counter()
     for i in range(300_000): c.add(i, 1000. if i == 123_456 else i % 7)
     assert time.perf_counter() - start < 5
-    assert len(c.buckets) < 300 and sum(b[5] for b in c.buckets) == 300_000
+    assert len(c.buckets) < 300 and sum(b.count for b in c.buckets) == 300_000
     assert max(h for _, _, h in c.band) == 1000 and min(low for _, low, _ in c.band) == 0
     assert c.line[0][0] < 2000 and c.line[-1][0] > 297_000
-    assert sum(b[4] for b in c.buckets) == sum(i % 7 for i in range(300_000)) + 1000 - 123_456 % 7
+    assert sum(b.total for b in c.buckets) == sum(i % 7 for i in range(300_000)) + 1000 - 123_456 % 7
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 149, 150, 299, 300, 301, 1000])
 def test_curve_of_any_length(n):
     c = Curve()
     for i in range(n): c.add(i, float(i))
-    assert sum(b[5] for b in c.buckets) == n
-    assert all(a[1] < b[0] for a, b in zip(c.buckets, c.buckets[1:])), "in order, without overlap"
+    assert sum(b.count for b in c.buckets) == n
+    assert all(a.last < b.first for a, b in zip(c.buckets, c.buckets[1:])), "in order, without overlap"
 
 
 @pytest.mark.parametrize("ys", [[1.], [0., 0.], [-1., 1.], [1e-12, 1e12], [5., 5., 5.], [math.nan], [math.inf, 2.], [1e300, 1e-300], []])
@@ -85,15 +91,14 @@ def test_a_hundred_thousand_steps_are_cheap():
 
 def test_pace():
     p = Pace()
-    assert p.text(10) == "0:00 gone" and p.rate == 0
+    assert p.text(10) == "0:00 elapsed" and p.rate == 0
     p.at(50, 100.)
-    assert p.text(100) == "0:00 gone"
+    assert p.text(100) == "0:00 elapsed"
     p.at(60, 3710.)
-    assert p.text(100) == "1:00:10 gone, 4:00:40 to go" and p.text(None) == "1:00:10 gone"
+    assert p.text(100) == "1:00:10 elapsed, 4:00:40 left" and p.text(None) == "1:00:10 elapsed"
 
 
-commands = [c for c in vars(config).values() if isinstance(c, type) and c.__module__ == config.__name__ and c.__doc__ and c.__name__ in
-            ("CheckSettings", "ConvertSettings", "TrainSettings", "InferSettings", "MergeSettings", "EvalSettings", "DemoSettings")]
+commands = [getattr(settings, f"{name}Settings") for name in ("Check", "Convert", "Train", "Infer", "Merge", "Eval", "Demo")]
 needed = dict(input="in put.csv", output="o'ut", adapter="a", reference="r.csv", train_dataset="a,b.csv", model_name="tiny")
 
 
@@ -107,7 +112,7 @@ def test_form_says_the_same_as_command_and_file(cls, tmp_path):
     assert cls(**(read_config(tmp_path/"c.yaml", cls) if form.yaml() else {})) == form.settings
     form.widget()
     assert set(form.boxes) == names
-    assert {n for n in names if n in _required(cls)} <= set(next(iter(form.groups().values()))), "what must be given comes first"
+    assert {n for n in names if n in required_options(cls)} <= set(next(iter(form.groups().values()))), "what must be given comes first"
 
 
 values = dict(lr="3e-5", num_epochs="2.5", warmup_steps="0.1", eval_strategy="steps,epoch", task_weights="a=2,b=.5", bf16="false", merge_lora=False, lora_init="pissa",
@@ -133,6 +138,20 @@ def test_faults_are_told_while_typing(name, value, says):
     assert says in form.faults[name] and says in form.bottom.value and "color:#dc2626" in form._repr_html_()
     form.boxes[name].value = ""
     assert not form.faults and "mdl_train --train-dataset a.csv" in form.bottom.value
+
+
+def test_the_first_group_says_where_things_are():
+    names = {cls: list(SettingsForm(cls).groups()["Data, model and output"]) for cls in commands}
+    assert set(names[TrainSettings]) == {"train_dataset", "eval_dataset", "base_dir", "model_name", "chat_template", "output"}
+    assert set(names[InferSettings]) == {"input", "base_dir", "model_name", "adapter", "chat_template", "output"}
+    assert all("output" in names[cls] for cls in commands if cls is not CheckSettings)
+
+
+def test_a_menu_begins_with_a_valid_choice():
+    form = SettingsForm(TrainSettings, train_dataset="a.csv", output="o", lora_init="none", bf16="perhaps")
+    form.widget()
+    assert form.boxes["lora_init"].value == "default" and form.boxes["bf16"].value is None
+    assert form.faults.keys() == {"lora_init", "bf16"} and "perhaps" in form.bottom.value
 
 
 def test_a_required_field_is_missed():
@@ -200,7 +219,7 @@ def boom(*args, **kwargs): raise Boom("no paper")
 def test_a_dashboard_that_dies_leaves_the_run_alone(what, sounds, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(View if what == "note" else TrainView, what, boom)
     run = start_training(train_settings(sounds, tmp_path/"run"))
-    if what == "curves": run._bundle()
+    if what == "curves": run.bundle()
     report = run.wait()
     assert report.whole and report.final.is_dir()
     assert capfd.readouterr().err.count("switched itself off") == 1
@@ -221,7 +240,7 @@ def test_an_interrupt_ends_the_waiting_alone(sounds, tmp_path, monkeypatch, capf
     with monkeypatch.context() as m:
         m.setattr(run.thread, "join", interrupted)
         with pytest.raises(KeyboardInterrupt): run.wait()
-    assert run.running and "goes on" in capfd.readouterr().err
+    assert run.running and "continues in the background" in capfd.readouterr().err
     assert run.wait().whole
 
 
@@ -256,7 +275,9 @@ def test_watch_follows_a_file(tmp_path):
     line = lambda step: json.dumps(dict(step=step, loss=1/step, epoch=step/10, time=1000.+step)) + "\n"
     with pytest.raises(InputError, match="no such folder"): watch(tmp_path/"none")
     seen = watch(tmp_path)
-    news = lambda: (seen.due.clear(), seen.poll())
+    def news():
+        seen.next_poll = 0
+        seen.poll()
     assert seen.running and "waiting" in seen.view.curves()
     path.write_text(line(10) + line(20)[:9])
     (tmp_path/"config.json").write_text(json.dumps(dict(num_epochs=5, max_steps=None)))
@@ -264,7 +285,7 @@ def test_watch_follows_a_file(tmp_path):
     assert seen.view.last["step"] == 10 and seen.view.steps == 50
     path.write_text(line(10) + line(20))
     news()
-    assert [x for x, _ in seen.view.shown["loss"].line] == [10, 20] and "0:10 gone, 0:30 to go" in seen._repr_html_()
+    assert [x for x, _ in seen.view.shown["loss"].line] == [10, 20] and "0:10 elapsed, 0:30 left" in seen._repr_html_()
     assert "no news" not in seen._repr_html_()
     os.utime(path, (time.time() - 125,)*2)
     news()
@@ -277,6 +298,81 @@ def test_watch_follows_a_file(tmp_path):
     (tmp_path/"final").mkdir()
     news()
     assert not seen.running and seen.view.phase == "finished"
+
+
+@pytest.fixture
+def resumed(tmp_path):
+    "The folder of a run that was finished an hour ago and resumed a moment ago"
+    (tmp_path/"final").mkdir()
+    (tmp_path/"metrics.jsonl").write_text(json.dumps(dict(step=10, loss=1., epoch=1., time=time.time() - 3700)) + "\n")
+    os.utime(tmp_path/"final", (time.time() - 3600,)*2)
+    return tmp_path
+
+
+def test_watch_knows_a_resumed_run_from_a_finished_one(resumed):
+    seen = watch(resumed)
+    assert seen.running and seen.view.phase == "running", "it has written its lines anew, after final/"
+    os.utime(resumed/"metrics.jsonl", (time.time() - 3650,)*2)
+    assert watch(resumed).view.phase == "finished", "without a resume"
+    (resumed/"config.json").write_text("{}")
+    assert watch(resumed).running, "it has just begun"
+    with open(resumed/"metrics.jsonl", "a") as f: f.write(json.dumps(dict(step=11, loss=1., time=time.time() - 900)) + "\n")
+    for name in ("metrics.jsonl", "config.json"): os.utime(resumed/name, (time.time() - 900,)*2)
+    assert watch(resumed).running, "a line is newer than final/, however long ago it was written"
+    shutil.rmtree(resumed/"final")
+    (resumed/"final").mkdir()
+    assert not watch(resumed).running and watch(resumed).view.phase == "finished"
+
+
+def test_watch_a_copy_of_a_finished_run(resumed):
+    "Copying sets new times in any order"
+    for name, ago in dict(final=800, **{"metrics.jsonl": 700, "config.json": 650}).items():
+        if not (resumed/name).exists(): (resumed/name).write_text("{}")
+        os.utime(resumed/name, (time.time() - ago,)*2)
+    assert watch(resumed).view.phase == "finished"
+
+
+def test_a_run_that_is_resumed_beside_its_older_result(sounds, tmp_path):
+    "The same with a real run, which first finishes and then trains for longer"
+    s = train_settings(sounds, tmp_path/"run", max_steps=4, eval_dataset=[], lr_scheduler_type="constant")
+    train(s)
+    assert watch(s.output).view.phase == "finished"
+    seen = []
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): seen.append(watch(s.output).view.phase)
+    train(replace(s, max_steps=8, resume_from_checkpoint=True, allow_changes=True), [Look()])
+    assert seen == ["running"]*4 and watch(s.output).view.phase == "finished"
+
+
+class Control:
+    "What a trainer hands its callbacks; somebody clicks while the first checkpoint is being asked for"
+    should_training_stop = False
+    def __init__(self, click): self.click, self.saves = click, 0
+    @property
+    def should_save(self): return self.saves > 0
+    @should_save.setter
+    def should_save(self, value):
+        self.saves += value
+        if self.saves == 1: self.click()
+
+
+def test_no_click_is_lost(sounds, tmp_path):
+    run = TrainRun(train_settings(sounds, tmp_path/"run"))
+    feed, control = run.callbacks[0], Control(run.save)
+    run.save()
+    for _ in range(4): feed.fulfil_requests(control)
+    assert control.saves == 2, "each click is one checkpoint"
+    assert not control.should_training_stop
+    run.stop()
+    feed.fulfil_requests(control)
+    assert control.saves == 3 and control.should_training_stop
+
+
+def test_dashboards_replace_progress_bars(sounds, tmp_path, capfd):
+    start_inference(infer_settings(sounds, tmp_path/"out.csv")).wait()
+    start_training(train_settings(sounds, tmp_path/"run", max_steps=2, eval_dataset=[])).wait()
+    printed = capfd.readouterr().err
+    assert "training:" not in printed and "answering:" not in printed
 
 
 def test_no_ipywidgets_no_problem(sounds, tmp_path):
@@ -301,11 +397,11 @@ def test_painting_is_rare_enough(monkeypatch):
     live, drawn = Busy(view), []
     head = TrainView.head
     monkeypatch.setattr(TrainView, "head", lambda self: (drawn.append(time.monotonic()), head(self))[1])
-    live._widgets()
+    live.make_widgets()
     spent = []
     def painting():
         start = time.thread_time()
-        live._paint_loop()
+        live.paint_until_over()
         spent.append(time.thread_time() - start)
     thread = threading.Thread(target=painting)
     thread.start()
