@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from reference import chapters, commands_page, entry, escape, load, module_page, modules, reference_index, root
+from reference import chapters, commands_page, entry, escape, load, module_page, modules, part, reference_index, root
 from sphinx.cmd.build import main as sphinx
 
 nbs = root/"nbs"
@@ -91,11 +91,28 @@ def heading(page): # Its path inside nbs/
     return title.strip("# "), subtitle.strip("\n> ")
 
 
-def contents(title, subtitle, listed, picture=""): # Of a section, and its pages
-    "The first page of a section: its pages with their subtitles"
+def page_list(listed, *options): # Pages, and options of their `toctree`
+    "A table of pages with their subtitles, and their entries in the navigation"
     rows = "\n".join(f"| [{heading(p)[0]}](/{p.as_posix()}) | {escape(heading(p)[1])} |" for p in listed)
-    toc = "\n".join(f"/{p.with_suffix('').as_posix()}" for p in listed)
-    return f"# {title}\n\n{{.lead}}\n{subtitle}\n\n{picture}\n\n| Page | |\n|---|---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n"
+    toc = "\n".join([*options, ":hidden:", "", *(f"/{p.with_suffix('').as_posix()}" for p in listed)])
+    return f"| Page | |\n|---|---|\n{rows}\n\n```{{toctree}}\n{toc}\n```\n"
+
+
+def tutorials(listed): # Their pages
+    "The first page of the tutorials"
+    picture = "![The dashboard of a training run: progress, curves, and answers beside the references](../images/dashboard.png)"
+    lead = "Stories to run from top to bottom; each says at its top what you will have at the end"
+    return f"# Tutorials\n\n{{.lead}}\n{lead}\n\n{picture}\n\n{page_list(listed)}"
+
+
+def guide(listed): # The pages of all chapters, in order
+    "The first page of the guide: chapters by part, each part with what it is for"
+    text = "# Guide\n\n{.lead}\nHow it works, one chapter for each module: what it defines, why, and examples that run\n\n"
+    text += "The package has five parts on a common base. A chapter uses only what earlier chapters define, so they can be read in order.\n"
+    for folder in dict.fromkeys(p.parent for p in listed):
+        title, about = part(folder.name)
+        text += f"\n## {title}\n\n{escape(about)}.\n\n" + page_list([p for p in listed if p.parent == folder], f":caption: {title}")
+    return text
 
 
 def write(source): # An empty folder
@@ -111,12 +128,9 @@ def write(source): # An empty folder
     for name in modules:
         (source/"reference").mkdir(exist_ok=True)
         (source/"reference"/f"{name}.md").write_text(linked_reference(name, names), encoding="utf-8")
-    guide = [p for p in everything if p.as_posix() in {v[0] for v in chapters().values()}]
-    tutorials = [p for p in everything if p.parent.name == "tutorials"]
-    dashboard = "![The dashboard of a training run: progress, curves, and answers beside the references](../images/dashboard.png)"
-    texts = {"reference/index.md": reference_index(), "commands.md": commands_page(),
-             "guide.md": contents("Guide", "How it works, a chapter for each module: what is defined, why, and an example that runs", guide),
-             "tutorials/index.md": contents("Tutorials", "Stories to run from top to bottom; each says at its top what you will have at its end", tutorials, dashboard),
+    numbered = [p for p in everything if p.as_posix() in {v[0] for v in chapters().values()}]
+    texts = {"reference/index.md": reference_index(), "commands.md": commands_page(), "guide.md": guide(numbered),
+             "tutorials/index.md": tutorials([p for p in everything if p.parent.name == "tutorials"]),
              "changelog.md": (root/"CHANGELOG.md").read_text(encoding="utf-8")}
     for name, text in texts.items(): (source/name).write_text(text, encoding="utf-8")
     for folder in ("images", "tutorials/images"):

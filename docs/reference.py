@@ -175,21 +175,31 @@ def module_page(name): # A module's name
     return "\n".join(parts)
 
 
+def part(folder): # Such as `1_data`
+    "Title of a part and what it is for, from the docstring of its package"
+    name = folder.partition("_")[2]
+    return {"cli": "Command line and dashboards"}.get(name, name.capitalize()), importlib.import_module(f"{package}.{name}").__doc__
+
+
 def reference_index():
-    "The list of modules"
-    about = chapters()
-    rows = "\n".join(f"| [`{m}`]({m}.md) | {about[m][2]} |" for m in sorted(modules, key=lambda m: about[m][0]))
-    toc = "\n".join(sorted(modules, key=lambda m: about[m][0]))
-    return f"# API reference\n\n{{.lead}}\nEvery public name of every module\n\n| Module | |\n|---|---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n"
+    "The list of modules, by part"
+    about, text = chapters(), "# API reference\n\n{.lead}\nEvery public name of every module\n"
+    folders = {}
+    for m in sorted(modules, key=lambda m: about[m][0]): folders.setdefault(about[m][0].partition("/")[0], []).append(m)
+    for folder, inside in folders.items():
+        rows = "\n".join(f"| [`{m}`]({m}.md) | {escape(about[m][2])} |" for m in inside)
+        toc = "\n".join([f":caption: {part(folder)[0]}", ":hidden:", "", *inside])
+        text += f"\n## {part(folder)[0]}\n\n| Module | |\n|---|---|\n{rows}\n\n```{{toctree}}\n{toc}\n```\n"
+    return text
 
 
 def command_parser(command): # A console script's name
     "The parser that the console script itself uses"
-    commands, line, settings = (importlib.import_module(f"{package}.{m}") for m in ("cli.commands", "base.command_line", "base.settings"))
-    seen, real = [], commands._main
-    commands._main = lambda prog, module, function, settings_name, argv: seen.append(line.parser(getattr(settings, settings_name), prog))
+    commands, line = (importlib.import_module(f"{package}.{m}") for m in ("cli.commands", "base.command_line"))
+    seen, real = [], commands.run_command
+    commands.run_command = lambda prog, function, cls, argv: seen.append(line.parser(cls, prog))
     try: getattr(commands, command)([])
-    finally: commands._main = real
+    finally: commands.run_command = real
     return seen[0]
 
 

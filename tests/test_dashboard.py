@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from mdl_nbdev.base import settings
 from mdl_nbdev.base.command_line import from_args, read_config
@@ -23,11 +24,10 @@ from mdl_nbdev.cli.inference import start_inference
 from mdl_nbdev.cli.live import Live
 from mdl_nbdev.cli.training import TrainRun, TrainView, start_training, watch
 from mdl_nbdev.cli.view import Pace, View
-from mdl_nbdev.infer.run import infer
-from mdl_nbdev.train.samples import SampleAnswers, read_samples
 from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.train.run import train # before transformers: it quietens bitsandbytes
-from transformers import TrainerCallback
+from mdl_nbdev.infer.run import infer
+from mdl_nbdev.train.run import train
+from mdl_nbdev.train.samples import SampleAnswers, read_samples
 
 root = Path(__file__).parent.parent
 

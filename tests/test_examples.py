@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mdl_nbdev import cli, config
+from mdl_nbdev.base.command_line import from_args
+from mdl_nbdev.base.settings import TrainSettings
+from mdl_nbdev.cli import commands as console_scripts
 from mdl_nbdev.data.sounds import make_sounds
 
 root = Path(__file__).parent.parent
@@ -25,7 +27,7 @@ names = {"ids": lambda p: p.name}
 @pytest.mark.parametrize("path", yamls[False], **names)
 def test_configuration(path, monkeypatch):
     monkeypatch.chdir(root)
-    config.from_args(config.TrainSettings, ["--config", str(path)])
+    from_args(TrainSettings, ["--config", str(path)])
 
 
 def commands(path):
@@ -53,8 +55,8 @@ def test_command_line(name, launcher, command, monkeypatch):
     monkeypatch.chdir(root)
     prog, *args = shlex.split(command.replace("...", "examples/lora_audio.yaml"))
     seen = []
-    monkeypatch.setattr(cli, "_main", lambda prog, module, function, settings, argv: seen.append(config.from_args(getattr(config, settings), argv, prog)))
-    getattr(cli, prog)(args)
+    monkeypatch.setattr(console_scripts, "run_command", lambda prog, function, cls, argv: seen.append(from_args(cls, argv, prog)))
+    getattr(console_scripts, prog)(args)
     assert len(seen) == 1
     if not launcher: return
     launch = [*shlex.split(launcher), prog, *args]

@@ -1,6 +1,6 @@
-"Dashboards, the settings form, the demo and the console scripts"
+"Console scripts, dashboards, the settings form and the demo"
 import sys
 
-from mdl_nbdev import _Part
+from mdl_nbdev._moved import Moved
 
-sys.modules[__name__].__class__ = _Part
+sys.modules[__name__].__class__ = Moved

@@ -1,6 +1,6 @@
 "Rows and clips: tables, records, audio, checks"
 import sys
 
-from mdl_nbdev import _Part
+from mdl_nbdev._moved import Moved
 
-sys.modules[__name__].__class__ = _Part
+sys.modules[__name__].__class__ = Moved

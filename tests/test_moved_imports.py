@@ -1,0 +1,107 @@
+"What could be imported from version 0.1.0, whose modules were flat, still can; and the short imports of notebooks"
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdl_nbdev import _moved
+
+root = Path(__file__).parent.parent
+nothing = "nothing" # a name that no module has
+
+
+def fresh(code):
+    "What a fresh interpreter prints"
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert r.returncode == 0, r.stderr
+    return r.stdout
+
+
+@pytest.mark.parametrize("module", _moved.MODULES)
+def test_old_imports(module):
+    old = importlib.import_module(f"mdl_nbdev.{module}")
+    names = _moved.MODULES[module].split()
+    missing = []
+    for name in names:
+        try: getattr(old, name)
+        except (AttributeError, KeyError): missing.append(name)
+    assert sorted(missing) == sorted(n for n in names if n in _moved.REMOVED)
+    assert old.__all__ == [n for n in names if n not in _moved.REMOVED], "for `import *`"
+    assert set(names) <= set(dir(old))
+
+
+def test_tables_have_no_stale_entries():
+    old = {name for names in _moved.MODULES.values() for name in names.split()}
+    assert {*_moved.RENAMED, *_moved.REMOVED} <= old
+    assert not set(_moved.REMOVED) & set(_moved.RENAMED)
+    assert not set(_moved.CONSTANTS) & set(_moved.homes()), "nbdev's index knows where these are"
+    assert all(len(why) > 10 for why in _moved.REMOVED.values()), "what to use instead"
+
+
+def test_what_is_gone_says_so():
+    for module, names in _moved.MODULES.items():
+        for name in set(names.split()) & set(_moved.REMOVED):
+            with pytest.raises(AttributeError, match="is gone"): getattr(importlib.import_module(f"mdl_nbdev.{module}"), name)
+    with pytest.raises(AttributeError, match="mdl_nbdev.config.*no attribute 'nothing'"): getattr(importlib.import_module("mdl_nbdev.config"), nothing)
+    with pytest.raises(ImportError): importlib.import_module("mdl_nbdev.nothing")
+
+
+def test_short_imports():
+    import mdl_nbdev
+    assert len(set(mdl_nbdev.__all__)) == len(mdl_nbdev.__all__)
+    for name in mdl_nbdev.__all__: assert getattr(mdl_nbdev, name) is not None and name in dir(mdl_nbdev)
+    with pytest.raises(AttributeError): getattr(mdl_nbdev, nothing)
+
+
+@pytest.mark.parametrize("name", ["check", "train", "infer", "evaluate", "demo"])
+def test_functions_with_the_name_of_a_module(name):
+    "`from mdl_nbdev import train` gave a module, and gives something that can be called as well"
+    import mdl_nbdev
+    short = getattr(mdl_nbdev, name)
+    function = getattr(short, name)
+    assert inspect.isfunction(function) and inspect.signature(short) == inspect.signature(function)
+    assert [p.annotation.__name__.removesuffix("Settings").lower() for p in inspect.signature(short).parameters.values()][0] == {"evaluate": "eval"}.get(name, name)
+
+
+def test_short_imports_are_light():
+    "Names of functions are loaded when they are used, and settings load nothing heavy"
+    code = """import json, sys
+from mdl_nbdev import train, infer, evaluate, check, demo, TrainSettings, InferSettings, EvalSettings, CheckSettings, InputError
+import mdl_nbdev.cli
+TrainSettings(train_dataset='a.csv', output='b')
+print(json.dumps(sorted({'torch', 'transformers', 'peft', 'pandas', 'datasets'} & {m.split('.')[0] for m in sys.modules})))"""
+    assert json.loads(fresh(code)) == []
+
+
+def test_a_call():
+    code = """from mdl_nbdev import check, CheckSettings, InputError
+try: check(CheckSettings(input='nothing.csv'))
+except InputError as e: print(e)"""
+    assert "nothing.csv" in fresh(code)
+
+
+def test_console_scripts_of_version_0_1_0():
+    "Their names were `mdl_nbdev.cli:mdl_train` and so on"
+    from mdl_nbdev import cli
+    from mdl_nbdev.cli import commands
+    for name in _moved.MODULES["cli"].split(): assert getattr(cli, name) is getattr(commands, name)
+    settings = (root/"settings.ini").read_text()
+    for name in _moved.MODULES["cli"].split(): assert f"{name}=mdl_nbdev.cli.commands:{name}" in settings
+
+
+def test_import_statements():
+    code = """import mdl_nbdev.config
+from mdl_nbdev.data import CsvFile
+from mdl_nbdev.config import *
+from mdl_nbdev.cli import mdl_check
+import mdl_nbdev.audio as audio
+assert mdl_nbdev.config.TrainSettings is TrainSettings
+from mdl_nbdev.base.settings import TrainSettings as now
+assert now is TrainSettings
+try: mdl_check(['nothing.csv'])
+except SystemExit as e: print(e.code, CsvFile.__name__, callable(audio.load_audio))"""
+    assert fresh(code).split() == ["2", "CsvFile", "True"]
