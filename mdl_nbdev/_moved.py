@@ -58,11 +58,11 @@ MODULES = {
     "trainer": "TaskTrainer Flow",
 }
 # What names are called now
-RENAMED = {"audio_html": "audio_player", "duration_text": "format_duration"}
+RENAMED = {"audio_html": "audio_player", "duration_text": "format_duration", "Question": "PromptedRow"}
 # Where constants are; nbdev's index knows where functions and classes are
 CONSTANTS = {
-    **dict.fromkeys(["SAMPLE_RATE", "MAX_PEAK"], "data.audio"), "SOUND_LABELS": "data.sounds", "COLUMNS": "data.tables",
-    **dict.fromkeys(["ROLES", "PAIRS", "KEYS", "SUFFIXES"], "data.records"), "MIN_AUDIO_SECONDS": "data.check",
+    **dict.fromkeys(["SAMPLE_RATE", "MAX_PEAK"], "data.audio"), "SOUND_LABELS": "data.sounds", "COLUMNS": "data.rows", "SUFFIXES": "data.sources",
+    **dict.fromkeys(["ROLES", "PAIRS", "KEYS"], "data.messages"), "MIN_AUDIO_SECONDS": "data.check",
     **dict.fromkeys(["AUDIO", "AUDIO_BOS", "AUDIO_EOS", "CHATML"], "model.midashenglm_family"),
     **dict.fromkeys(["ROLE_START", "ROLE_END", "ROLE_MARKERS"], "model.template"),
     "MIN_SAMPLES": "model.midasheng_encoder", "QWEN2_7B": "model.midashenglm", "LOSS_LOGITS": "model.label_loss",

@@ -66,6 +66,24 @@ def test_imports_follow_the_numbers(path):
     assert not wrong, "imports from a notebook with a higher number: (code cell, module)"
 
 
+def test_a_chapter_exports_to_its_part():
+    parts = {p.parent.name for p in notebooks if number(p)}
+    assert sorted(parts) == ["0_base", "1_data", "2_model", "3_train", "4_infer", "5_cli"]
+    assert not [p for p in notebooks if default_exp(p) and default_exp(p).split(".")[0] != p.parent.name[2:]]
+
+
+@each_notebook
+def test_exported_code_imports_from_chapters(path):
+    "Neither by the short names of the package nor from modules of version 0.1.0: both would hide the order of the chapters"
+    wrong = []
+    for cell in filter(exported, code_cells(path)):
+        for node in ast.walk(tree(cell)):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom): found = [f"{node.module}.{a.name}" for a in node.names if a.name != "__version__"]
+            wrong += [name for name in found if name.startswith("mdl_nbdev.") and not any(name == f"mdl_nbdev.{m}" or name.startswith(f"mdl_nbdev.{m}.") for m in modules)]
+    assert not wrong
+
+
 @each_notebook
 def test_size(path):
     assert len(read(path)) <= 120

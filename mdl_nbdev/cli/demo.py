@@ -71,13 +71,13 @@ GREEN, RED = '#2d6a4f', '#b00020' # Correct and wrong answers
 
 def plot_answer(
     ax, # Matplotlib axes to draw on
-    q, # A row of the `InferReport` with its answer
+    row, # A row of the `InferReport` with its answer
 )->None:
     "A clip's spectrogram below the model's answer, and the label if that differs"
-    label = q.row.prediction.strip()
-    correct = q.answer.strip()==label
-    ax.specgram(load_audio(q.conversation.clips[0]), NFFT=512, noverlap=384, Fs=SAMPLE_RATE, scale='dB', vmin=-120, cmap='magma')
-    ax.set_title(f'{q.answer[:20]} ' + ('✓' if correct else f'✗ {label}'), color=GREEN if correct else RED, fontsize=11)
+    label = row.reference.strip()
+    correct = row.prediction.strip()==label
+    ax.specgram(load_audio(row.conversation.clips[0]), NFFT=512, noverlap=384, Fs=SAMPLE_RATE, scale='dB', vmin=-120, cmap='magma')
+    ax.set_title(f'{row.prediction[:20]} ' + ('✓' if correct else f'✗ {label}'), color=GREEN if correct else RED, fontsize=11)
     ax.set(xticks=[], yticks=[], ylim=(0, 4000))
 
 @patch
@@ -86,7 +86,7 @@ def figure(self:DemoReport): # A matplotlib figure
     from matplotlib.figure import Figure
     fig = Figure(figsize=(10, 4.4), layout='constrained')
     top, bottom = fig.subfigures(2, 1, height_ratios=[1, 1.2])
-    for ax,q in zip(top.subplots(1, len(self.answers.sample)), self.answers.sample): plot_answer(ax, q)
+    for ax,row in zip(top.subplots(1, len(self.answers.sample)), self.answers.sample): plot_answer(ax, row)
     curve, bars = bottom.subplots(1, 2, width_ratios=[2, 1])
     self.train.plot(curve)
     drawn = bars.barh(['after', 'before'], [self.after, self.before], color=[GREEN, '#94a3b8'])

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
 from ..base.errors import InputError
-from ..base.html import Html, html_box, html_table
+from ..base.html import Html, as_html, html_box, html_table
 from ..base.settings import InferSettings
 from ..base.text import shorten
 from .background import Run
 from .view import Pace, View, marked_answer, small_player
 from ..infer.metrics import score
-from ..infer.run import Question, infer
+from ..infer.run import PromptedRow, infer
 
 # %% ../../nbs/5_cli/05_inference.ipynb #c6
 class InferView(View):
@@ -44,29 +44,29 @@ class InferView(View):
         self.pace, self.since = Pace(), time.time()
 
     def add(self,
-        questions:list[Question], # The rows of a window, answered
+        rows:list[PromptedRow], # A shard with its answers
         done:int, # Rows done, including those of earlier runs
         total:int, # Rows in all
     )->None:
-        "Take in a window"
-        if not self.pace.now: self.pace.at(done-len(questions), self.since)
+        "Take in a shard"
+        if not self.pace.now: self.pace.at(done-len(rows), self.since)
         elif self.pace.start[1]==self.since: self.pace.start = self.pace.now # without the loading of the model
         self.pace.at(done)
         self.done, self.total = done, total
-        self.answered += len(questions)
-        self.newest.extend(questions[-self.newest.maxlen:])
-        bad = [q for q in questions if q.reason is not None]
+        self.answered += len(rows)
+        self.newest.extend(rows[-self.newest.maxlen:])
+        bad = [r for r in rows if r.reason is not None]
         self.without += len(bad)
         self.rejected.extend(bad)
-        self.compare([q for q in questions if (q.row.prediction or '').strip()])
+        self.compare([r for r in rows if (r.reference or '').strip()])
 
     def compare(self,
-        questions:list[Question], # Rows with a reference
+        rows:list[PromptedRow], # Rows with a reference
     )->None:
         "Count correct answers and word edits"
-        if not questions: return
-        s = score([q.row.prediction for q in questions], [q.answer for q in questions])
-        self.counts.update(rows=len(questions), right=int(s.correct.sum()), words=int(s.words.sum()), edits=int(s.word_edits.sum()))
+        if not rows: return
+        s = score([r.reference for r in rows], [r.prediction for r in rows])
+        self.counts.update(rows=len(rows), right=int(s.correct.sum()), words=int(s.words.sum()), edits=int(s.word_edits.sum()))
 
 # %% ../../nbs/5_cli/05_inference.ipynb #c8
 @patch
@@ -84,12 +84,12 @@ def head(self:InferView)->Html: # A `<div>` element
 
 # %% ../../nbs/5_cli/05_inference.ipynb #c9
 def shown_prompt(
-    q:Question, # A row with its answer
+    row:PromptedRow, # A row with its answer
 )->Html: # For a cell of a table
     "The clips of a row with players, and the words of its last message"
-    if not q.conversation: return Html()
-    clips = [html_box(small_player(c), ' ', Html(f'<small>{shorten(Path(c).name, 40)}</small>')) for c in q.conversation.clips]
-    words = ' '.join(p['text'] for p in q.conversation.messages[-1]['content'] if p['type']=='text')
+    if not row.conversation: return Html()
+    clips = [html_box(small_player(c), ' ', Html(f'<small>{as_html(shorten(Path(c).name, 40))}</small>')) for c in row.conversation.clips]
+    words = ' '.join(p['text'] for p in row.conversation.messages[-1]['content'] if p['type']=='text')
     return html_box(*clips, shorten(words, 160))
 
 @patch
@@ -97,21 +97,21 @@ def latest(self:InferView)->Html: # Empty before the first answers
     "The latest answers, with players, and marks where there are references"
     if not self.newest: return Html()
     rows = []
-    for q in list(self.newest): # a copy: another thread may add to it
-        answer = marked_answer(q.answer, q.row.prediction) if q.reason is None else Html(f'<i>{shorten(q.reason, 160)}</i>')
-        rows.append((f'{q.row.line:,}', shown_prompt(q), answer, shorten(q.row.prediction or '', 160)))
+    for r in list(self.newest): # a copy: another thread may add to it
+        answer = marked_answer(r.prediction, r.reference) if r.reason is None else Html(f'<i>{as_html(shorten(r.reason, 160))}</i>')
+        rows.append((f'{r.row.line:,}', shown_prompt(r), answer, shorten(r.reference or '', 160)))
     return html_box(Html('<b>Latest answers</b>'), html_table(rows, ['line', 'prompt', 'answer', 'reference']))
 
 @patch
 def rejects(self:InferView)->Html: # Empty if there are none
     "The latest rows without an answer, and why"
     if not self.rejected: return Html()
-    rows = [(q.row.line, shorten(q.reason, 300)) for q in list(self.rejected)]
+    rows = [(r.row.line, shorten(r.reason, 300)) for r in list(self.rejected)]
     return html_box(Html('<b>Without an answer</b>'), html_table(rows, ['line', 'reason']))
 
 # %% ../../nbs/5_cli/05_inference.ipynb #c11
 class InferStopped(Exception):
-    "Ends an inference run between two windows"
+    "Ends an inference run between two shards"
 
 class InferFeed:
     "Feeds a dashboard from an inference run, and ends the run when its Stop button was clicked"
@@ -122,12 +122,12 @@ class InferFeed:
         self.run = run
 
     def __call__(self,
-        questions:list[Question], # The rows of a window, answered
+        rows:list[PromptedRow], # A shard with its answers
         done:int, # Rows done
         total:int, # Rows in all
     )->None:
-        "A window is on the disk"
-        self.run.view.safely(self.run.view.add, questions, done, total)
+        "A shard is on the disk"
+        self.run.view.safely(self.run.view.add, rows, done, total)
         if self.run.stop_wanted.is_set() and done < total: raise InferStopped
 
 # %% ../../nbs/5_cli/05_inference.ipynb #c12
@@ -135,10 +135,10 @@ class InferRun(Run):
     "An inference run in the background"
     def __init__(self,
         s:InferSettings, # What to answer, with what model, and where to
-        listeners:list[Callable]=(), # Further callbacks of `infer`
+        callbacks:list[Callable]=(), # Further callbacks of `infer`
     ):
         super().__init__(InferView(s.output))
-        self.s, self.listeners = s, listeners
+        self.s, self.callbacks = s, [InferFeed(self), *callbacks]
 
     def actions(self):
         "The buttons that make sense now"
@@ -148,7 +148,7 @@ class InferRun(Run):
 
     def work(self):
         "Answer the rows; `None` if the run was stopped"
-        try: self.view.report = infer(self.s, [*self.listeners, InferFeed(self)])
+        try: self.view.report = infer(self.s, self.callbacks)
         except InferStopped:
             self.view.note(f'stopped after {self.view.done:,} of {self.view.total:,} rows; Continue, or resume(), goes on from there')
         return self.view.report
@@ -170,7 +170,7 @@ class InferRun(Run):
 
 def start_inference(
     s:InferSettings, # What to answer, with what model, and where to
-    listeners:list[Callable]=(), # Further callbacks of `infer`
+    callbacks:list[Callable]=(), # Further callbacks of `infer`
 )->InferRun: # Shows itself; `await` it for the `InferReport`
     "Answer every row of a file in the background, with a dashboard"
-    return InferRun(s, listeners).start()
+    return InferRun(s, callbacks).start()

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..train.run import train # before transformers: it quietens bitsandbytes
 from transformers import TrainerCallback
 from ..base.errors import InputError
-from ..base.html import Html, html_box, html_table
+from ..base.html import Html, as_html, html_box, html_table
 from ..base.settings import TrainSettings
 from ..base.text import format_clock, shorten
 from .background import Request, Run
@@ -144,7 +144,7 @@ def result(self:TrainView)->Html: # Empty until the run is over
     if not self.report: return Html()
     r = self.report
     files = {'model':r.final if r.whole else None, 'newest checkpoint':r.checkpoint, 'best checkpoint':r.best, 'metrics':r.output/'metrics.jsonl'}
-    rows = [(name, Html(f'<code>{shorten(str(p), 200)}</code>')) for name,p in files.items() if p and p.exists()]
+    rows = [(name, Html(f'<code>{as_html(shorten(str(p), 200))}</code>')) for name,p in files.items() if p and p.exists()]
     best = f'\nThe best evaluation was {self.best[0]:.4f}, at step {self.best[1]:,}.' if self.best else ''
     return html_box(Html('<p style="white-space:pre-line">'), f'{r}{best}', Html('</p>'), html_table(rows))
 
