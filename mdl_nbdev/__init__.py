@@ -18,7 +18,7 @@ __all__ = """
     load_audio audio_info AudioError SOUND_LABELS make_sound make_sounds check CheckReport
     Conversation to_conversation read_rows open_rows
     load_model load_processor load_adapter merge_adapter save_model
-    convert open_dataset open_mix train dry_run read_metrics TrainReport
+    convert ConvertReport AudioDataset open_dataset open_mix train dry_run read_metrics TrainReport
     infer InferReport evaluate score Scores EvalReport
     watch start_training start_inference SettingsForm demo""".split()
 

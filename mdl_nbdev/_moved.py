@@ -59,14 +59,14 @@ MODULES = {
 }
 # What names are called now
 RENAMED = {"audio_html": "audio_player", "duration_text": "format_duration", "Question": "PromptedRow"}
-# Where constants are; nbdev's index knows where functions and classes are
+# Where constants are, as module or module:name; nbdev's index knows where functions and classes are
 CONSTANTS = {
     **dict.fromkeys(["SAMPLE_RATE", "MAX_PEAK"], "data.audio"), "SOUND_LABELS": "data.sounds", "COLUMNS": "data.rows", "SUFFIXES": "data.sources",
     **dict.fromkeys(["ROLES", "PAIRS", "KEYS"], "data.messages"), "MIN_AUDIO_SECONDS": "data.check",
     **dict.fromkeys(["AUDIO", "AUDIO_BOS", "AUDIO_EOS", "CHATML"], "model.midashenglm_family"),
-    **dict.fromkeys(["ROLE_START", "ROLE_END", "ROLE_MARKERS"], "model.template"),
+    **dict.fromkeys(["ROLE_START", "ROLE_END"], "model.template"), "ROLE_MARKERS": "model.text_family",
     "MIN_SAMPLES": "model.midasheng_encoder", "QWEN2_7B": "model.midashenglm", "LOSS_LOGITS": "model.label_loss",
-    "MANIFEST": "train.checkpoints", "META": "train.dataset", "TINY_LORA": "cli.demo",
+    "MANIFEST": "train.checkpoints", "META": "train.convert:MANIFEST", "TINY_LORA": "cli.demo",
 }
 # What is gone, and what to use instead
 REMOVED = dict.fromkeys(["at_least", "within", "every", "several", "mapping", "positional"], "declare options with `opt` of mdl_nbdev.base.options")
@@ -79,10 +79,11 @@ def homes(): # From nbdev's index, which `nbdev_export` writes
     return {full.removeprefix(f"{module}."): module for module, names in symbols.items() for full in names}
 
 
-def find(name): # Of a public function, class or constant, by its present name
+def find(name): # Of a public function or class by its present name, or of a constant
     "The object of that name, from the module that defines it; `KeyError` if there is none"
-    module = f"mdl_nbdev.{CONSTANTS[name]}" if name in CONSTANTS else homes()[name]
-    return getattr(importlib.import_module(module), name)
+    if name not in CONSTANTS: return getattr(importlib.import_module(homes()[name]), name)
+    module, _, new = CONSTANTS[name].partition(":")
+    return getattr(importlib.import_module(f"mdl_nbdev.{module}"), new or name)
 
 
 class Moved(ModuleType):

@@ -20,7 +20,8 @@ from ..data.audio import SAMPLE_RATE, load_audio
 from ..data.sounds import SOUND_LABELS, make_sounds
 
 # %% ../../nbs/5_cli/07_demo.ipynb #c6
-TINY_LORA = dict(model_name='tiny', lr=2e-3, lr_scheduler_type='cosine', warmup_steps=.1, batch_size=16, gradient_checkpointing=False) # Suits the built-in model
+TINY_LORA = dict(model_name='tiny', lr=2e-3, lr_scheduler_type='cosine', warmup_steps=.1, batch_size=16,
+                 gradient_checkpointing=False) # Suits the built-in model
 ANSWER_TOKENS = 24 # Maximum length of an answer; the longest label is shorter
 
 def demo_training(
@@ -30,7 +31,8 @@ def demo_training(
     epochs:float, # Passes over the clips
 )->TrainSettings: # For `train`
     "The settings of the training run"
-    return TrainSettings(train_dataset=csv, base_dir=csv.parent, output=folder/'run', num_epochs=epochs, seed=seed, logging_steps=5, **TINY_LORA)
+    return TrainSettings(train_dataset=csv, base_dir=csv.parent, output=folder/'run', num_epochs=epochs, seed=seed,
+                         logging_steps=5, **TINY_LORA)
 
 def demo_inference(
     folder:Path, # Of the demo
@@ -39,7 +41,8 @@ def demo_inference(
     model:str|Path, # The built-in model, or a trained one
 )->InferSettings: # For `infer`
     "The settings of an inference run"
-    return InferSettings(input=csv, base_dir=csv.parent, output=folder/f'{name}.csv', model_name=str(model), max_new_tokens=ANSWER_TOKENS, batch_size=50)
+    return InferSettings(input=csv, base_dir=csv.parent, output=folder/f'{name}.csv', model_name=str(model),
+                         max_new_tokens=ANSWER_TOKENS, batch_size=50)
 
 # %% ../../nbs/5_cli/07_demo.ipynb #c8
 @dataclass

@@ -60,15 +60,17 @@ class InferView(View):
         self.rejected.extend(bad)
         self.compare([r for r in rows if (r.reference or '').strip()])
 
-    def compare(self,
-        rows:list[PromptedRow], # Rows with a reference
-    )->None:
-        "Count correct answers and word edits"
-        if not rows: return
-        s = score([r.reference for r in rows], [r.prediction for r in rows])
-        self.counts.update(rows=len(rows), right=int(s.correct.sum()), words=int(s.words.sum()), edits=int(s.word_edits.sum()))
+# %% ../../nbs/5_cli/05_inference.ipynb #c7
+@patch
+def compare(self:InferView,
+    rows:list[PromptedRow], # Rows with a reference
+)->None:
+    "Count correct answers and word edits"
+    if not rows: return
+    s = score([r.reference for r in rows], [r.prediction for r in rows])
+    self.counts.update(rows=len(rows), right=int(s.correct.sum()), words=int(s.words.sum()), edits=int(s.word_edits.sum()))
 
-# %% ../../nbs/5_cli/05_inference.ipynb #c8
+# %% ../../nbs/5_cli/05_inference.ipynb #c9
 @patch
 def head(self:InferView)->Html: # A `<div>` element
     "Progress and figures"
@@ -82,7 +84,7 @@ def head(self:InferView)->Html: # A `<div>` element
     pace = self.pace.text(self.total if self.phase=='running' else None)
     return self.headline(f'{self.done:,} of {self.total:,} rows · {pace}', self.done/self.total, figures)
 
-# %% ../../nbs/5_cli/05_inference.ipynb #c9
+# %% ../../nbs/5_cli/05_inference.ipynb #c10
 def shown_prompt(
     row:PromptedRow, # A row with its answer
 )->Html: # For a cell of a table
@@ -109,7 +111,7 @@ def rejects(self:InferView)->Html: # Empty if there are none
     rows = [(r.row.line, shorten(r.reason, 300)) for r in list(self.rejected)]
     return html_box(Html('<b>Without an answer</b>'), html_table(rows, ['line', 'reason']))
 
-# %% ../../nbs/5_cli/05_inference.ipynb #c11
+# %% ../../nbs/5_cli/05_inference.ipynb #c12
 class InferStopped(Exception):
     "Ends an inference run between two shards"
 
@@ -130,7 +132,7 @@ class InferFeed:
         self.run.view.safely(self.run.view.add, rows, done, total)
         if self.run.stop_wanted.is_set() and done < total: raise InferStopped
 
-# %% ../../nbs/5_cli/05_inference.ipynb #c12
+# %% ../../nbs/5_cli/05_inference.ipynb #c13
 class InferRun(Run):
     "An inference run in the background"
     def __init__(self,
@@ -168,6 +170,7 @@ class InferRun(Run):
         if report: return report
         raise InputError(f"{self.s.output}: stopped after {self.view.done:,} rows, so it is incomplete; continue with resume()")
 
+# %% ../../nbs/5_cli/05_inference.ipynb #c14
 def start_inference(
     s:InferSettings, # What to answer, with what model, and where to
     callbacks:list[Callable]=(), # Further callbacks of `infer`

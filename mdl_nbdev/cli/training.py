@@ -10,7 +10,7 @@ __all__ = ['CURVES', 'RESTART_SECONDS', 'TrainView', 'curve_order', 'TrainFeed',
 import ctypes, json, math, os, re, sys, time
 from pathlib import Path
 from fastcore.basics import patch
-from ..train.run import train # before transformers: it quietens bitsandbytes
+from ..train.run import train
 from transformers import TrainerCallback
 from ..base.errors import InputError
 from ..base.html import Html, as_html, html_box, html_table
@@ -120,7 +120,8 @@ def curves(self:TrainView)->Html: # A `<div>` element
     "The losses, the learning rate and the speed"
     shown = dict(self.shown) # a copy: another thread may add to it
     losses = {name.replace('_', ' '):shown[name] for name in sorted(shown, key=curve_order) if 'loss' in name}
-    small = [chart({name.replace('_', ' '):shown.get(name, Curve())}, width=270, height=104) for name in ('learning_rate', 'samples_per_second')]
+    small = [chart({name.replace('_', ' '):shown.get(name, Curve())}, width=270, height=104)
+             for name in ('learning_rate', 'samples_per_second')]
     large = chart(losses, 'loss per token', 520, 212, log=True)
     return html_box(Html(f'<div style="display:flex;flex-wrap:wrap;gap:8px">{large}<div style="width:270px">{"".join(small)}</div></div>'))
 
@@ -143,8 +144,10 @@ def result(self:TrainView)->Html: # Empty until the run is over
     "The report of a run that is over, and where its files are"
     if not self.report: return Html()
     r = self.report
-    files = {'model':r.final if r.whole else None, 'newest checkpoint':r.checkpoint, 'best checkpoint':r.best, 'metrics':r.output/'metrics.jsonl'}
-    rows = [(name, Html(f'<code>{as_html(shorten(str(p), 200))}</code>')) for name,p in files.items() if p and p.exists()]
+    files = {'model':r.final if r.whole else None, 'newest checkpoint':r.checkpoint, 'best checkpoint':r.best,
+             'metrics':r.output/'metrics.jsonl'}
+    paths = {name:as_html(shorten(str(p), 200)) for name,p in files.items() if p and p.exists()}
+    rows = [(name, Html(f'<code>{p}</code>')) for name,p in paths.items()]
     best = f'\nThe best evaluation was {self.best[0]:.4f}, at step {self.best[1]:,}.' if self.best else ''
     return html_box(Html('<p style="white-space:pre-line">'), f'{r}{best}', Html('</p>'), html_table(rows))
 

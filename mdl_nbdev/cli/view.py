@@ -84,7 +84,8 @@ class Pace:
         return f'{elapsed}, {format_clock((total-self.now[0])/self.rate)} left'
 
 # %% ../../nbs/5_cli/01_view.ipynb #c15
-PHASES = dict(starting=GREY, running='#2563eb', stopping='#ea580c', stopped='#ea580c', finished='#16a34a', failed='#dc2626') # What a run may be doing, and its colour
+PHASES = dict(starting=GREY, running='#2563eb', stopping='#ea580c', stopped='#ea580c',
+              finished='#16a34a', failed='#dc2626') # What a run may be doing, and its colour
 
 class View:
     "What a dashboard knows about a run, and how it looks"
