@@ -58,7 +58,7 @@ MODULES = {
     "trainer": "TaskTrainer Flow",
 }
 # What names are called now
-RENAMED = {"audio_html": "audio_player", "duration_text": "format_duration", "Question": "PromptedRow"}
+RENAMED = {"audio_html": "audio_player", "duration_text": "format_duration", "Question": "PromptedRow", "ProgressLine": "ProgressBar"}
 # Where constants are, as module or module:name; nbdev's index knows where functions and classes are
 CONSTANTS = {
     **dict.fromkeys(["SAMPLE_RATE", "MAX_PEAK"], "data.audio"), "SOUND_LABELS": "data.sounds", "COLUMNS": "data.rows", "SUFFIXES": "data.sources",
