@@ -13,9 +13,7 @@ import soundfile as sf
 
 from mdl_nbdev.data.audio import load_audio, to_int16
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
-from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.model.families import load_chat
-from mdl_nbdev.model.tokenizers import fingerprint
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings
 from mdl_nbdev.data.tables import read_rows
@@ -24,7 +22,8 @@ from mdl_nbdev.train.dataset import AudioDataset, open_dataset
 from mdl_nbdev.train.mix import Item, Mix, limit_length, open_mix, split
 from mdl_nbdev.data.sounds import make_sounds
 
-TOK = tiny_tokenizer()
+CHAT = load_chat("tiny")
+TOK = CHAT.tok
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +77,10 @@ def test_all_bad_rows_in_one_report_and_finished_shards_kept(csv, tmp_path):
 def test_a_changed_clip_is_converted_again(tmp_path):
     csv = make_sounds(tmp_path / "s", 5, seed=1)
     out = dict(model_name="tiny", base_dir=csv.parent)
-    before = open_dataset(csv, TOK, tmp_path / "run", **out)[0].clips[0].copy()
+    before = open_dataset(csv, CHAT, tmp_path / "run", **out)[0].clips[0].copy()
     first = next(read_rows(csv)).audio
     sf.write(csv.parent / first, np.zeros(8000, np.float32), 16000)
-    after = open_dataset(csv, TOK, tmp_path / "run", **out)[0].clips[0]
+    after = open_dataset(csv, CHAT, tmp_path / "run", **out)[0].clips[0]
     assert len(after) == 8000 and not after.any() and before.any()
 
 
@@ -91,7 +90,7 @@ def test_a_folder_of_mdl_toolkit_opens(tmp_path):
     datasets.Dataset.from_dict({
         "input_ids": [[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]], "attention_mask": [[0, 0, 1, 1, 1], [1] * 5], "labels": [[-100, -100, -100, 6, 7], [-100] * 3 + [4, 5]],
         "input_values": [np.pad(wave[:3300], (0, 700)).tolist(), wave.tolist()], "audio_length": [3300, 4000]}).save_to_disk(tmp_path / "peer")
-    ds = AudioDataset(tmp_path / "peer", fingerprint(TOK))
+    ds = AudioDataset(tmp_path / "peer", CHAT.fingerprint)
     assert ds[0].input_ids.tolist() == [5, 6, 7] and ds[0].labels.tolist() == [-100, 6, 7] and np.array_equal(ds[0].clips[0], wave[:3300])
     assert ds.n_tokens.tolist() == [3, 5] and ds.n_samples.tolist() == [3300, 4000]
     assert ds.tasks[0] == ["peer"] and ds[1].task == "peer" and len(Mix([(None, ds)]).fingerprint()) == 16
@@ -99,7 +98,7 @@ def test_a_folder_of_mdl_toolkit_opens(tmp_path):
 
 def test_a_folder_of_version_0_1_0_opens():
     "Written by that version from a row with a clip, one with two, and one without; rows did not keep their conversations yet"
-    ds = AudioDataset(Path(__file__).parent / "fixtures" / "converted-0.1.0", fingerprint(TOK), "old")
+    ds = AudioDataset(Path(__file__).parent / "fixtures" / "converted-0.1.0", CHAT.fingerprint, "old")
     def ramp(n): return np.arange(n) % 100 * 100
     clips, answers = [[1600], [2400, 3200], []], ["a ramp", "the second", "hello"]
     assert len(ds) == 3 and ds.tasks[0] == ["compare", "old", "words"] and ds.lines.tolist() == [1, 2, 3] and ds.sample_rate == 16000
@@ -124,13 +123,13 @@ def test_rows_keep_their_conversations(spoken, tmp_path):
         for m, (start, stop) in zip(kept["messages"], ds[i].spans):
             words = [p["text"] for p in m["content"] if p["type"] == "text"]
             assert all(w in TOK.decode(ds[i].input_ids[start:stop]) for w in words)
-        short = limit_length(Mix([(None, ds)]), 60, "truncate", TOK)[0]
+        short = limit_length(Mix([(None, ds)]), 60, "truncate", CHAT)[0]
         assert all(e.spans.max() <= 60 for e in short)
 
 
 def test_a_batch_of_many_clips_fits_its_record_batch(spoken, csv, tmp_path):
     "Arrow counts the samples of a record batch in 32 bits: fewer rows are tokenized together when a row has many clips"
-    def size(path, **kw): return plan_shards(ConvertSettings(input=path, output=tmp_path / "d", base_dir=csv.parent, **kw), load_chat("tiny"), tmp_path)[0].batch_size
+    def size(path, **kw): return plan_shards(ConvertSettings(input=path, output=tmp_path / "d", base_dir=csv.parent, **kw), CHAT, tmp_path)[0].batch_size
     assert size(csv) == 8 and size(csv, tokenizing_batch_size=1000) == 2**31 // (600 * 16000) and size(spoken, tokenizing_batch_size=1000) == 2**31 // (3 * 600 * 16000)
 
 
@@ -192,18 +191,18 @@ def test_names_of_tasks(spoken, tmp_path):
     for name, words in [("upper", ["AB", "CD"]), ("lower", ["a", "b", "c"])]:
         for i, w in enumerate(words): write_records(tmp_path / "tasks" / name / f"{i}.jsonl", spell([w], data_name="not used"))
     plain = write_records(tmp_path / "plain.jsonl", [*spell("xy"), *spell("z", data_name="named")])
-    mix = open_mix([tmp_path / "tasks", spoken, plain], TOK, tmp_path / "cache", model_name="tiny")
+    mix = open_mix([tmp_path / "tasks", spoken, plain], CHAT, tmp_path / "cache", model_name="tiny")
     assert mix.task_names == ["lower", "named", "plain", "t0", "t1", "upper"]
     assert [mix[i].task for i in range(len(mix))] == ["lower"] * 3 + ["upper"] * 2 + ["t0", "t1"] * 3 + ["t0", "plain", "plain", "named"]
     assert [mix[i].task_id for i in range(len(mix))] == mix.task_ids.tolist()
     assert {k: v["rows"] for k, v in mix.describe().items()} == dict(lower=3, named=1, plain=2, t0=4, t1=3, upper=2)
     converted = convert(ConvertSettings(input=plain, output=tmp_path / "out" / "plain", model_name="tiny")).path
-    assert open_mix([converted], TOK, tmp_path / "cache2").describe() == open_mix([plain], TOK, tmp_path / "cache3", model_name="tiny").describe()
+    assert open_mix([converted], CHAT, tmp_path / "cache2").describe() == open_mix([plain], CHAT, tmp_path / "cache3", model_name="tiny").describe()
 
 
 def test_evaluation_numbers_tasks_as_training_does(csv, tmp_path):
     for name in "abc": write_records(tmp_path / f"{name}.jsonl", spell(["x", "y"]))
-    def open_(*names, **kw): return open_mix([tmp_path / f"{n}.jsonl" for n in names], TOK, tmp_path / "_".join(names), model_name="tiny", **kw)
+    def open_(*names, **kw): return open_mix([tmp_path / f"{n}.jsonl" for n in names], CHAT, tmp_path / "_".join(names), model_name="tiny", **kw)
     assert open_("c", "a", names=["a", "b", "c"]).task_ids.tolist() == [2, 2, 0, 0]
     assert open_("c", "a", names=["b"]).task_ids.tolist() == [0] * 4 and open_("c", names=["b"])[0].task == "b"
     with pytest.raises(InputError, match="has a task 'b', which is none of those trained on: a, c"): open_("a", "b", names=["a", "c"])
@@ -215,7 +214,7 @@ def test_a_dataset_without_tasks_opens(csv, tmp_path):
     old = datasets.load_from_disk(str(out)).remove_columns("task")
     old.save_to_disk(tmp_path / "old")
     shutil.copy(out / "mdl_nbdev.json", tmp_path / "old")
-    ds = AudioDataset(tmp_path / "old", fingerprint(TOK))
+    ds = AudioDataset(tmp_path / "old", CHAT.fingerprint)
     assert ds.tasks[0] == ["old"] and ds[3].task == "old" and ds[3].line == 5 and np.array_equal(ds[3].clips[0], AudioDataset(out)[3].clips[0])
 
 
@@ -223,7 +222,7 @@ def test_a_dataset_without_tasks_opens(csv, tmp_path):
 def mix(csv, spoken, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("mix")
     words = write_records(tmp / "spell.jsonl", spell(["word" * (1 + i % 5) for i in range(21)]))
-    return open_mix([csv, words, spoken], TOK, tmp / "cache", model_name="tiny", base_dir=csv.parent)
+    return open_mix([csv, words, spoken], CHAT, tmp / "cache", model_name="tiny", base_dir=csv.parent)
 
 
 def test_a_mix_is_its_datasets_and_its_dummy_rows(mix):
@@ -246,13 +245,13 @@ def test_a_mix_is_its_datasets_and_its_dummy_rows(mix):
 
 def test_the_fingerprint_sees_content_not_places(mix, csv, spoken, tmp_path):
     words = write_records(tmp_path / "elsewhere" / "spell.jsonl", spell(["word" * (1 + i % 5) for i in range(21)]))
-    def open_(*paths, **kw): return open_mix(paths, TOK, tmp_path / str(kw), model_name="tiny", base_dir=csv.parent, **kw)
+    def open_(*paths, **kw): return open_mix(paths, CHAT, tmp_path / str(kw), model_name="tiny", base_dir=csv.parent, **kw)
     assert open_(csv, words, spoken, num_workers=2, tokenizing_batch_size=7).fingerprint() == mix.fingerprint()
     assert mix.take(np.arange(len(mix))).fingerprint() == mix.fingerprint()
     other = [open_(csv, spoken, words), open_(csv, words, spoken, user_prompt="What?"), mix.take(np.arange(100)), mix.take(np.arange(len(mix))[::-1])]
     words.write_text(words.read_text().replace("w-o-r-d", "w-o-r-t", 1))
     other.append(open_(csv, words, spoken))
-    other.append(limit_length(mix, 60, "truncate", TOK)[0])
+    other.append(limit_length(mix, 60, "truncate", CHAT)[0])
     assert len({m.fingerprint() for m in [mix, *other]}) == 7
 
 
@@ -283,7 +282,7 @@ def check_truncated(short, whole, limit):
     n = len(short.input_ids)
     assert 0 < n <= limit and np.array_equal(short.input_ids, whole.input_ids[:n]) and np.array_equal(short.labels, whole.labels[:n])
     count = lambda e, t: int((e.input_ids == t).sum())
-    assert count(short, bos) == count(short, eos) == len(short.clips) and count(short, audio) == sum(n_audio_tokens(len(c)) for c in short.clips)
+    assert count(short, bos) == count(short, eos) == len(short.clips) and count(short, audio) == sum(CHAT.family.clip_tokens(len(c)) for c in short.clips)
     assert all(map(np.array_equal, short.clips, whole.clips))
     if n < min(limit, len(whole.input_ids)): assert whole.input_ids[n] == bos and eos not in whole.input_ids[n:limit], "shorter than allowed only before a clip that does not fit"
 
@@ -293,7 +292,7 @@ def test_truncation_never_splits_a_clip(mix, limit):
     spoken = mix.take(np.arange(171, 178))
     longer = [i for i in range(7) if spoken.n_tokens[i] > limit]
     can_learn = lambda e, n: (e.labels[1:n] >= 0).any()
-    try: short, report = limit_length(spoken, limit, "truncate", TOK)
+    try: short, report = limit_length(spoken, limit, "truncate", CHAT)
     except InputError as e:
         assert "every row" in str(e) and len(longer) == 7
         return
@@ -311,7 +310,7 @@ def test_truncation_never_splits_a_clip(mix, limit):
 
 def test_rejected_rows_are_listed(mix, tmp_path):
     limit = int(np.median(mix.n_tokens))
-    short, report = limit_length(mix, limit, "reject", TOK)
+    short, report = limit_length(mix, limit, "reject", CHAT)
     gone = np.flatnonzero(mix.n_tokens > limit)
     assert len(short) == len(mix) - len(gone) and short.n_tokens.max() <= limit and report.rejected == len(gone) > 10
     report.write(tmp_path / "too_long.csv")
@@ -319,15 +318,15 @@ def test_rejected_rows_are_listed(mix, tmp_path):
     assert lines[0] == "file,line,tokens,what"
     assert lines[1:] == [f"{mix[i].file},{mix[i].line},{mix.n_tokens[i]},rejected" for i in gone]
     assert str(report) == f"{len(gone)} of 178 rows have more than {limit} tokens: {len(gone)} left out, 0 truncated"
-    same, nothing = limit_length(mix, 10_000, "reject", TOK)
+    same, nothing = limit_length(mix, 10_000, "reject", CHAT)
     assert len(same) == 178 and not nothing.rows and same.fingerprint() == mix.fingerprint()
-    with pytest.raises(InputError, match="--seq-length 3: every row has more tokens, the shortest"): limit_length(mix, 3, "reject", TOK)
+    with pytest.raises(InputError, match="--seq-length 3: every row has more tokens, the shortest"): limit_length(mix, 3, "reject", CHAT)
 
 
 def test_prompts_of_a_converted_dataset_cannot_be_changed(csv, tmp_path):
     "A prompt that was not converted with the rows is refused, not passed over"
     out = convert(settings(csv, tmp_path / "d", user_prompt="What?")).path
-    opened = lambda **kw: len(open_dataset(out, TOK, tmp_path / "cache", **kw))
+    opened = lambda **kw: len(open_dataset(out, CHAT, tmp_path / "cache", **kw))
     assert opened() == opened(user_prompt="What?", system_prompt=None)
     with pytest.raises(InputError, match="with --user-prompt 'What.'.*convert them again with 'Who.'"): opened(user_prompt="Who?")
     with pytest.raises(InputError, match="without --system-prompt"): opened(system_prompt="Listen.")

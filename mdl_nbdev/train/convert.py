@@ -27,7 +27,6 @@ from ..data.rows import BadRow, bad_rows_error, to_conversation
 from ..data.sources import open_rows
 from ..model.chat import Chat, Example
 from ..model.families import load_chat
-from ..model.tokenizers import chat_of
 
 # %% ../../nbs/3_train/00_convert.ipynb #c6
 MANIFEST = 'mdl_nbdev.json' # What a converted folder says about itself
@@ -247,7 +246,7 @@ def convert(
     from tqdm.auto import tqdm
     out, part = Path(s.output), Path(f'{s.output}.part')
     new_output(out, s.overwrite, MANIFEST)
-    chat = chat_of(chat) if chat else load_chat(s.model_name, s.from_modelscope, s.chat_template)
+    chat = chat or load_chat(s.model_name, s.from_modelscope, s.chat_template)
     jobs = plan_shards(s, chat, part)
     make_folder(part)
     total, shards = sum(len(job.conversations) for job in jobs), []

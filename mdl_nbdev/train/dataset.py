@@ -20,7 +20,6 @@ from ..base.settings import ConvertSettings
 from ..base.text import format_duration, one_line, plural
 from ..data.conversations import Conversation
 from ..model.chat import Chat, Example
-from ..model.tokenizers import chat_of
 from .convert import MANIFEST, conversion_key, convert, plan_shards
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c6
@@ -207,7 +206,7 @@ def open_dataset(
     **settings # `ConvertSettings` of that conversion: model_name, base_dir, prompts, ...
 )->AudioDataset: # Ready to read
     "Open a converted dataset, or convert a file first"
-    path, cache, chat = Path(path), Path(cache), chat_of(chat)
+    path, cache = Path(path), Path(cache)
     if path.is_dir(): return check_settings(AudioDataset(path, chat.fingerprint), chat, settings)
     s = ConvertSettings(input=path, output=cache, overwrite=True, **settings)
     key, key_file = conversion_key(plan_shards(s, chat, cache)), cache/'key'

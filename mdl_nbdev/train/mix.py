@@ -21,7 +21,6 @@ from ..data.sources import find_tasks
 from ..data.tables import format_row
 from ..model.chat import Chat, Example, dummy_example
 from ..model.family import Family
-from ..model.tokenizers import chat_of
 from .dataset import AudioDataset, open_dataset
 
 # %% ../../nbs/3_train/02_mix.ipynb #c6
@@ -128,7 +127,7 @@ def open_mix(
     **settings # `ConvertSettings` of the conversions
 )->Mix: # Ready to read
     "Open all data under some paths as one mix; files are converted first"
-    sources, chat = find_tasks([Path(p) for p in paths]), chat_of(chat)
+    sources = find_tasks([Path(p) for p in paths])
     def opened(n, s): return open_dataset(s.path, chat, Path(cache)/f'{n}-{s.path.stem}', **settings)
     return Mix([(s.task, opened(n, s)) for n,s in enumerate(sources)], names, chat.family)
 
@@ -241,7 +240,7 @@ def limit_length(
     chat:Chat, # Of the model
 )->tuple[Mix, LengthReport]: # The remaining rows, and what was done
     "Limit the length of samples"
-    chat, long, new = chat_of(chat), np.flatnonzero(mix.n_tokens > seq_length), mix.take(np.arange(len(mix)))
+    long, new = np.flatnonzero(mix.n_tokens > seq_length), mix.take(np.arange(len(mix)))
     keep = mix.n_tokens <= seq_length
     for i in long if too_long=='truncate' else []:
         e = mix[i]
