@@ -41,7 +41,8 @@ def file_digests(
     names:list[str], # Files in it
 )->list[str]: # The SHA-256 of each
     "Digests of several files, computed side by side, since hashing leaves Python to other threads"
-    with ThreadPoolExecutor(min(8, available_cpus())) as pool: return list(pool.map(file_digest, [folder/n for n in names]))
+    with ThreadPoolExecutor(min(8, available_cpus())) as pool:
+        return list(pool.map(file_digest, [folder/n for n in names]))
 
 # %% ../../nbs/3_train/08_checkpoints.ipynb #c8
 def is_inner_name(
@@ -113,7 +114,8 @@ def check_checkpoint(
     if not folder.is_dir(): return "there is no such folder"
     try:
         m = read_manifest(folder)
-        if is_checkpoint(folder, ('checkpoint',)) and checkpoint_step(folder) != m['step']: return f"its {MANIFEST} is of step {m['step']}"
+        named_by_step = is_checkpoint(folder, ('checkpoint',))
+        if named_by_step and checkpoint_step(folder) != m['step']: return f"its {MANIFEST} is of step {m['step']}"
         for name,entry in m['files'].items():
             p = folder/name
             if p.is_symlink() or not p.is_file(): return f"{name} is missing"
@@ -202,8 +204,8 @@ def disk_message(
     last = next((p for p in newest_first(final.parent) if not check_checkpoint(p, contents=False)), None)
     full = disk_is_full(e) or not isinstance(e, (OSError, SafetensorError))
     reason = 'the disk is full' if full else getattr(e, 'strerror', None) or e
+    need, good = f"It needs more than {format_bytes(written)}", "There is no earlier checkpoint"
     if last: need, good = f"It needs {format_bytes(max(folder_size(last), written))}", f"The last good checkpoint is {last}"
-    else: need, good = f"It needs more than {format_bytes(written)}", "There is no earlier checkpoint"
     try: need += f"; {format_bytes(shutil.disk_usage(final.parent).free)} are free"
     except OSError: pass
     return (f"{final}: this checkpoint could not be written: {reason}. {need}. {good}. "
@@ -229,7 +231,7 @@ class Attempt:
         except Exception as e:
             if not is_disk_error(e, self.final.parent): raise
             self.error, self.written = e, folder_size(self.part)
-            with suppress(FileNotFoundError): os.rename(self.part, self.failed) # of several processes that fail, one is first
+            with suppress(FileNotFoundError): os.rename(self.part, self.failed) # several processes may fail; one is first
     def clear(self):
         "Make an empty folder in place of what an earlier attempt left"
         for p in self.part, self.failed:
@@ -257,7 +259,7 @@ def write_checkpoint(
     shutil.rmtree(attempt.failed, ignore_errors=True)
     if attempt.error: raise InputError(disk_message(final, attempt.error, attempt.written)) from attempt.error
     if not final.is_dir():
-        raise InputError(f"{final}: this checkpoint was not written: the main process could not finish it; its message says why")
+        raise InputError(f"{final}: this checkpoint was not written: the main process could not finish it, and says why")
     return final
 
 # %% ../../nbs/3_train/08_checkpoints.ipynb #c28
@@ -265,7 +267,8 @@ def last_checkpoint(
     run:str|Path, # A run folder
 )->Path|None: # None if there is none
     "The newest complete checkpoint; those that are skipped are listed and left as they are"
-    for p in sorted([*Path(run).glob('checkpoint-*.part'), *Path(run).glob('epoch-*.part')]): print(f"{p}: was never finished; skipped")
+    parts = [*Path(run).glob('checkpoint-*.part'), *Path(run).glob('epoch-*.part')]
+    for p in sorted(parts): print(f"{p}: was never finished; skipped")
     for p in newest_first(run):
         reason = check_checkpoint(p)
         if not reason: return p
@@ -278,7 +281,8 @@ def set_aside_later(
 )->list[Path]: # The new names
     "Rename the checkpoints after the one that a run resumes from"
     step = checkpoint_step(Path(checkpoint))
-    later = [p for p in newest_first(run) if step < checkpoint_step(p) < math.inf and not check_checkpoint(p, contents=False)]
+    later = [p for p in newest_first(run) if step < checkpoint_step(p) < math.inf]
+    later = [p for p in later if not check_checkpoint(p, contents=False)]
     new = [set_aside(p) for p in later]
     for p,n in zip(later, new): print(f"{p}: comes after {Path(checkpoint).name}; renamed to {n.name}")
     return new
@@ -292,7 +296,8 @@ def keep(
 )->list[Path]: # Those removed
     "Remove old checkpoints"
     if limit is None: return []
-    whole = [p for p in newest_first(run, ('checkpoint',)) if p.name not in apart and not check_checkpoint(p, contents=False)]
+    counted = [p for p in newest_first(run, ('checkpoint',)) if p.name not in apart]
+    whole = [p for p in counted if not check_checkpoint(p, contents=False)]
     better = [p for p in whole if best and p.name==Path(best).name]
     others = [p for p in whole if p not in better]
     stay = better + others[:max(limit - len(better), 0)] + whole[:1]

@@ -52,10 +52,13 @@ class OrderedRows(Trainer):
     def loader(self, ds, batches)->EpochLoader:
         "Batches of a dataset in the order that a sampler gives"
         workers = self.args.dataloader_num_workers
-        return EpochLoader(ds, batch_sampler=batches, collate_fn=self.data_collator, num_workers=workers, worker_init_fn=start_worker if workers else None,
+        return EpochLoader(ds, batch_sampler=batches, collate_fn=self.data_collator, num_workers=workers,
+                           worker_init_fn=start_worker if workers else None,
                            pin_memory=self.args.dataloader_pin_memory, generator=torch.Generator())
 
-    def get_train_dataloader(self): return self.loader(self.train_dataset, self.sampler(self.train_dataset, self._train_batch_size))
+    def get_train_dataloader(self):
+        ds = self.train_dataset
+        return self.loader(ds, self.sampler(ds, self._train_batch_size))
     def sum_over_ranks(self, t:torch.Tensor)->torch.Tensor:
         "A tensor summed over all ranks, on the CPU"
         return self.accelerator.reduce(t.to(self.args.device)).cpu() if self.args.world_size > 1 else t
@@ -73,7 +76,8 @@ class ExactLoss(OrderedRows):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "The batches of a step, each with the weights of its labels"
         batches = list(islice(epoch_iterator, num_batches))
-        if self.coba and self.state.global_step % self.s.coba_interval == 0: self.weights = self.coba.update(self.validation_losses())
+        probed = self.coba and self.state.global_step % self.s.coba_interval == 0
+        if probed: self.weights = self.coba.update(self.validation_losses())
         mode = 'tasks' if self.coba else self.s.loss_mode
         weights, tokens = loss_weights(batches, mode, self.weights, len(self.tasks), self.sum_over_ranks)
         self.task_steps += (tokens > 0).cpu()
@@ -83,7 +87,7 @@ class ExactLoss(OrderedRows):
         return [TrainBatch(b, w) for b,w in zip(batches, weights)], None
 
     def _prepare_inputs(self, inputs):
-        "Move a batch to the device; unlike `Trainer` without DeepSpeed's number type, which is too coarse for waveforms and weights"
+        "Move a batch to the device, without DeepSpeed's number type, which is too coarse for waveforms and weights"
         device = self.args.device
         return TrainBatch(inputs.batch.to(device), inputs.loss_weights.to(device, non_blocking=True))
 
@@ -120,7 +124,7 @@ class ExactEvaluation(ExactLoss):
             if every and i % every==0: done, on_device = done + on_device.cpu(), torch.zeros_like(on_device)
         sums, tokens = self.sum_over_ranks(done + on_device.cpu())
         metrics = {f'{metric_key_prefix}_loss':self.mean_loss(sums, tokens)}
-        if len(self.tasks) > 1: metrics |= {f'{metric_key_prefix}_loss_{t}':float(l/n) for t,l,n in zip(self.tasks, sums, tokens) if n}
+        if len(self.tasks) > 1: metrics |= self.task_metrics(f'{metric_key_prefix}_loss', sums, tokens)
         metrics[f'{metric_key_prefix}_samples_per_second'] = round(len(ds)/(time.perf_counter() - start), 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -187,7 +191,9 @@ class FlooredSchedule(Trainer):
         warmup = self.args.get_warmup_steps(num_training_steps)
         if hasattr(schedule, 'min_lrs'): schedule.min_lrs = [floor*lr for lr in schedule.base_lrs]
         elif hasattr(schedule, 'lr_lambdas'): schedule.lr_lambdas = [floored(f, floor, warmup) for f in schedule.lr_lambdas]
-        else: raise InputError(f"--min-lr: the schedule {self.args.lr_scheduler_type} takes no floor; choose another --lr-scheduler-type")
+        else:
+            kind = self.args.lr_scheduler_type
+            raise InputError(f"--min-lr: the schedule {kind} takes no floor; choose another --lr-scheduler-type")
         return schedule
 
 def floored(
@@ -219,15 +225,19 @@ class RicherLog(Trainer):
         self.log_start = time.perf_counter(), self.rows
 
     def log(self, logs, start_time=None):
-        "Complete the metrics of training steps. The summary at the end is left out, since it ignores what came before a resume"
+        "Complete the metrics of steps. The summary at the end is left out: it ignores what came before a resume"
         if 'train_runtime' in logs: return
         super().log(logs | self.step_metrics() if 'loss' in logs else logs, start_time)
+
+    def task_metrics(self, name:str, sums:torch.Tensor, counts:torch.Tensor)->dict[str, float]:
+        "The mean of each task that occurred, as `loss_dogs`"
+        return {f'{name}_{task}':float(total/n) for task,total,n in zip(self.tasks, sums, counts) if n}
 
     def step_metrics(self)->dict[str, float]:
         "What was added up since the last log line"
         metrics, (start, rows) = {}, self.log_start
         sums = self.sum_over_ranks(self.task_sums.cpu())
-        if len(self.tasks) > 1: metrics |= {f'loss_{t}':float(l/n) for t,l,n in zip(self.tasks, sums, self.task_steps) if n}
+        if len(self.tasks) > 1: metrics |= self.task_metrics('loss', sums, self.task_steps)
         if self.coba: metrics |= {f'weight_{t}':float(w) for t,w in zip(self.tasks, self.weights)}
         metrics['samples_per_second'] = round((self.rows - rows)/(time.perf_counter() - start), 3)
         metrics['padding'] = round(self.empty_positions/self.positions, 4)
@@ -248,7 +258,8 @@ class TaskTrainer(SavedState, ValidationProbes, FlooredSchedule, RicherLog):
         super().__init__(model=model, data_collator=collator, **kwargs)
         self.s, self.processor, self.ranks = s, processor, ranks
         self.loss_is_scaled_for_ga = True # `Trainer` divides the loss by the number of batches otherwise
-        if self.is_fsdp_enabled and self.args.bf16: self.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision()
+        if self.is_fsdp_enabled and self.args.bf16:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision()
         self.tasks = self.train_dataset.task_names
         given = self.train_dataset.by_task(s.task_weights, '--task-weights')
         self.task_weights = self.weights = np.array([given.get(k, 1.) for k in range(len(self.tasks))])
@@ -263,7 +274,7 @@ class TaskTrainer(SavedState, ValidationProbes, FlooredSchedule, RicherLog):
         self.stop_requested = None # who asked the run to stop
         self.steps_per_epoch = None # known when the loop begins
         self.rows = 0 # seen so far
-        self.size = self.memory = None # of the model: `Trainable` and `MemoryEstimate`, set before a launcher may shard it
+        self.size = self.memory = None # of the model, determined before a launcher shards it
         self.clear_sums()
 
 # %% ../../nbs/3_train/14_loop.ipynb #c22

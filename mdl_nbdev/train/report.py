@@ -52,19 +52,27 @@ class TrainReport:
     def eval_loss(self)->float|None: # None if there was no evaluation
         "The evaluation loss of the model in `final/`"
         return self.last('eval_loss', self.final_step)
-    def figures(self)->list[tuple[str, float]]:
-        "The losses that are known, by name"
-        return [(name, value) for name,value in [('loss', self.loss), ('eval loss', self.eval_loss)] if value is not None]
-
-    def __str__(self):
-        losses = ''.join(f", {name} {value:.4f}" for name,value in self.figures())
-        done = f"{self.steps} steps{losses}; {self.trainable:,} of {self.parameters:,} parameters trained"
-        if not self.whole: return f"{done}\nStopped by {self.stopped}. {self.checkpoint} has everything so far: resume with --resume-from-checkpoint true"
-        early = f"\nStopped early: the model is that of {self.best}" if self.final_step is not None else ''
-        return f"{done}; the model is in {self.final}{early}"
-    __repr__ = __str__
 
 # %% ../../nbs/3_train/19_report.ipynb #c6
+@patch
+def figures(self:TrainReport)->list[tuple[str, float]]:
+    "The losses that are known, by name"
+    return [(name, value) for name,value in [('loss', self.loss), ('eval loss', self.eval_loss)] if value is not None]
+
+@patch
+def __str__(self:TrainReport):
+    losses = ''.join(f", {name} {value:.4f}" for name,value in self.figures())
+    done = f"{self.steps} steps{losses}; {self.trainable:,} of {self.parameters:,} parameters trained"
+    if not self.whole:
+        kept = f"{self.checkpoint} has everything so far: resume with --resume-from-checkpoint true"
+        return f"{done}\nStopped by {self.stopped}. {kept}"
+    early = f"\nStopped early: the model is that of {self.best}" if self.final_step is not None else ''
+    return f"{done}; the model is in {self.final}{early}"
+
+@patch
+def __repr__(self:TrainReport): return str(self)
+
+# %% ../../nbs/3_train/19_report.ipynb #c7
 @patch
 def plot(self:TrainReport,
     ax, # Matplotlib axes to draw on
@@ -93,7 +101,7 @@ def _repr_png_(self:TrainReport):
     self.figure().savefig(image, dpi=80)
     return image.getvalue()
 
-# %% ../../nbs/3_train/19_report.ipynb #c9
+# %% ../../nbs/3_train/19_report.ipynb #c10
 CARD = """---
 library_name: transformers
 base_model: {base}
@@ -121,7 +129,7 @@ Fine-tuned from `{base}` {how} by [mdl_nbdev](https://github.com/mdl-nbdev/mdl_n
 {settings}
 """
 
-# %% ../../nbs/3_train/19_report.ipynb #c10
+# %% ../../nbs/3_train/19_report.ipynb #c11
 def markdown_table(
     rows, # Pairs of cells
 )->str: # Markdown
@@ -136,8 +144,9 @@ def model_card(
     "The README.md of a trained model"
     from mdl_nbdev import __version__
     lora, adapter = s.tuning=='lora', s.tuning=='lora' and not s.merge_lora
-    if adapter: kind, load = 'This is the adapter alone; it goes on top of the base model.', f'{s.model_name} --adapter path/to/this/folder'
-    else: kind, load = 'The adapter is merged into the weights.' if lora else '', 'path/to/this/folder'
+    kind, load = '', 'path/to/this/folder'
+    if lora: kind = 'The adapter is merged into the weights.'
+    if adapter: kind, load = 'This is the adapter alone; it goes on top of the base model.', f'{s.model_name} --adapter {load}'
     datasets = {name:mix for name,mix in datasets.items() if mix}
     tags = ['audio'] if any(mix.n_samples.sum() for mix in datasets.values()) else []
     metrics = [('steps', report.steps)]

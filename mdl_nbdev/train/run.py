@@ -4,46 +4,45 @@
 
 # %% auto #0
 __all__ = ['check_settings', 'find_checkpoint', 'open_run_folder', 'open_mixes', 'convert_datasets', 'limit_mixes',
-           'open_datasets', 'training_arguments', 'load_adapted', 'memory_of_longest', 'make_trainer', 'run_identity',
-           'check_identity', 'start_run_folder', 'StopSignals', 'is_lost_connection', 'explain_failure', 'run_loop',
-           'save_final', 'why_stopped', 'finish_run', 'DryRun', 'dry_run', 'train']
+           'open_datasets', 'training_arguments', 'load_adapted', 'make_trainer', 'run_identity', 'check_identity',
+           'start_run_folder', 'StopSignals', 'is_lost_connection', 'explain_failure', 'run_loop', 'save_final',
+           'why_stopped', 'finish_run', 'train']
 
 # %% ../../nbs/3_train/20_run.ipynb #c4
-import html, os, shutil, signal, sys, threading, time
-from dataclasses import dataclass
+import os, shutil, signal, sys, threading, time
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from .samples import SampleAnswers
-from .loop import Flow, TaskTrainer
-from ..model.adapters import adapt
-from ..model.load import check_trainable, load_model, load_processor, pick_dtype, unwrap_model
-from ..model.save import merge, save_model
-from ..model.targets import Trainable, load_trainable_state
 from transformers import SchedulerType, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
-from ..model.chat import Chat
-from ..model.collate import Collator
-from ..model.families import load_chat
-from ..model.label_view import LabelView
-from .callbacks import MetricsFile, ProgressBar, read_metrics
-from .checkpoints import check_checkpoint, last_checkpoint, set_aside_later
-from .identity import differences, identity, update_identity
-from .report import TrainReport, model_card
-from .state import load_state
 from ..base.command_line import save_config
 from ..base.errors import InputError
+from ..base.files import make_folder
 from ..base.options import options_where
 from ..base.processes import LostRank, Ranks, is_main_process
 from ..base.settings import TrainSettings
 from ..base.text import one_line
-from .batches import padding_waste
-from ..base.files import make_folder
-from .mix import LengthReport, limit_length, open_mix, split
-from .memory import MemoryEstimate, estimate_memory, is_out_of_memory, memory_advice
 from ..data.sources import find_tasks
+from ..model.adapters import adapt
+from ..model.chat import Chat
+from ..model.collate import Collator
+from ..model.families import load_chat
+from ..model.load import check_trainable, load_model, load_processor, pick_dtype, unwrap_model
+from ..model.save import merge, save_model
+from ..model.targets import Trainable, load_trainable_state
+from .batches import padding_waste
+from .callbacks import MetricsFile, ProgressBar, read_metrics
+from .checkpoints import check_checkpoint, last_checkpoint, set_aside_later
+from .identity import differences, identity, update_identity
+from .loop import Flow, TaskTrainer
+from .memory import is_out_of_memory, memory_advice
+from .mix import LengthReport, limit_length, open_mix, split
+from .preview import DryRun, dry_run, memory_of_longest
+from .report import TrainReport, model_card
+from .samples import SampleAnswers
+from .state import load_state
 
 # %% ../../nbs/3_train/20_run.ipynb #c6
 def check_settings(
@@ -56,12 +55,15 @@ def check_settings(
     trackers = get_available_reporting_integrations()
     unknown = set(s.report_to) - {'all', 'none', *trackers}
     if unknown:
-        raise InputError(f"--report-to {min(unknown)}: not installed, or no such tracker; installed are: {', '.join(trackers) or 'none'}")
+        installed = ', '.join(trackers) or 'none'
+        raise InputError(f"--report-to {min(unknown)}: not installed, or no such tracker; installed are: {installed}")
     if s.min_lr > s.lr: raise InputError(f"--min-lr {s.min_lr:g}: is above --lr, which is {s.lr:g}")
-    if s.validation_split and s.eval_dataset: raise InputError("--validation-split: there is an --eval-dataset already; give one of the two")
-    needy = [name for name,given in [('--early-stopping-patience', s.early_stopping_patience), ('--loss-mode coba', s.loss_mode=='coba')] if given]
-    if needy and not s.eval_dataset and not s.validation_split:
-        raise InputError(f"{needy[0]}: needs evaluation data: --eval-dataset, or --validation-split")
+    if s.validation_split and s.eval_dataset:
+        raise InputError("--validation-split: there is an --eval-dataset already; give one of the two")
+    evaluates = s.eval_dataset or s.validation_split
+    needs = {'--early-stopping-patience':s.early_stopping_patience, '--loss-mode coba':s.loss_mode=='coba'}
+    for name,given in needs.items():
+        if given and not evaluates: raise InputError(f"{name}: needs evaluation data: --eval-dataset, or --validation-split")
     for paths in (s.train_dataset, s.eval_dataset): find_tasks(paths)
 
 # %% ../../nbs/3_train/20_run.ipynb #c7
@@ -71,9 +73,10 @@ def find_checkpoint(
     "The checkpoint that settings ask to resume from"
     if s.resume_from_checkpoint is True: return last_checkpoint(s.output)
     if not s.resume_from_checkpoint: return None
-    why = check_checkpoint(s.resume_from_checkpoint)
-    if why: raise InputError(f"--resume-from-checkpoint {s.resume_from_checkpoint}: {why}; give a checkpoint-N folder of a run, or true")
-    return s.resume_from_checkpoint
+    checkpoint = s.resume_from_checkpoint
+    why = check_checkpoint(checkpoint)
+    if why: raise InputError(f"--resume-from-checkpoint {checkpoint}: {why}; give a checkpoint-N folder of a run, or true")
+    return checkpoint
 
 def open_run_folder(
     s:TrainSettings, # The run's settings
@@ -83,9 +86,11 @@ def open_run_folder(
     check_trainable(s.model_name, s.from_modelscope)
     checkpoint = find_checkpoint(s)
     make_folder(s.output)
-    left = [n for n in ('metrics.jsonl', 'final') if (s.output/n).exists()] + sorted(p.name for p in s.output.glob('checkpoint-*'))
+    left = [n for n in ('metrics.jsonl', 'final') if (s.output/n).exists()]
+    left += sorted(p.name for p in s.output.glob('checkpoint-*'))
     if left and not checkpoint and s.resume_from_checkpoint is not True:
-        raise InputError(f"{s.output}: holds a run already ({', '.join(left[:3])}); resume it with --resume-from-checkpoint true, or choose another --output")
+        raise InputError(f"{s.output}: holds a run already ({', '.join(left[:3])}); "
+                         "resume it with --resume-from-checkpoint true, or choose another --output")
     return checkpoint
 
 # %% ../../nbs/3_train/20_run.ipynb #c9
@@ -135,7 +140,9 @@ def open_datasets(
     if s.validation_split: training, evaluation = split(training, s.validation_split, s.seed)
     if s.loss_mode=='coba':
         lacking = [t for i,t in enumerate(training.task_names) if not (evaluation.task_ids==i).any()]
-        if lacking: raise InputError(f"--loss-mode coba: the evaluation data has no rows of the task {lacking[0]}, whose convergence it would follow")
+        if lacking:
+            raise InputError(f"--loss-mode coba: the evaluation data has no rows of the task {lacking[0]}, "
+                             "whose convergence it would follow")
     return limit_mixes(s, chat, training, evaluation)
 
 # %% ../../nbs/3_train/20_run.ipynb #c12
@@ -147,7 +154,8 @@ def training_arguments(
     "The settings as transformers wants them"
     cuda = model.device.type=='cuda'
     args = TrainingArguments(
-        output_dir=str(s.output), per_device_train_batch_size=s.batch_size, per_device_eval_batch_size=s.eval_batch_size or s.batch_size,
+        output_dir=str(s.output), per_device_train_batch_size=s.batch_size,
+        per_device_eval_batch_size=s.eval_batch_size or s.batch_size,
         gradient_accumulation_steps=s.gradient_accumulation_steps, eval_accumulation_steps=s.eval_accumulation_steps,
         learning_rate=s.lr, num_train_epochs=s.num_epochs, max_steps=s.max_steps or -1, warmup_steps=s.warmup_steps,
         lr_scheduler_type=s.lr_scheduler_type, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
@@ -172,15 +180,6 @@ def load_adapted(
     if s.gradient_checkpointing: unwrap_model(model).activation_checkpointing_enable({'use_reentrant':False})
     return model
 
-def memory_of_longest(
-    trainer:TaskTrainer, # Ready to train
-)->MemoryEstimate: # For the report of a dry run, and the advice when memory runs out
-    "The memory that the longest batch needs"
-    s, ds = trainer.s, trainer.train_dataset
-    packs = [list(i) for step in trainer.sampler(ds, s.batch_size).order(0) for i in step] if s.packing else None
-    def longest(lengths): return max(int(lengths[p].sum()) for p in packs) if packs else int(lengths.max())
-    return estimate_memory(trainer.model, s.batch_size, longest(ds.n_tokens), longest(ds.n_samples)/ds.sample_rate, s)
-
 # %% ../../nbs/3_train/20_run.ipynb #c14
 def make_trainer(
     s:TrainSettings, # The run's settings
@@ -193,9 +192,10 @@ def make_trainer(
     "The trainer of a run"
     model = load_adapted(s)
     processor = load_processor(s.model_name, s.from_modelscope, s.chat_template)
-    trainer = TaskTrainer(s, model, processor, Collator(chat.pad_id, chat.family), ranks, args=training_arguments(s, model, evaluation is not None),
-        train_dataset=training, eval_dataset=evaluation, processing_class=chat.tok,
-        callbacks=[MetricsFile(s.output/'metrics.jsonl'), SampleAnswers(s, chat), *callbacks])
+    collator = Collator(chat.pad_id, chat.family)
+    own = [MetricsFile(s.output/'metrics.jsonl'), SampleAnswers(s, chat)]
+    trainer = TaskTrainer(s, model, processor, collator, ranks, args=training_arguments(s, model, evaluation is not None),
+        train_dataset=training, eval_dataset=evaluation, processing_class=chat.tok, callbacks=[*own, *callbacks])
     if not any(getattr(c, 'shows_progress', False) for c in callbacks): trainer.add_callback(ProgressBar())
     trainer.add_callback(Flow(trainer))
     trainer.remove_callback(PrinterCallback)
@@ -221,7 +221,8 @@ def check_identity(
     saved = update_identity(load_state(checkpoint, 'run')['identity'])
     changes = '; '.join(differences(saved, trainer.identity))
     if changes and not trainer.s.allow_changes:
-        raise InputError(f"{checkpoint}: belongs to a run with other data or settings ({changes}); repeat the old ones, or add --allow-changes true")
+        raise InputError(f"{checkpoint}: belongs to a run with other data or settings ({changes}); "
+                         "repeat the old ones, or add --allow-changes true")
 
 def start_run_folder(
     trainer:TaskTrainer, # With its identity
@@ -235,7 +236,8 @@ def start_run_folder(
     print(ds)
     padding = padding_waste(ds.n_tokens, trainer.sampler(ds, s.batch_size).batches(0))
     dtype = str(trainer.model.dtype).removeprefix('torch.')
-    print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {trainer.args.device}; padding {padding:.1%}")
+    device = trainer.args.device
+    print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {device}; padding {padding:.1%}")
 
 # %% ../../nbs/3_train/20_run.ipynb #c18
 class StopSignals:
@@ -254,13 +256,14 @@ class StopSignals:
     def handle(self, number, frame):
         "What a signal does"
         t = self.trainer
-        if t.stop_requested and time.monotonic() < self.deaf_until: return # under a launcher one Ctrl-C comes twice, also from the launcher
+        if t.stop_requested and time.monotonic() < self.deaf_until: return # one Ctrl-C comes twice, also from the launcher
         if t.stop_requested:
             self.restore()
             return signal.raise_signal(number)
         self.deaf_until = time.monotonic() + 2
         t.stop_requested = signal.Signals(number).name
-        if t.is_world_process_zero(): print(f"\n{t.stop_requested}: saving after this step; once more stops at once", file=sys.stderr, flush=True)
+        message = f"\n{t.stop_requested}: saving after this step; once more stops at once"
+        if t.is_world_process_zero(): print(message, file=sys.stderr, flush=True)
 
 # %% ../../nbs/3_train/20_run.ipynb #c20
 def is_lost_connection(
@@ -278,8 +281,9 @@ def explain_failure(
     if is_out_of_memory(e):
         return InputError(f"out of memory after {trainer.state.global_step} steps. {memory_advice(trainer.s, trainer.memory)}")
     if trainer.args.world_size > 1 and is_lost_connection(e):
-        return InputError(f"rank {trainer.args.process_index}: another process of this run has ended or cannot be reached ({one_line(e, 160)}); "
-                          "its own messages say why. Start all processes again with --resume-from-checkpoint true")
+        return InputError(f"rank {trainer.args.process_index}: another process of this run has ended or cannot be reached "
+                          f"({one_line(e, 160)}); its own messages say why. "
+                          "Start all processes again with --resume-from-checkpoint true")
 
 def run_loop(
     trainer:TaskTrainer, # Ready to train
@@ -341,50 +345,18 @@ def finish_run(
 )->TrainReport: # With the metrics, on the main process
     "Write `final/` if the run is complete, and report"
     s, step, stopped = trainer.s, trainer.state.global_step, why_stopped(trainer)
-    report = TrainReport(s.output, step, trainer.size.trainable, trainer.size.total, stopped=stopped, best=trainer.best_checkpoint())
-    report.whole = stopped in (None, 'early stopping')
+    report = TrainReport(s.output, step, trainer.size.trainable, trainer.size.total, stopped=stopped)
+    report.best, report.whole = trainer.best_checkpoint(), stopped in (None, 'early stopping')
     source = trainer.resumed_from if trainer.had_ended else None
     if stopped=='early stopping' and report.best: source, report.final_step = report.best, trainer.stopping.best_step
     if trainer.is_world_process_zero():
         report.metrics = read_metrics(s.output/'metrics.jsonl')
         report.checkpoint = s.output/f'checkpoint-{step}'
-    if report.whole: save_final(trainer, report, dict(training=trainer.train_dataset, evaluation=trainer.eval_dataset), source)
+    datasets = dict(training=trainer.train_dataset, evaluation=trainer.eval_dataset)
+    if report.whole: save_final(trainer, report, datasets, source)
     return report
 
 # %% ../../nbs/3_train/20_run.ipynb #c25
-@dataclass(repr=False)
-class DryRun:
-    "What a run would do"
-    trainable:Trainable # What would be trained
-    rows:str # The training data, one line for each task
-    first:list[LabelView] # Rows of the first batch
-    memory:MemoryEstimate # What the longest batch needs
-
-    def longest(self)->str:
-        "The longest batch in a line"
-        audio = f" and {self.memory.seconds:.1f} s of audio" if self.memory.seconds else ""
-        return f"the longest batch: {self.memory.rows} rows of up to {self.memory.tokens:,} tokens{audio}"
-    def __str__(self):
-        rows = [f'{view}\n' for view in self.first]
-        return '\n'.join([str(self.trainable), self.rows, '', 'the first batch:', *rows, self.longest(), str(self.memory), "Nothing was trained."])
-    __repr__ = __str__
-    def _repr_html_(self):
-        rows = '<br>'.join(html.escape(line) for line in self.rows.splitlines())
-        first = ''.join(view._repr_html_() for view in self.first)
-        return f"{self.trainable._repr_html_()}<p>{rows}</p>{first}<p>{self.longest()}</p>{self.memory._repr_html_()}"
-
-def dry_run(
-    trainer:TaskTrainer, # Ready to train
-    chat:Chat, # Of the model
-    most:int=3, # Maximum rows of the first batch to show
-)->DryRun: # Shows itself
-    "What would happen if this trainer trained"
-    ds = trainer.train_dataset
-    first_batch = next(iter(trainer.sampler(ds, trainer.s.batch_size)))
-    rows = [row for item in first_batch for row in item.rows]
-    return DryRun(trainer.size, str(ds), [LabelView(ds[row], chat) for row in rows[:most]], trainer.memory)
-
-# %% ../../nbs/3_train/20_run.ipynb #c27
 def train(
     s:TrainSettings, # What to train, on what, and how
     callbacks:list[TrainerCallback]=(), # Further callbacks

@@ -101,7 +101,8 @@ class SampleAnswers(TrainerCallback):
 
     def answers(self, model, mix, bf16:bool)->list[dict]:
         "The picked rows with the model's answers"
-        if self.requests is None: self.requests = [sample_request(mix, i, self.chat, self.path.parent) for i in pick_rows(mix, self.n)]
+        if self.requests is None:
+            self.requests = [sample_request(mix, i, self.chat, self.path.parent) for i in pick_rows(mix, self.n)]
         engine, was_training = TransformersEngine(model, self.chat, GenerationOptions(), self.n), model.training
         model.eval()
         try:
@@ -113,6 +114,6 @@ class SampleAnswers(TrainerCallback):
 # %% ../../nbs/3_train/17_samples.ipynb #c12
 def read_samples(
     path:str|Path, # The samples.jsonl of a run
-)->list[dict]: # One dict for each line: step, row, task, question, reference, answer, clips; system and turns where there are any
+)->list[dict]: # step, row, task, question, reference, answer, clips; system and turns where there are any
     "The sample answers of a run; a last line that is still being written is left out"
     return read_json_lines(path)

@@ -24,7 +24,8 @@ def as_tensor(
     if isinstance(x, torch.Tensor): t = x.detach()
     elif x.dtype.isnative: t = torch.from_numpy(np.array(x, order='C'))
     else: raise TypeError(f"an array of type {x.dtype.str} cannot be saved: its byte order is not this machine's")
-    if t.layout != torch.strided or t.is_meta: raise TypeError(f"a tensor with layout {t.layout} on {t.device} cannot be saved")
+    if t.layout != torch.strided or t.is_meta:
+        raise TypeError(f"a tensor with layout {t.layout} on {t.device} cannot be saved")
     return t
 
 # %% ../../nbs/3_train/06_state.ipynb #c7
@@ -118,7 +119,8 @@ def load_state(
         if not tensors.exists(): return decode_state(x, None)
         with safe_open(tensors, 'pt') as f: return decode_state(x, lambda key: f.get_tensor(key).clone())
     except FileNotFoundError: reason = "is missing"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e: reason = f"this state is damaged ({one_line(e, 200)})"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as e:
+        reason = f"this state is damaged ({one_line(e, 200)})"
     raise InputError(f"{path}: {reason}; resume from another checkpoint")
 
 # %% ../../nbs/3_train/06_state.ipynb #c17
