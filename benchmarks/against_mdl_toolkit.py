@@ -25,8 +25,8 @@ import psutil
 import soundfile as sf
 
 from mdl_nbdev.model.load import load_processor
-from mdl_nbdev.model.save import save_model
 from mdl_nbdev.model.midashenglm_family import tiny_model
+from mdl_nbdev.model.save import save_model
 
 LABELS = ["beep", "chord", "noise", "sweep"]
 RATES = [8000, 16000, 44100]

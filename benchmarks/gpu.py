@@ -31,13 +31,12 @@ from transformers import AutoModelForCausalLM
 
 from mdl_nbdev.base.settings import TuneSettings
 from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
-from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
-from mdl_nbdev.model.adapters import adapt
-from mdl_nbdev.model.midashenglm_family import tiny_config
-from mdl_nbdev.model.midashenglm import MiDashengLMConfig
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
+from mdl_nbdev.model.midashenglm import MiDashengLMConfig
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_config
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
 ROOT = Path(__file__).resolve().parent.parent

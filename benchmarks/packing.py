@@ -18,14 +18,12 @@ import numpy as np
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from mdl_nbdev.model.collate import Collator
-from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
-from mdl_nbdev.train.batches import StepSampler, padding_waste
 from mdl_nbdev.model.chat import Example
+from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
-from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
+from mdl_nbdev.train.batches import StepSampler, padding_waste
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
-from mdl_nbdev.model.midashenglm_family import tiny_model
 
 # Name -> batch size, length of a pack, by length?
 WAYS = {"8 rows, at random": (8, None, False), "8 rows, by length": (8, None, True), "32 rows, by length": (32, None, True),

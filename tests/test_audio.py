@@ -261,8 +261,9 @@ def test_old_names():
     "Imports written for version 0.1.0"
     from mdl_nbdev.audio import audio_html, duration_text, svg_image
     assert "first 2 s of 3.0 s" in audio_html(np.zeros(48000, np.int16), max_seconds=2.) and duration_text(90) == "1.5 minutes" and "<img" in svg_image("<svg/>")
-    from mdl_nbdev.data import BadRow, Conversation, CsvFile, Row, clip_html, format_row, read_rows, text_message, to_conversation
     from mdl_nbdev.records import JsonlFile, ParquetFile, Record, Source, find_tasks, open_rows
+
+    from mdl_nbdev.data import BadRow, Conversation, CsvFile, Row, clip_html, format_row, read_rows, text_message, to_conversation
     assert all([BadRow, Conversation, CsvFile, Row, clip_html, format_row, read_rows, text_message, to_conversation, JsonlFile, ParquetFile, Record, Source, find_tasks, open_rows])
 
 

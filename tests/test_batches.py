@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from mdl_nbdev.model.collate import Collator
-from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
-from mdl_nbdev.train.batches import StepSampler, pack_rows, padding_waste
-from mdl_nbdev.model.chat import Example
-from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
-from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
-from mdl_nbdev.train.mix import Item
 from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.model.chat import Example
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
+from mdl_nbdev.train.batches import StepSampler, pack_rows, padding_waste
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
-from mdl_nbdev.model.midashenglm_family import tiny_model
+from mdl_nbdev.train.mix import Item
 
 LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=200)
 

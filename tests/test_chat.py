@@ -12,14 +12,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.label_view import LabelView
-from mdl_nbdev.model.midashenglm_family import AUDIO, CHATML, tiny_tokenizer
-from mdl_nbdev.model.text_family import ROLE_MARKERS
-from mdl_nbdev.model.text_family import tiny_text_tokenizer
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
+from mdl_nbdev.model.midashenglm_family import AUDIO, CHATML, tiny_tokenizer
+from mdl_nbdev.model.text_family import ROLE_MARKERS, tiny_text_tokenizer
 from mdl_nbdev.model.tokenizers import decode_answer, encode, fingerprint, load_tokenizer, tokenize
-from mdl_nbdev.data.conversations import Conversation
 
 TINY = tiny_tokenizer()
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML

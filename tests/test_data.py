@@ -13,9 +13,9 @@ import soundfile as sf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mdl_nbdev.data.check import check
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings
+from mdl_nbdev.data.check import check
 from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.data.rows import BadRow, Row, to_conversation
 from mdl_nbdev.data.tables import CsvFile, format_row, read_rows

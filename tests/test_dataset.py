@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from mdl_nbdev.data.audio import load_audio, to_int16
-from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
-from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings
+from mdl_nbdev.data.audio import load_audio, to_int16
+from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.data.tables import read_rows
+from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.train.convert import convert, plan_shards
 from mdl_nbdev.train.dataset import AudioDataset, open_dataset
 from mdl_nbdev.train.mix import Item, Mix, limit_length, open_mix, split
-from mdl_nbdev.data.sounds import make_sounds
 
 CHAT = load_chat("tiny")
 TOK = CHAT.tok

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from mdl_nbdev.model.tokenizers import load_tokenizer, tokenize
-from mdl_nbdev.data.sources import open_rows
 from mdl_nbdev.data.rows import to_conversation
+from mdl_nbdev.data.sources import open_rows
+from mdl_nbdev.model.tokenizers import load_tokenizer, tokenize
 
 IM_END, AUDIO, A_BOS, A_EOS, IM_START = 256, 258, 259, 260, 261 # `tiny`: ChatML with audio
 MARK, START, END_OF_ROLE, EOS = 256, 268, 273, 274 # `tiny-text`: `<|`, `<|role_start|>`, `<|role_end|>`, `<|endoftext|>`

@@ -21,17 +21,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mdl_nbdev.model.text_family import tiny_text_tokenizer
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import InferSettings
+from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.infer.identity import identity_changes, run_identity
 from mdl_nbdev.infer.output import InferOutput, LoggedShard, OutputPart, remaining_shards
 from mdl_nbdev.infer.run import DEFAULT_NEW_TOKENS, infer
 from mdl_nbdev.model.chat import Chat
 from mdl_nbdev.model.load import load_processor
 from mdl_nbdev.model.midashenglm_family import tiny_model
-from mdl_nbdev.model.text_family import tiny_text_model
-from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.model.text_family import tiny_text_model, tiny_text_tokenizer
 
 
 @pytest.fixture(autouse=True)

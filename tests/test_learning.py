@@ -12,11 +12,11 @@ import torch
 
 from mdl_nbdev.base.settings import EvalSettings, InferSettings, MergeSettings, TrainSettings
 from mdl_nbdev.cli.demo import TINY_LORA
+from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.infer.evaluate import evaluate
 from mdl_nbdev.infer.run import infer
 from mdl_nbdev.model.load import load_model
 from mdl_nbdev.model.save import merge_adapter
-from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.train.run import train
 
 PACKED = dict(model_name="tiny-text", packing=True, seq_length=128, lr_scheduler_type="cosine", gradient_checkpointing=False)

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from mdl_nbdev.model.collate import Collator
-from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
-from mdl_nbdev.model.chat import Example
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import LOSS_MODES
+from mdl_nbdev.model.chat import Example
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
 from mdl_nbdev.train.coba import CoBa
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 

@@ -8,12 +8,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mdl_nbdev import memory as M
-from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.settings import TrainSettings
-from mdl_nbdev.model.midashenglm import MiDashengLMConfig, MiDashengLMModel
 from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.load import load_model
+from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
+from mdl_nbdev.model.midashenglm import MiDashengLMConfig, MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_model
 
 rows, tokens, seconds = 4, 256, 20

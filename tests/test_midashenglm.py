@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTra
 
 from mdl_nbdev.model import label_loss, midasheng_encoder
 from mdl_nbdev.model import midashenglm as mdl
-from mdl_nbdev.model.midashenglm import MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
+from mdl_nbdev.model.midashenglm import MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor
 
 torch.set_num_threads(1)
 AUDIO, PAD = 99, 0

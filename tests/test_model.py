@@ -19,12 +19,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTN
 from transformers.utils import logging
 
 from mdl_nbdev import model as M
-from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
-from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import MergeSettings, TrainSettings, TuneSettings
+from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMModel
-
+from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.train.run import train
 
 logging.disable_progress_bar()

@@ -15,10 +15,10 @@ from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForCondition
 from mdl_nbdev import InferSettings, TrainSettings, infer, train
 from mdl_nbdev.base.settings import TuneSettings
 from mdl_nbdev.data.conversations import Conversation
+from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.byte_tokenizer import byte_tokenizer
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.families import load_chat
-from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.load import load_model
 from mdl_nbdev.model.qwen2_audio import Qwen2AudioFamily
 from mdl_nbdev.train.losses import loss_weights, weighted_losses

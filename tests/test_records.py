@@ -15,14 +15,14 @@ import soundfile as sf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mdl_nbdev.data.check import check
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings
-from mdl_nbdev.data.tables import CsvFile, format_row
+from mdl_nbdev.data.check import check
 from mdl_nbdev.data.jsonl import JsonlFile
 from mdl_nbdev.data.parquet import ParquetFile
-from mdl_nbdev.data.sources import find_tasks, open_rows
 from mdl_nbdev.data.rows import to_conversation
+from mdl_nbdev.data.sources import find_tasks, open_rows
+from mdl_nbdev.data.tables import CsvFile, format_row
 
 
 def write(folder, data, name="r.jsonl"):

@@ -11,12 +11,12 @@ import pytest
 import torch
 from training_runs import finish, history, kill_later, start, wait_until, weights
 
-from mdl_nbdev.train import resume
-from mdl_nbdev.train.checkpoints import check_checkpoint, last_checkpoint
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import TrainSettings
 from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.train import resume
+from mdl_nbdev.train.checkpoints import check_checkpoint, last_checkpoint
 from mdl_nbdev.train.run import train
 
 

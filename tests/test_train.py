@@ -7,22 +7,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdl_nbdev.model.collate import Collator
-from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
-from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings, TrainSettings
+from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.load import load_model
+from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
+from mdl_nbdev.model.save import load_adapter, merge
+from mdl_nbdev.train import run as run_module
+from mdl_nbdev.train.callbacks import read_metrics
 from mdl_nbdev.train.convert import convert
 from mdl_nbdev.train.dataset import AudioDataset
-from mdl_nbdev.model.load import load_model
-from mdl_nbdev.model.save import load_adapter, merge
-from mdl_nbdev.model.midashenglm_family import tiny_model
-from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.train.callbacks import read_metrics
-from mdl_nbdev.train.run import train
-from mdl_nbdev.train import run as run_module
 from mdl_nbdev.train.loop import TaskTrainer
+from mdl_nbdev.train.run import train
 
 TOK = tiny_tokenizer()
 
