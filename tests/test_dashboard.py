@@ -26,6 +26,7 @@ from mdl_nbdev.cli.training import TrainRun, TrainView, start_training, watch
 from mdl_nbdev.cli.view import Pace, View
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.infer.run import infer
+from mdl_nbdev.train.report import TrainReport
 from mdl_nbdev.train.run import train
 from mdl_nbdev.train.samples import SampleAnswers, read_samples
 
@@ -209,6 +210,21 @@ def test_samples_of_a_resumed_run(sounds, tmp_path):
     shutil.rmtree(tmp_path/"run"/"checkpoint-12")
     train(replace(whole, resume_from_checkpoint=True))
     assert read_samples(tmp_path/"run"/"samples.jsonl") == expected
+
+
+def test_a_conversation_of_several_turns(tmp_path):
+    view = TrainView(tmp_path, 1)
+    turns = [dict(role="user", text="<one>"), dict(role="assistant", text="two")]
+    view.samples = [dict(step=3, row=0, task="a", question="three", reference="four", answer="5", clips=[], system="be & short", turns=turns)]
+    page = view.answers()
+    assert "system: be &amp; short" in page and "user: &lt;one&gt;" in page and "assistant: two" in page and "✘" in page
+
+
+def test_a_stopped_demo_says_so(tmp_path, monkeypatch):
+    from mdl_nbdev.cli import demo
+    monkeypatch.setattr(demo, "answer_clips", lambda s: (None, None))
+    monkeypatch.setattr("mdl_nbdev.train.run.train", lambda s: TrainReport(s.output, 3, 1, 2, stopped="SIGTERM", whole=False))
+    with pytest.raises(InputError, match="stopped by SIGTERM"): demo.demo(settings.DemoSettings(output=tmp_path/"demo"), clips=2, held_out=2)
 
 
 class Boom(Exception): pass

@@ -158,6 +158,7 @@ def demo(
     training = f"mdl_train --train-dataset {train_csv} --base-dir {train_csv.parent} --output {out}/run --model-name tiny"
     announce(3, "LoRA fine-tuning:", f"{training} ...  (all options: {out}/run/config.json)")
     trained = train(demo_training(out, train_csv, s.seed, epochs))
+    if not trained.whole: raise InputError(f"training was stopped by {trained.stopped}, so the demo ends here; run mdl_demo again")
     announce(4, "The test clips again, with the trained model:", f"{inference} --output {out}/after.csv --model-name {trained.final}")
     answers, after = answer_clips(demo_inference(out, test_csv, 'after', trained.final))
     report = DemoReport(out, before.scores.exact, after.scores.exact, trained, answers, after, time.perf_counter()-start)
