@@ -141,14 +141,15 @@ def as_item(self:StepSampler,
     dummy:bool=False, # Whether its labels are left out
 )->Item: # For `Mix.__getitems__`
     "A row or a pack as a mix reads it"
-    if not self.pack: return Item((int(item),), dummy=dummy)
-    return Item(item[-1:] if dummy else item, dummy=dummy, packed=True)
+    if self.pack: return Item(item[-1:] if dummy else item, dummy, packed=True)
+    return Item((item,), dummy)
 
 @patch
 def __iter__(self:StepSampler)->Iterator[list[Item]]:
     for items in self.order(self.epoch):
+        if not self.pack: items = items.tolist()
         for batch in self.deal(items)[self.rank::self.world_size]:
-            if len(batch): yield [self.as_item(i) for i in batch]
+            if batch: yield [self.as_item(i) for i in batch]
             else: yield [self.as_item(items[0], dummy=True)]
 
 @patch

@@ -142,14 +142,18 @@ def count_samples(
 # %% ../../nbs/3_train/00_convert.ipynb #c13
 _worker_chat = None # Of a worker process
 
-def start_worker(chat)->None:
-    "Prepare a worker process: `chat` is for all its shards"
+def start_worker(
+    chat:Chat, # Of the model
+)->None:
+    "Prepare a worker process"
     global _worker_chat
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     _worker_chat = chat
     end_with_parent()
 
-def write_in_worker(job)->Shard:
+def write_in_worker(
+    job:ShardJob, # What to convert
+)->Shard: # What was written
     "`write_shard` in a worker process"
     return write_shard(job, _worker_chat)
 

@@ -45,7 +45,10 @@ def read_cell(
 )->object: # A NumPy array for a list, otherwise a Python value
     "Copy a value out of Arrow's memory"
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    return np.array(column.flatten()) if is_list else column[0].as_py()
+    if not is_list: return column[0].as_py()
+    values = column[0].values # three times as fast as `column.flatten()`
+    if values is None: return np.zeros(0, column.type.value_type.to_pandas_dtype())
+    return np.array(values.to_numpy(zero_copy_only=False))
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c8
 def list_lengths(

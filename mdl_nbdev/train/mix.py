@@ -61,8 +61,7 @@ class Mix:
     def __len__(self): return len(self.row_of)
 
 # %% ../../nbs/3_train/02_mix.ipynb #c8
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     "What one sequence of a batch holds"
     rows:tuple[int,...] # Row numbers of a mix
     dummy:bool=False # Whether the labels are left out, so that it has no effect on the loss
