@@ -101,19 +101,21 @@ class Prompter:
         except InputError as e: prompted.reason = str(e).removeprefix(f'{row.where}: ')
         return prompted, None
 
-    def decode(self,
-        pair:tuple, # From `tokenize`, not rejected
-    )->tuple: # The `PromptedRow`, and its `Example` or None
-        "Decode the clips of a row; one that cannot be decoded gets a reason"
-        prompted, tokenized = pair
-        try:
-            example = tokenized.example(self.chat.load_clips(prompted.conversation, self.s.max_audio_seconds))
-            self.limit(prompted, len(example.input_ids)) # a header may be wrong
-            return prompted, example
-        except InputError as e: prompted.reason = str(e).removeprefix(f'{prompted.row.where}: ')
-        return prompted, None
-
 # %% ../../nbs/4_infer/02_run.ipynb #c9
+@patch
+def decode(self:Prompter,
+    pair:tuple, # From `tokenize`, not rejected
+)->tuple: # The `PromptedRow`, and its `Example` or None
+    "Decode the clips of a row; one that cannot be decoded gets a reason"
+    prompted, tokenized = pair
+    try:
+        example = tokenized.example(self.chat.load_clips(prompted.conversation, self.s.max_audio_seconds))
+        self.limit(prompted, len(example.input_ids)) # a header may be wrong
+        return prompted, example
+    except InputError as e: prompted.reason = str(e).removeprefix(f'{prompted.row.where}: ')
+    return prompted, None
+
+# %% ../../nbs/4_infer/02_run.ipynb #c11
 BATCHES_PER_SHARD = 8
 
 class Pipeline:
@@ -150,7 +152,7 @@ class Pipeline:
                 self.generate(shard, clips)
                 yield [prompted for prompted,_ in shard]
 
-# %% ../../nbs/4_infer/02_run.ipynb #c11
+# %% ../../nbs/4_infer/02_run.ipynb #c13
 @dataclass
 class InferReport:
     "What an inference run did"
@@ -182,7 +184,7 @@ class InferReport:
                          f"the first is line {line}: {reason}")
         return '\n'.join(lines)
 
-# %% ../../nbs/4_infer/02_run.ipynb #c13
+# %% ../../nbs/4_infer/02_run.ipynb #c15
 def prompt_html(
     conversation:Conversation|None, # A prompt
 )->Html: # HTML
@@ -205,7 +207,7 @@ def _repr_html_(self:InferReport):
     rows = [(r.row.line, prompt_html(r.conversation), answer(r), reference_mark(r)) for r in self.sample]
     return f"<p>{as_html(self)}</p>{html_table(rows, ['line', 'prompt', 'answer', ''])}"
 
-# %% ../../nbs/4_infer/02_run.ipynb #c15
+# %% ../../nbs/4_infer/02_run.ipynb #c17
 def open_output(
     s:InferSettings, # Settings of the run
 )->tuple[InferOutput, int]: # The output, with its input opened, and the number of rows
@@ -240,7 +242,7 @@ def join_output(
     part.create(out.header)
     return part
 
-# %% ../../nbs/4_infer/02_run.ipynb #c17
+# %% ../../nbs/4_infer/02_run.ipynb #c19
 def stop_at_reject(
     rows:list[PromptedRow], # Finished rows
     s:InferSettings, # Settings of the run
@@ -261,7 +263,7 @@ def rows_of_shards(
     shards = islice(chunked(source.rows(), shard_rows), max(numbers, default=-1) + 1)
     return (rows for number,rows in enumerate(shards) if number in wanted)
 
-# %% ../../nbs/4_infer/02_run.ipynb #c18
+# %% ../../nbs/4_infer/02_run.ipynb #c20
 def prepare_output(
     out:InferOutput, # The output
     s:InferSettings, # Settings of the run
@@ -292,13 +294,13 @@ class ProgressBar:
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()
 
-# %% ../../nbs/4_infer/02_run.ipynb #c20
+# %% ../../nbs/4_infer/02_run.ipynb #c22
 def infer(
     s:InferSettings, # What to answer, with what, and where to
     callbacks:Iterable[Callable]=(), # Each gets a shard's `PromptedRow`s, the rows done and the rows in total
 )->InferReport: # What was done; under a launcher the main process has all of it
     "Answer every row of a table or of records; a rerun after an interruption continues where it stopped"
-    os.environ.pop('ACCELERATE_USE_FSDP', None) # is about training; here each process has a whole model
+    os.environ.pop('ACCELERATE_USE_FSDP', None) # concerns training; here each process has a whole model
     with Ranks() as ranks, ExitStack() as stack:
         if not ranks.is_main: silence_libraries()
         out, total = ranks.agree(open_output, s)
