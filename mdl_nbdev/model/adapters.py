@@ -68,6 +68,7 @@ def check_pissa(
             raise InputError(f"--lora-rank {s.lora_rank} with --lora-init pissa: {name} has only {vectors} singular "
                              "vectors; choose a lower rank")
 
+# %% ../../nbs/2_model/32_adapters.ipynb #c11
 def lora_config(
     model:nn.Module, # From `load_model`
     s:TuneSettings, # What to train, and how
@@ -86,7 +87,7 @@ def lora_config(
         r=s.lora_rank, lora_alpha=s.lora_alpha, lora_dropout=s.lora_dropout, use_rslora=s.use_rslora, use_dora=s.use_dora,
         target_modules=pattern, modules_to_save=in_full or None, ensure_weight_tying=tied, task_type='CAUSAL_LM')
 
-# %% ../../nbs/2_model/32_adapters.ipynb #c12
+# %% ../../nbs/2_model/32_adapters.ipynb #c13
 def principal_vectors(
     weight:torch.Tensor, # [out, in]
     rank:int, # How many
@@ -115,7 +116,7 @@ def start_pissa(
         weight.copy_(weight.float() - m.get_delta_weight('default').float())
     return {n:p.cpu().clone() for n, p in model.named_parameters() if re.search(r'\.lora_[AB]\.', n)}
 
-# %% ../../nbs/2_model/32_adapters.ipynb #c15
+# %% ../../nbs/2_model/32_adapters.ipynb #c16
 def as_plain_lora(
     state:dict[str, torch.Tensor], # All tensors by name
     start:dict[str, torch.Tensor], # From `start_pissa`
@@ -131,7 +132,7 @@ def as_plain_lora(
     config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     return state, config
 
-# %% ../../nbs/2_model/32_adapters.ipynb #c17
+# %% ../../nbs/2_model/32_adapters.ipynb #c18
 def make_savable(
     model, # A `PeftModel`
     start:dict|None=None, # From `start_pissa`
@@ -156,7 +157,7 @@ def quiet_peft():
         warnings.filterwarnings('ignore', 'fan_in_fan_out is set to False')
         yield
 
-# %% ../../nbs/2_model/32_adapters.ipynb #c19
+# %% ../../nbs/2_model/32_adapters.ipynb #c20
 def adapt(
     model:nn.Module, # From `load_model`; it is changed
     s:TuneSettings, # What to train, and how

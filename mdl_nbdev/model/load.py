@@ -103,7 +103,7 @@ def check_weights(
         shapes = f"{weight} is {list(stored)} in the file, {list(expected)} in the model"
         raise ValueError(f"{len(mismatched)} weights do not fit config.json: {shapes}")
 
-# %% ../../nbs/2_model/30_load.ipynb #c16
+# %% ../../nbs/2_model/30_load.ipynb #c17
 def explain_weights(
     source:str|Path|None, # A folder or a hub id
     error:Exception, # What `from_pretrained` raised
@@ -126,7 +126,7 @@ def explain_weights(
         damage = f"{file} is damaged; copy or download it again: " if file else ''
         return InputError(f"{where}: cannot be loaded: {damage}{why}")
 
-# %% ../../nbs/2_model/30_load.ipynb #c17
+# %% ../../nbs/2_model/30_load.ipynb #c18
 def read_weights(
     source:str|Path|None, # A folder or a hub id; None: weights are given as `state_dict`
     dtype:torch.dtype|str, # Of the weights
@@ -154,7 +154,7 @@ def read_weights(
         raise explained from e
     return model
 
-# %% ../../nbs/2_model/30_load.ipynb #c18
+# %% ../../nbs/2_model/30_load.ipynb #c19
 def load_built_in(
     name:str, # Such as `tiny`
     dtype:torch.dtype, # Of the weights
@@ -170,7 +170,7 @@ def load_built_in(
     model.name_or_path = model.config.name_or_path = name
     return model
 
-# %% ../../nbs/2_model/30_load.ipynb #c19
+# %% ../../nbs/2_model/30_load.ipynb #c21
 def load_model(
     name:str, # A built-in model, a folder or a hub id
     from_modelscope:bool=False, # Download from ModelScope?
@@ -188,7 +188,7 @@ def load_model(
                          "give its base model, or merge the two with mdl_merge")
     return from_hub(read_weights, name, from_modelscope, dtype=dtype, quantization=quantization, device=device)
 
-# %% ../../nbs/2_model/30_load.ipynb #c25
+# %% ../../nbs/2_model/30_load.ipynb #c27
 def load_processor(
     name:str, # A built-in model, a folder or a hub id
     from_modelscope:bool=False, # Download from ModelScope?
@@ -198,7 +198,7 @@ def load_processor(
     chat = load_chat(name, from_modelscope, chat_template)
     return chat.family.processor(chat.tok)
 
-# %% ../../nbs/2_model/30_load.ipynb #c28
+# %% ../../nbs/2_model/30_load.ipynb #c30
 def unwrap_model(
     model:nn.Module, # A model, wrapped or not
 )->nn.Module: # The model itself
