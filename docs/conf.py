@@ -16,6 +16,7 @@ project, author, release, copyright = cfg["title"], cfg["author"], cfg["version"
 language = "en"
 extensions = ["myst_nb", "sphinx.ext.viewcode", "sphinx_copybutton"]
 nitpicky = True # a reference to something that is not there is a warning, and the build takes none
+viewcode_follow_imported_members = False # the module of a constant is where it stands, not where its class is defined
 smartquotes = False
 suppress_warnings = ["misc.highlighting_failure"] # cells of shell commands are no Python
 
