@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'TARGETS', 'LOSS_MODES', 'half_the_cores', 'DataSettings', 'ModelSettings', 'TokenizeSettings',
-           'LoadSettings', 'TuneSettings', 'TaskSettings', 'CheckSettings', 'ConvertSettings', 'TrainSettings',
-           'InferSettings', 'MergeSettings', 'EvalSettings', 'DemoSettings']
+           'LoadSettings', 'TuneSettings', 'TaskSettings', 'EvaluationSettings', 'CheckSettings', 'ConvertSettings',
+           'TrainSettings', 'InferSettings', 'MergeSettings', 'EvalSettings', 'DemoSettings']
 
 # %% ../../nbs/0_base/06_settings.ipynb #c4
 from dataclasses import dataclass
@@ -112,41 +112,10 @@ class TaskSettings(Settings):
         super().__post_init__()
         self.loss_mode = LOSS_MODES.get(self.loss_mode, self.loss_mode)
 
-# %% ../../nbs/0_base/06_settings.ipynb #c12
+# %% ../../nbs/0_base/06_settings.ipynb #c11
 @dataclass(kw_only=True)
-class CheckSettings(DataSettings):
-    "Check rows and clips without a model: hours, labels, and every bad row with its line and reason"
-    input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to check
-    predictions:bool=True # Require a prediction in every row, as training does
-    decode:bool=True # Decode every clip, which finds truncated files; false: read the headers only
-
-@dataclass(kw_only=True)
-class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings):
-    "Convert rows into a dataset that training opens immediately"
-    input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to convert
-    output:Path=opt(location=True) # Folder of the converted dataset
-    audio_dtype:Literal['int16', 'float32']='int16' # How waveforms are stored; int16 takes half the space
-    overwrite:bool=opt(False, result=False) # Replace an existing output
-
-# %% ../../nbs/0_base/06_settings.ipynb #c13
-@dataclass(kw_only=True)
-class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, TaskSettings):
-    "Fine-tune a model"
-    # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/
-    output:Path=opt(result=False, location=True)
-    lr:float=opt(1e-4, minimum=0) # Peak learning rate
-    num_epochs:float=opt(1., minimum=0) # Passes over the training data; fractions are allowed
-    max_steps:int|None=opt(None, minimum=1) # Stop after this many optimizer steps, whatever num_epochs says
-    # Steps over which the learning rate rises to its peak; below 1: a fraction of all steps
-    warmup_steps:int|float=opt(0, minimum=0)
-    min_lr:float=opt(0., minimum=0) # Floor of the learning rate after warm-up
-    lr_scheduler_type:str='linear' # Learning rate schedule, by its name in transformers
-    weight_decay:float=opt(0., minimum=0) # Weight decay of AdamW
-    max_grad_norm:float=opt(1., minimum=0) # Clip gradients to this norm; 0: no clipping
-    batch_size:int=opt(8, minimum=1) # Rows per batch, on each device
-    gradient_accumulation_steps:int=opt(1, minimum=1) # Batches per optimizer step
-    # Recompute activations in the backward pass: less memory, more time
-    gradient_checkpointing:bool=opt(True, result=False)
+class EvaluationSettings(Settings):
+    "Evaluation, checkpoints and the result"
     # Evaluate by steps, after every epoch, or both
     eval_strategy:list[Literal['steps', 'epoch']]=opt(lambda: ['steps'], result=False)
     # Steps between evaluations; below 1: a fraction of all steps
@@ -165,6 +134,42 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     # Stop after this many evaluations in a row without a new best; null: never
     early_stopping_patience:int|None=opt(None, minimum=1, resume=True)
     merge_lora:bool=opt(True, resume=True) # final/ holds the merged model; false: only the adapter
+
+# %% ../../nbs/0_base/06_settings.ipynb #c13
+@dataclass(kw_only=True)
+class CheckSettings(DataSettings):
+    "Check rows and clips without a model: hours, labels, and every bad row with its line and reason"
+    input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to check
+    predictions:bool=True # Require a prediction in every row, as training does
+    decode:bool=True # Decode every clip, which finds truncated files; false: read the headers only
+
+@dataclass(kw_only=True)
+class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings):
+    "Convert rows into a dataset that training opens immediately"
+    input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to convert
+    output:Path=opt(location=True) # Folder of the converted dataset
+    audio_dtype:Literal['int16', 'float32']='int16' # How waveforms are stored; int16 takes half the space
+    overwrite:bool=opt(False, result=False) # Replace an existing output
+
+# %% ../../nbs/0_base/06_settings.ipynb #c14
+@dataclass(kw_only=True)
+class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, TaskSettings, EvaluationSettings):
+    "Fine-tune a model"
+    # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/
+    output:Path=opt(result=False, location=True)
+    lr:float=opt(1e-4, minimum=0) # Peak learning rate
+    num_epochs:float=opt(1., minimum=0) # Passes over the training data; fractions are allowed
+    max_steps:int|None=opt(None, minimum=1) # Stop after this many optimizer steps, whatever num_epochs says
+    # Steps over which the learning rate rises to its peak; below 1: a fraction of all steps
+    warmup_steps:int|float=opt(0, minimum=0)
+    min_lr:float=opt(0., minimum=0) # Floor of the learning rate after warm-up
+    lr_scheduler_type:str='linear' # Learning rate schedule, by its name in transformers
+    weight_decay:float=opt(0., minimum=0) # Weight decay of AdamW
+    max_grad_norm:float=opt(1., minimum=0) # Clip gradients to this norm; 0: no clipping
+    batch_size:int=opt(8, minimum=1) # Rows per batch, on each device
+    gradient_accumulation_steps:int=opt(1, minimum=1) # Batches per optimizer step
+    # Recompute activations in the backward pass: less memory, more time
+    gradient_checkpointing:bool=opt(True, result=False)
     # Resume from the last checkpoint (true) or from a given one
     resume_from_checkpoint:bool|Path|None=opt(None, result=False)
     allow_changes:bool=opt(False, result=False) # Resume even if data or settings that matter have changed
@@ -175,7 +180,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     report_to:list[str]=opt(list, result=False)
     seed:int=opt(42, minimum=0) # Seed of the initial adapters, the order of rows, and dropout
 
-# %% ../../nbs/0_base/06_settings.ipynb #c15
+# %% ../../nbs/0_base/06_settings.ipynb #c16
 @dataclass(kw_only=True)
 class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     "Answer every row of a file with a model"
@@ -199,7 +204,7 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     on_error:Literal['reject', 'raise']=opt('reject', result=False)
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
-# %% ../../nbs/0_base/06_settings.ipynb #c16
+# %% ../../nbs/0_base/06_settings.ipynb #c17
 @dataclass(kw_only=True)
 class MergeSettings(ModelSettings):
     "Merge a LoRA adapter into its base model"

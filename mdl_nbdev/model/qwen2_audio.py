@@ -7,6 +7,7 @@ __all__ = ['Qwen2AudioFamily']
 
 # %% ../../nbs/2_model/17_qwen2_audio.ipynb #c4
 import numpy as np
+from fastcore.basics import patch
 from ..data.audio import from_int16
 from .family import Family
 
@@ -32,12 +33,6 @@ class Qwen2AudioFamily(Family):
             self.given_extractor = WhisperFeatureExtractor(feature_size=128)
         return self.given_extractor
 
-    def configured(self, path):
-        from transformers import AutoFeatureExtractor
-        family = type(self)(AutoFeatureExtractor.from_pretrained(path))
-        family.max_clip_seconds = family.extractor.n_samples/self.sample_rate
-        return family
-
     def clip_tokens(self, n_samples):
         frames = -(-max(n_samples, self.min_samples)//160)
         return ((frames - 1)//2 - 1)//2 + 1
@@ -47,22 +42,34 @@ class Qwen2AudioFamily(Family):
     def clip_tensors(self, clips):
         floats = [c if c.dtype==np.float32 else from_int16(c) for c in clips]
         padded = [np.pad(c, (0, max(0, self.min_samples-len(c)))) for c in floats]
-        out = self.extractor(padded, sampling_rate=self.sample_rate, return_attention_mask=True, padding='max_length',
+        out = self.extractor(padded, sampling_rate=self.sample_rate, padding='max_length', return_attention_mask=True,
             return_tensors='np')
         return dict(input_features=out['input_features'], feature_attention_mask=out['attention_mask'].astype(np.int64))
 
-    def load_tokenizer(self, path):
-        from transformers import AutoProcessor
-        processor = AutoProcessor.from_pretrained(path)
-        processor.tokenizer.chat_template = processor.chat_template
-        return processor.tokenizer
+# %% ../../nbs/2_model/17_qwen2_audio.ipynb #c8
+@patch
+def configured(self:Qwen2AudioFamily, path):
+    from transformers import AutoFeatureExtractor
+    family = type(self)(AutoFeatureExtractor.from_pretrained(path))
+    family.max_clip_seconds = family.extractor.n_samples/self.sample_rate
+    return family
 
-    def chat_template(self, tok): return tok.chat_template or self.processor(tok).chat_template
+@patch
+def load_tokenizer(self:Qwen2AudioFamily, path):
+    from transformers import AutoProcessor
+    processor = AutoProcessor.from_pretrained(path)
+    processor.tokenizer.chat_template = processor.chat_template
+    return processor.tokenizer
 
-    def model_class(self):
-        from transformers import Qwen2AudioForConditionalGeneration
-        return Qwen2AudioForConditionalGeneration
+@patch
+def chat_template(self:Qwen2AudioFamily, tok): return tok.chat_template or self.processor(tok).chat_template
 
-    def processor(self, tok):
-        from transformers import Qwen2AudioProcessor
-        return Qwen2AudioProcessor(self.extractor, tok, chat_template=tok.chat_template)
+@patch
+def model_class(self:Qwen2AudioFamily):
+    from transformers import Qwen2AudioForConditionalGeneration
+    return Qwen2AudioForConditionalGeneration
+
+@patch
+def processor(self:Qwen2AudioFamily, tok):
+    from transformers import Qwen2AudioProcessor
+    return Qwen2AudioProcessor(self.extractor, tok, chat_template=tok.chat_template)
