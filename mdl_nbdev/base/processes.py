@@ -121,19 +121,20 @@ class Ranks:
         "Whether this is rank 0"
         return self.rank==0
 
-    def exchange(self,
-        value:Any, # A value that can be pickled
-    )->list: # The values of all ranks, in order
-        "Gather a value from every rank, on every rank"
-        if self.world==1: return [value]
-        import torch.distributed as dist
-        values = [None]*self.world
-        try: dist.all_gather_object(values, value, self.group)
-        except RuntimeError: raise LostRank(LOST) from None
-        return values
-
 # %% ../../nbs/0_base/02_processes.ipynb #c18
 from fastcore.basics import patch
+
+@patch
+def exchange(self:Ranks,
+    value:Any, # A value that can be pickled
+)->list: # The values of all ranks, in order
+    "Gather a value from every rank, on every rank"
+    if self.world==1: return [value]
+    import torch.distributed as dist
+    values = [None]*self.world
+    try: dist.all_gather_object(values, value, self.group)
+    except RuntimeError: raise LostRank(LOST) from None
+    return values
 
 @patch
 def agree(self:Ranks,

@@ -62,6 +62,7 @@ def stop_ids(
     configured = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return sorted({tok.eos_token_id, *configured})
 
+# %% ../../nbs/2_model/40_engine.ipynb #c9
 class TransformersEngine(Engine):
     "Batches of requests through transformers' `generate`"
     def __init__(self,
@@ -92,7 +93,7 @@ class TransformersEngine(Engine):
             prompt, limit = longest, most
         if batch: yield batch
 
-# %% ../../nbs/2_model/40_engine.ipynb #c9
+# %% ../../nbs/2_model/40_engine.ipynb #c10
 from fastcore.basics import patch
 
 @patch
@@ -137,7 +138,7 @@ def completion(self:TransformersEngine,
     truncated = end==len(ids) or end > request.max_new_tokens
     return Completion(request.key, ids[:n], self.chat.decode_completion(ids[:n]), truncated, scores[:n] if scores else None)
 
-# %% ../../nbs/2_model/40_engine.ipynb #c13
+# %% ../../nbs/2_model/40_engine.ipynb #c14
 @torch.no_grad()
 def generate_tokens(
     model, # A transformers model, with adapters or without

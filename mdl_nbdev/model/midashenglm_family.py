@@ -69,7 +69,6 @@ class MiDashengLMFamily(Family):
     weighted_loss = generates_from_embeddings = True
 
     def clip_tokens(self, n_samples): return max(1, (1 + n_samples//160)//4//5)
-
     def clip_cost(self, n_samples, n_clips):
         return n_samples//640 # a patch of the encoder counts like a token of the decoder
 
@@ -98,5 +97,5 @@ class MiDashengLMFamily(Family):
     def processor(self, tok):
         from transformers import Wav2Vec2FeatureExtractor
         from mdl_nbdev.model.midashenglm import MiDashengLMProcessor
-        extractor = Wav2Vec2FeatureExtractor(sampling_rate=self.sample_rate, do_normalize=False, return_attention_mask=True)
-        return MiDashengLMProcessor(extractor, tok)
+        options = dict(sampling_rate=self.sample_rate, do_normalize=False, return_attention_mask=True)
+        return MiDashengLMProcessor(Wav2Vec2FeatureExtractor(**options), tok)
