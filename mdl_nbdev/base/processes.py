@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any, Callable, Iterable, Iterator
+from fastcore.basics import patch
 from .errors import InputError
 
 # %% ../../nbs/0_base/02_processes.ipynb #c6
@@ -70,18 +71,6 @@ class DaemonPool:
         self.tasks.put((future, f, args))
         return future
 
-    def map(self,
-        f:Callable, # Runs in a thread
-        items:Iterable, # Read as they are needed
-        ahead:int, # How many results may be waiting or in work
-    )->Iterator: # Results in the order of the items
-        "Run a function on each item, some items ahead of the caller"
-        waiting = deque()
-        for item in items:
-            waiting.append(self.submit(f, item))
-            if len(waiting) > ahead: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
-
     def __enter__(self): return self
     def __exit__(self, *_):
         try: # cancel what has not begun
@@ -91,7 +80,21 @@ class DaemonPool:
         except Empty: pass
         for _ in self.threads: self.tasks.put(None)
 
-# %% ../../nbs/0_base/02_processes.ipynb #c16
+# %% ../../nbs/0_base/02_processes.ipynb #c15
+@patch
+def map(self:DaemonPool,
+    f:Callable, # Runs in a thread
+    items:Iterable, # Read as they are needed
+    ahead:int, # How many results may be waiting or in work
+)->Iterator: # Results in the order of the items
+    "Run a function on each item, some items ahead of the caller"
+    waiting = deque()
+    for item in items:
+        waiting.append(self.submit(f, item))
+        if len(waiting) > ahead: yield waiting.popleft().result()
+    while waiting: yield waiting.popleft().result()
+
+# %% ../../nbs/0_base/02_processes.ipynb #c18
 LOST = ("another process of this run ended before its work was done; "
     "finished work is kept: run the same command again to continue")
 
@@ -121,9 +124,7 @@ class Ranks:
         "Whether this is rank 0"
         return self.rank==0
 
-# %% ../../nbs/0_base/02_processes.ipynb #c18
-from fastcore.basics import patch
-
+# %% ../../nbs/0_base/02_processes.ipynb #c20
 @patch
 def exchange(self:Ranks,
     value:Any, # A value that can be pickled
@@ -161,7 +162,7 @@ def on_main(self:Ranks,
     "Call `f` on the main process and share its result"
     return self.exchange(self.agree(lambda: f(*args) if self.is_main else None))[0]
 
-# %% ../../nbs/0_base/02_processes.ipynb #c20
+# %% ../../nbs/0_base/02_processes.ipynb #c22
 @patch
 def wait(self:Ranks,
     tick:Callable, # Called about five times a second
@@ -177,7 +178,7 @@ def wait(self:Ranks,
         work.wait()
     except RuntimeError: raise LostRank(LOST) from None
 
-# %% ../../nbs/0_base/02_processes.ipynb #c22
+# %% ../../nbs/0_base/02_processes.ipynb #c24
 def silence_libraries()->None:
     "Turn off the progress bars and notices of transformers and huggingface_hub in this process"
     from huggingface_hub.utils import disable_progress_bars

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Iterable, Iterator
 import numpy as np
 import torch
+from fastcore.basics import patch
 from .chat import Chat, Example
 from .collate import Collator
 from .tokenizers import chat_of
@@ -79,23 +80,23 @@ class TransformersEngine(Engine):
     def generate(self, requests):
         for batch in self.batches(requests): yield from self.complete(batch)
 
-    def batches(self,
-        requests:Iterable[Request], # In the order in which they are to be generated
-    )->Iterator[list[Request]]: # At most `batch_size` of them
-        "Group requests so that no completion goes beyond the model's length"
-        batch, prompt, limit = [], 0, 0
-        for r in requests:
-            longest, most = max(prompt, len(r.example.input_ids)), max(limit, r.max_new_tokens)
-            if batch and (len(batch)==self.batch_size or longest + most > self.max_tokens):
-                yield batch
-                batch, longest, most = [], len(r.example.input_ids), r.max_new_tokens
-            batch.append(r)
-            prompt, limit = longest, most
-        if batch: yield batch
+# %% ../../nbs/2_model/40_engine.ipynb #c11
+@patch
+def batches(self:TransformersEngine,
+    requests:Iterable[Request], # In the order in which they are to be generated
+)->Iterator[list[Request]]: # At most `batch_size` of them
+    "Group requests so that no completion goes beyond the model's length"
+    batch, prompt, limit = [], 0, 0
+    for r in requests:
+        longest, most = max(prompt, len(r.example.input_ids)), max(limit, r.max_new_tokens)
+        if batch and (len(batch)==self.batch_size or longest + most > self.max_tokens):
+            yield batch
+            batch, longest, most = [], len(r.example.input_ids), r.max_new_tokens
+        batch.append(r)
+        prompt, limit = longest, most
+    if batch: yield batch
 
-# %% ../../nbs/2_model/40_engine.ipynb #c10
-from fastcore.basics import patch
-
+# %% ../../nbs/2_model/40_engine.ipynb #c12
 @patch
 def arguments(self:TransformersEngine,
     batch:list[Request], # Generated together
@@ -126,6 +127,7 @@ def complete(self:TransformersEngine,
         scores = self.model.compute_transition_scores(out.sequences, out.scores, beams, normalize_logits=True).tolist()
     return [self.completion(r, ids, s) for r,ids,s in zip(batch, out.sequences[:,start:].tolist(), scores)]
 
+# %% ../../nbs/2_model/40_engine.ipynb #c14
 @patch
 def completion(self:TransformersEngine,
     request:Request, # What was asked for
@@ -138,7 +140,7 @@ def completion(self:TransformersEngine,
     truncated = end==len(ids) or end > request.max_new_tokens
     return Completion(request.key, ids[:n], self.chat.decode_completion(ids[:n]), truncated, scores[:n] if scores else None)
 
-# %% ../../nbs/2_model/40_engine.ipynb #c14
+# %% ../../nbs/2_model/40_engine.ipynb #c18
 @torch.no_grad()
 def generate_tokens(
     model, # A transformers model, with adapters or without

@@ -8,6 +8,7 @@ __all__ = ['whole_tensors', 'GatheredState', 'CheckpointReader', 'RestoredState'
 # %% ../../nbs/3_train/13_resume.ipynb #c4
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from ..model.targets import load_trainable_state, trainable_state
@@ -22,6 +23,7 @@ def whole_tensors(
     from torch.distributed.checkpoint.state_dict import StateDictOptions
     return StateDictOptions(full_state_dict=True, cpu_offload=True, **options)
 
+# %% ../../nbs/3_train/13_resume.ipynb #c8
 class GatheredState:
     "The part of the trainer that collects trained tensors and optimizer state, and puts them back"
     @property
@@ -58,7 +60,7 @@ class GatheredState:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
         return get_optimizer_state_dict(self.model_wrapped, self.optimizer.optimizer, options=whole_tensors())
 
-# %% ../../nbs/3_train/13_resume.ipynb #c7
+# %% ../../nbs/3_train/13_resume.ipynb #c9
 class CheckpointReader(GatheredState):
     "The part of the trainer that reads the files of a checkpoint"
     def read_once(self,
@@ -76,7 +78,7 @@ class CheckpointReader(GatheredState):
         "The state of this rank"
         return load_state(folder, f'rank-{self.args.process_index}')
 
-# %% ../../nbs/3_train/13_resume.ipynb #c8
+# %% ../../nbs/3_train/13_resume.ipynb #c10
 class RestoredState(CheckpointReader):
     "The part of the trainer that restores weights, optimizer and random generators, when `Trainer` asks for it"
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -101,7 +103,7 @@ class RestoredState(CheckpointReader):
         "Restore this rank's random generators"
         if self.has_own_state(checkpoint): set_random_state(self.own_state(checkpoint)['random'], self.args.device)
 
-# %% ../../nbs/3_train/13_resume.ipynb #c10
+# %% ../../nbs/3_train/13_resume.ipynb #c12
 class Progress(RestoredState):
     "The part of the trainer that remembers the sums of the next log line, the best evaluation and coba's history"
     def restore_progress(self)->None:
@@ -134,7 +136,7 @@ class Progress(RestoredState):
         best = Path(self.args.output_dir)/f'checkpoint-{self.stopping.best_step}'
         return best if best.is_dir() else None
 
-# %% ../../nbs/3_train/13_resume.ipynb #c11
+# %% ../../nbs/3_train/13_resume.ipynb #c13
 class SavedState(Progress):
     "The part of the trainer that writes a checkpoint"
     def write_state(self,
@@ -157,12 +159,6 @@ class SavedState(Progress):
         self.model.save_pretrained(folder, **(dict(state_dict=trained) if self.s.tuning=='lora' else {}))
         self.processor.save_pretrained(folder)
 
-    def progress(self)->dict:
-        "What `restore_progress` restores on every rank"
-        return dict(identity=self.identity, last_logged=self._globalstep_last_logged, task_steps=self.task_steps,
-                    places=[self.empty_positions, self.positions], rows=self.rows, stopping=self.stopping.state_dict(),
-                    coba=self.coba and self.coba.state_dict(), weights=self.weights)
-
     def _save_checkpoint(self, model=None, trial=None):
         "Write `checkpoint-N`, after an epoch also `epoch-N`, and remove what the limit does not keep"
         run, step, main = Path(self.args.output_dir), self.state.global_step, self.is_world_process_zero()
@@ -177,3 +173,11 @@ class SavedState(Progress):
     def wait_for_ranks(self)->None:
         "Return once every rank is here, however long the main process hashes or merges"
         self.ranks.exchange(None)
+
+# %% ../../nbs/3_train/13_resume.ipynb #c15
+@patch
+def progress(self:SavedState)->dict:
+    "What `restore_progress` restores on every rank"
+    return dict(identity=self.identity, last_logged=self._globalstep_last_logged, task_steps=self.task_steps,
+                places=[self.empty_positions, self.positions], rows=self.rows, stopping=self.stopping.state_dict(),
+                coba=self.coba and self.coba.state_dict(), weights=self.weights)
