@@ -264,7 +264,7 @@ def test_inference_answers_the_other_rows(capfd, server):
         assert (row, rows[row-1]) == (line - 1, [clip if line < last-1 else rows[row-1][0], ""])
         assert re.search(message, reason), (line, reason)
     assert {r[1] for r in rows if "good" in r[0]} != {""}
-    assert f"{len(expected)} rows have no answer; out.csv.rejects.csv lists them" in report
+    assert f"{len(expected)} rows without an answer, listed in out.csv.rejects.csv" in report
     assert sorted(p for p in os.listdir() if p.startswith("out")) == ["out.csv", "out.csv.rejects.csv"]
 
 
@@ -351,9 +351,9 @@ def test_unfinished_run_with_other_settings(capfd):
     args = given("infer", "sounds.csv")
     refused(capfd, *args, "--on-error", "raise")
     assert Path("out.csv.part").exists()
-    Path("out.csv.part.log").write_text('{"window": 0, "start": 0, "end": 0, "digest": ""}\n') # as if there were an answer
+    Path("out.csv.part.log").write_text('{"window": 0, "start": 0, "end": 0, "digest": "", "rows": 1, "rejects": [], "cut": []}\n') # as if there were an answer
     message = refused(capfd, *args, "--user-prompt", "What?")
-    assert re.match("out.csv.part: an unfinished run with other settings .user_prompt was None, is 'What.'.*--overwrite true", message)
+    assert re.match("out.csv.part: holds an unfinished run that cannot be continued: .*user.prompt.*What.*--overwrite true", message)
 
 
 @pytest.mark.parametrize("output", ["sounds.csv", "sounds", "."])
@@ -446,6 +446,7 @@ def test_another_tokenizer(capfd):
     tok = tiny_tokenizer()
     tok.chat_template = "{# another #}" + tok.chat_template
     tok.save_pretrained("other")
+    Path("other/config.json").write_text('{"model_type": "midashenglm"}')
     make_sounds(".", 3)
     with pytest.raises(SystemExit): cli.mdl_convert(["sounds.csv", "--model-name", "other", "--output", "converted"])
     for args in [["--train-dataset", "converted"], ["--train-dataset", "sounds.csv", "--eval-dataset", "converted"]]:
@@ -532,7 +533,7 @@ def test_damaged_adapter(capfd, adapted):
     assert "no LoRA adapter here" in refused(capfd, "mdl_infer", "sounds.csv", "--model-name", "base", "--adapter", "nowhere", "--output", "out")
     weights = Path("base/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:99999])
-    assert "--model-name base: this folder cannot be loaded" in refused(capfd, "mdl_infer", "sounds.csv", "--model-name", "base", "--output", "out")
+    assert "--model-name base: cannot be loaded: base/model.safetensors is damaged" in refused(capfd, "mdl_infer", "sounds.csv", "--model-name", "base", "--output", "out")
     assert not Path("out").exists()
 
 

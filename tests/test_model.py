@@ -21,6 +21,7 @@ from transformers.utils import logging
 from mdl_nbdev import model as M
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import MergeSettings, TrainSettings, TuneSettings
+from mdl_nbdev.model.load import check_trainable, is_quantised, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
@@ -533,7 +534,7 @@ def test_a_model_that_does_not_fit_in_memory_is_not_damaged(tmp_path, monkeypatc
 def test_published_quantised_weights_are_refused_in_training(method, tmp_path, monkeypatch):
     folder = edit_config(M.save_model(M.tiny_model(), M.load_processor("tiny"), tmp_path/"small"), quantization_config=dict(quant_method=method, bits=4, config_groups={}))
     message = rf"--model-name {folder}: its weights are quantised \({method}\) and cannot be trained; .*mispeech/midashenglm-7b-1021-bf16, with --quantization 4bit"
-    with pytest.raises(InputError, match=message): M.check_trainable(str(folder))
+    with pytest.raises(InputError, match=message): check_trainable(str(folder))
     for tuning in ("lora", "full"):
         model = M.tiny_model()
         model.name_or_path, model.config.quantization_config = str(folder), dict(quant_method=method)
@@ -552,9 +553,9 @@ def test_published_quantised_weights_are_refused_in_training(method, tmp_path, m
 def test_weights_that_bitsandbytes_stored_can_be_trained(tmp_path):
     pytest.importorskip("bitsandbytes")
     small = M.save_model(M.load_model("tiny", quantization="4bit", device="cpu"), M.load_processor("tiny"), tmp_path/"small")
-    M.check_trainable(str(small)), M.check_trainable("tiny")
+    check_trainable(str(small)), check_trainable("tiny")
     fit(adapt(M.load_model(str(small), device="cpu")), batch(), 1)
-    assert M.is_quantised(M.load_model(str(small), quantization="4bit", device="cpu"))
+    assert is_quantised(M.load_model(str(small), quantization="4bit", device="cpu"))
 
 
 class Wrapper(torch.nn.Module):
@@ -566,10 +567,10 @@ class Wrapper(torch.nn.Module):
 
 def test_the_model_inside_of_wrappers():
     model = M.tiny_text_model()
-    assert M.unwrap_model(model) is model
+    assert unwrap_model(model) is model
     adapted = adapt(model)
-    assert M.unwrap_model(adapted) is model
-    assert M.unwrap_model(Wrapper(torch.compile(Wrapper(adapted)))) is model
+    assert unwrap_model(adapted) is model
+    assert unwrap_model(Wrapper(torch.compile(Wrapper(adapted)))) is model
 
 
 INFER = """
