@@ -2,14 +2,14 @@
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, writes
 from style import measure
 
-LIMITS = { # what is allowed today: lower a number when it has improved, never raise one. The comment is the goal
-    "line width, 95th percentile": 139, # 110
-    "line width, maximum": 276, # 140
-    "private functions, %": 50, # 30
-    "lines of a module": 846, # 400
-    "lines of an exported cell": 41, # 40
-    "exported cells in a row": 15, # 3
-    "private names of several modules": 19} # 0
+LIMITS = { # what is allowed, never to be raised
+    "line width, 95th percentile": 110,
+    "line width, maximum": 140,
+    "private functions, %": 30,
+    "lines of a module": 400,
+    "lines of an exported cell": 40,
+    "exported cells in a row": 3,
+    "private names of several modules": 0}
 A = """# %% a line of nbdev, which does not count
 __all__ = ['neither does this line, though it is longer than the others']
 _a, b = 1, 2

@@ -8,21 +8,24 @@ __all__ = ['memory_of_longest', 'DryRun', 'dry_run']
 # %% ../../nbs/3_train/16_preview.ipynb #c4
 import html
 from dataclasses import dataclass
+from ..base.errors import InputError
+from ..base.html import as_html
+from ..base.settings import TrainSettings
 from ..model.chat import Chat
+from ..model.collate import Batch
 from ..model.label_view import LabelView
 from ..model.targets import Trainable
 from .loop import TaskTrainer
-from .memory import MemoryEstimate, estimate_memory
+from .memory import MemoryEstimate, estimate_memory, longest_batch
 
 # %% ../../nbs/3_train/16_preview.ipynb #c6
 def memory_of_longest(
-    trainer:TaskTrainer, # Ready to train
-)->MemoryEstimate: # For the report of a dry run, and the advice when memory runs out
+    trainer:TaskTrainer, # Of a run
+    s:TrainSettings, # Its settings, or others to compare
+)->MemoryEstimate: # `InputError` if there is none
     "The memory that the longest batch needs"
-    s, ds = trainer.s, trainer.train_dataset
-    packs = [list(i) for step in trainer.sampler(ds, s.batch_size).order(0) for i in step] if s.packing else None
-    def longest(lengths): return max(int(lengths[p].sum()) for p in packs) if packs else int(lengths.max())
-    return estimate_memory(trainer.model, s.batch_size, longest(ds.n_tokens), longest(ds.n_samples)/ds.sample_rate, s)
+    batch = longest_batch(trainer.train_dataset, s, trainer.data_collator)
+    return estimate_memory(trainer.model, batch, s)
 
 # %% ../../nbs/3_train/16_preview.ipynb #c7
 @dataclass(repr=False)
@@ -31,12 +34,15 @@ class DryRun:
     trainable:Trainable # What would be trained
     rows:str # The training data, one line for each task
     first:list[LabelView] # Rows of the first batch
-    memory:MemoryEstimate # What the longest batch needs
+    batch:Batch # The longest one
+    memory:MemoryEstimate|str # What it needs, or why there is no estimate
 
     def longest(self)->str:
         "The longest batch in a line"
-        audio = f" and {self.memory.seconds:.1f} s of audio" if self.memory.seconds else ""
-        return f"the longest batch: {self.memory.rows} rows of up to {self.memory.tokens:,} tokens{audio}"
+        rows, tokens = self.batch['labels'].shape
+        clips = self.batch['n_samples']/self.batch.sample_rate
+        audio = f", clips of up to {clips.max():.1f} s" if len(clips) else ""
+        return f"the longest batch: {rows} rows of up to {tokens:,} tokens{audio}"
     def __str__(self):
         rows = [f'{view}\n' for view in self.first]
         head = [str(self.trainable), self.rows, '', 'the first batch:']
@@ -45,7 +51,8 @@ class DryRun:
     def _repr_html_(self):
         rows = '<br>'.join(html.escape(line) for line in self.rows.splitlines())
         first = ''.join(view._repr_html_() for view in self.first)
-        return f"{self.trainable._repr_html_()}<p>{rows}</p>{first}<p>{self.longest()}</p>{self.memory._repr_html_()}"
+        memory = as_html(self.memory) if isinstance(self.memory, str) else self.memory._repr_html_()
+        return f"{self.trainable._repr_html_()}<p>{rows}</p>{first}<p>{self.longest()}</p>{memory}"
 
 def dry_run(
     trainer:TaskTrainer, # Ready to train
@@ -56,4 +63,7 @@ def dry_run(
     ds = trainer.train_dataset
     first_batch = next(iter(trainer.sampler(ds, trainer.s.batch_size)))
     rows = [row for item in first_batch for row in item.rows]
-    return DryRun(trainer.size, str(ds), [LabelView(ds[row], chat) for row in rows[:most]], trainer.memory)
+    batch = longest_batch(ds, trainer.s, trainer.data_collator)
+    try: memory = estimate_memory(trainer.model, batch, trainer.s)
+    except InputError as e: memory = str(e)
+    return DryRun(trainer.size, str(ds), [LabelView(ds[row], chat) for row in rows[:most]], batch, memory)

@@ -10,6 +10,7 @@ __all__ = ['check_settings', 'find_checkpoint', 'open_run_folder', 'open_mixes',
 
 # %% ../../nbs/3_train/20_run.ipynb #c4
 import os, shutil, signal, sys, threading, time
+from functools import partial
 from pathlib import Path
 import torch
 from accelerate import PartialState
@@ -200,7 +201,6 @@ def make_trainer(
     trainer.add_callback(Flow(trainer))
     trainer.remove_callback(PrinterCallback)
     trainer.size = Trainable(model)
-    trainer.memory = memory_of_longest(trainer)
     return trainer
 
 # %% ../../nbs/3_train/20_run.ipynb #c16
@@ -279,7 +279,9 @@ def explain_failure(
 )->InputError|None: # None if the user cannot do anything about it
     "What ended the loop, and what to do"
     if is_out_of_memory(e):
-        return InputError(f"out of memory after {trainer.state.global_step} steps. {memory_advice(trainer.s, trainer.memory)}")
+        try: advice = memory_advice(trainer.s, partial(memory_of_longest, trainer))
+        except InputError as no_estimate: advice = str(no_estimate)
+        return InputError(f"out of memory after {trainer.state.global_step} steps. {advice}")
     if trainer.args.world_size > 1 and is_lost_connection(e):
         return InputError(f"rank {trainer.args.process_index}: another process of this run has ended or cannot be reached "
                           f"({one_line(e, 160)}); its own messages say why. "
