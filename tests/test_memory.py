@@ -8,20 +8,34 @@ import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import (GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2AudioConfig,
-                          Qwen2AudioForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.model.collate import Batch
-from mdl_nbdev.train import memory as M
-from mdl_nbdev.train.losses import weighted_losses
 from mdl_nbdev.base.command_line import from_args
+from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import TrainSettings
 from mdl_nbdev.model.adapters import adapt
+from mdl_nbdev.model.collate import Batch
 from mdl_nbdev.model.load import load_model, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import QWEN2_7B, MiDashengLMConfig, MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_model
+from mdl_nbdev.train import memory as M
+from mdl_nbdev.train.losses import weighted_losses
 
 rows, tokens, seconds = 4, 256, 20
 everything = "encoder,projector,decoder,embed_tokens,lm_head"
