@@ -70,6 +70,7 @@ CONSTANTS = {
 }
 # What is gone, and what to use instead
 REMOVED = dict.fromkeys(["at_least", "within", "every", "several", "mapping", "positional"], "declare options with `opt` of mdl_nbdev.base.options")
+REMOVED["Stack"] = "the memory estimate runs a step without data and knows no layers"
 
 
 @functools.cache
