@@ -246,7 +246,10 @@ def test_longest_batch():
     assert M.longest_batch(ds, settings(batch_size=2), as_list) == [1, 3], "audio costs more than text"
     assert M.longest_batch(ds, settings(batch_size=2, seq_length=40), as_list) == [2, 4]
     packs = M.longest_batch(ds, settings(batch_size=1, packing=True, seq_length=100), as_list)
-    assert len(packs) == 1 and isinstance(packs[0], list) and sum(ds.n_tokens[packs[0]]) <= 100
+    assert list(map(sorted, packs)) == [[1, 4]]
+    short = Rows([60]*8 + [40]*8, [0]*16)
+    packs = M.longest_batch(short, settings(batch_size=4, packing=True, seq_length=100), as_list)
+    assert [sum(short.n_tokens[pack]) for pack in packs] == [100]*4, "long rows are filled up with short ones, as in training"
     with pytest.raises(InputError, match="--seq-length 5"): M.longest_batch(ds, settings(seq_length=5), as_list)
 
 
@@ -255,6 +258,11 @@ def test_no_estimate_where_shapes_depend_on_numbers():
     config = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4)
     config._experts_implementation = "eager"
     with pytest.raises(InputError, match="no estimate of the memory"): M.estimate_memory(MixtralForCausalLM(config), batch("text", True), settings())
+
+
+def test_no_estimate_of_dora_in_bits():
+    x = batch("audio", True, 1, 50, 1, tiny_model().config.audio_token_id)
+    with pytest.raises(InputError, match="DoRA"): M.estimate_memory(tiny_model(), x, settings(use_dora=True, quantization="4bit"))
 
 
 def test_nothing_stays_behind():

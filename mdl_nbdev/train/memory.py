@@ -29,7 +29,7 @@ from ..base.text import format_bytes, one_line
 from ..model.collate import Batch
 from ..model.adapters import adapt
 from ..model.load import pick_device, pick_dtype, quantization_config, unwrap_model
-from .batches import pack_rows
+from .batches import StepSampler
 from .losses import weighted_losses
 
 # %% ../../nbs/3_train/10_memory.ipynb #c6
@@ -113,6 +113,7 @@ def model_without_data(
     base, dtype = unwrap_model(model), pick_dtype(settings.bf16)
     config, stored = copy.deepcopy(base.config), getattr(base.config, 'quantization_config', None)
     kind = settings.quantization or next((k for k in ('4bit', '8bit') if getattr(stored, f'load_in_{k}', False)), None)
+    if kind and settings.use_dora: raise InputError("no estimate of the memory: DoRA reads the numbers of quantised weights")
     config.quantization_config = None
     with torch.device('meta'):
         new = type(base)._from_config(config, dtype=dtype)
@@ -271,7 +272,10 @@ def estimate_memory(
 def __repr__(self:MemoryEstimate):
     of = f" of {format_bytes(self.capacity)} on this device" if self.capacity else ''
     how = 'recomputed in the backward pass' if self.checkpointing else 'all kept'
-    notes = dict(weights=', '.join(f'{k} {format_bytes(n)}' for k,n in self.weights.items() if n > 2**16), optimizer='AdamW',
+    by_type = ', '.join(f'{k} {format_bytes(n)}' for k,n in self.weights.items() if n > 2**16)
+    all_gradients = self.optimizer//2
+    later = f'{format_bytes(all_gradients)} at the end of the backward pass' if self.gradients < all_gradients else ''
+    notes = dict(weights=by_type, gradients=later, optimizer='AdamW',
                  activations=f'{self.rows} rows of {self.tokens:,} tokens, {how}')
     parts = [f"  {k:<12}{format_bytes(n):>10}  {notes.get(k, '')}".rstrip() for k,n in self.parts().items()]
     return '\n'.join([f"memory: about {format_bytes(self.total)}{of}", *parts])
@@ -350,11 +354,11 @@ def longest_batch(
     limit, size = settings.seq_length or int(dataset.n_tokens.max()), settings.batch_size
     rows = np.flatnonzero(dataset.n_tokens <= limit)
     if not len(rows): raise InputError(f"--seq-length {limit}: every row has more tokens")
-    rows = rows[np.argsort(-dataset.lengths[rows], kind='stable')]
-    if not settings.packing: return collate([dataset[int(i)] for i in rows[:size]])
-    rows = rows[:1 + np.searchsorted(dataset.n_tokens[rows].cumsum(), size*limit)]
-    packs = pack_rows(dataset.n_tokens[rows], limit)[:size]
-    return collate([[dataset[int(rows[i])] for i in pack] for pack in packs])
+    cost = dataset.lengths[rows]
+    if not settings.packing: return collate([dataset[int(i)] for i in rows[np.argsort(-cost, kind='stable')[:size]]])
+    packs = StepSampler(dataset.n_tokens[rows], size, settings.seed, pack=limit).packs(0)
+    fullest = sorted(packs, key=lambda pack: -cost[list(pack)].sum())[:size]
+    return collate([[dataset[int(rows[i])] for i in pack] for pack in fullest])
 
 # %% ../../nbs/3_train/10_memory.ipynb #c42
 def is_out_of_memory(
