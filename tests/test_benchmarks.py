@@ -108,8 +108,8 @@ def test_useful_operations_are_those_counted(gpu):
         return counter.get_total_flops()
 
     def arguments(samples, answer):
-        unused = ("sample", "task") if answer else ("sample", "task", "labels")
-        return {k: v for k, v in gpu.batch(model.config, samples, answer).items() if k not in unused}
+        inputs = gpu.batch(model.config, samples, answer).inputs
+        return inputs if answer else {k: v for k, v in inputs.items() if k != "labels"}
     model, samples = gpu.build(True, torch.device("cpu")).eval(), gpu.lengths(2, 12, False)
     rows = arguments(samples, False)
     generate = counted(lambda: model.generate(**rows, max_new_tokens=8, min_new_tokens=8, do_sample=False))

@@ -442,10 +442,10 @@ def test_many_finished_shards():
 def test_interrupted_while_a_server_is_slow():
     "Ctrl-C does not wait for threads that read clips"
     code = """
-import sys, time
+import os, sys, time
 from mdl_nbdev.base.processes import DaemonPool
 def read(i):
-    print('reading', flush=True)
+    os.write(1, b'reading\\n') # in one piece, whatever the other thread writes
     time.sleep(60)
 try:
     with DaemonPool(2) as pool: list(pool.map(read, range(9), ahead=4))

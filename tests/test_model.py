@@ -21,10 +21,11 @@ from transformers.utils import logging
 from mdl_nbdev import model as M
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import MergeSettings, TrainSettings, TuneSettings
-from mdl_nbdev.model.load import check_trainable, is_quantised, unwrap_model
+from mdl_nbdev.model.load import check_trainable, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
+from mdl_nbdev.model.targets import is_quantised
 from mdl_nbdev.train.run import train
 
 logging.disable_progress_bar()
