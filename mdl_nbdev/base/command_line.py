@@ -7,7 +7,7 @@ __all__ = ['EPILOG', 'option_groups', 'default_text', 'metavar', 'SettingsParser
            'with_dashes', 'from_args', 'to_dict', 'save_config']
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c4
-import argparse, dataclasses, difflib, json, sys, types
+import argparse, dataclasses, difflib, sys, types
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -15,7 +15,7 @@ from fastcore.docments import docments
 from .errors import InputError
 from .files import write_json
 from .options import option, option_facts, split_items
-from .settings import TrainSettings
+from .text import one_line
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c6
 def option_groups(
@@ -101,7 +101,7 @@ def read_config(
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot read this configuration file: {e}") from None
     except yaml.YAMLError as e:
-        raise InputError(f"{path}: not valid YAML or JSON: {' '.join(str(e).split())}") from None
+        raise InputError(f"{path}: not valid YAML or JSON: {one_line(e)}") from None
     if not isinstance(values, dict): raise InputError(f"{path}: expected settings as `name: value` lines")
     values = {str(k).replace('-', '_'): v for k,v in values.items()}
     known = [f.name for f in dataclasses.fields(cls)]

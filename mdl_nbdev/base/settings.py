@@ -11,8 +11,7 @@ __all__ = ['DEFAULT_MODEL', 'TARGETS', 'LOSS_MODES', 'half_the_cores', 'DataSett
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from .errors import InputError
-from .options import MISSING, Settings, opt
+from .options import Settings, opt
 from .processes import available_cpus
 
 # %% ../../nbs/0_base/06_settings.ipynb #c6

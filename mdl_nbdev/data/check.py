@@ -22,7 +22,7 @@ from ..base.processes import DaemonPool
 from ..base.settings import CheckSettings
 from ..base.text import format_duration, plural, shorten
 from .audio import SAMPLE_RATE, audio_info, load_audio, resolve
-from .conversations import Conversation, message_clips, message_text
+from .conversations import Conversation, message_text
 from .rows import BadRow
 from .sources import open_rows
 

@@ -8,6 +8,7 @@ __all__ = ['text_message', 'message_text', 'message_clips', 'Located', 'Conversa
 # %% ../../nbs/1_data/04_conversations.ipynb #c4
 import json
 from dataclasses import dataclass
+from fastcore.basics import patch
 from ..base.html import Html, as_html, html_table
 from .pictures import clip_html
 
@@ -77,8 +78,6 @@ class Conversation(Located):
         return message_text(asked[-1]) if asked else ""
 
 # %% ../../nbs/1_data/04_conversations.ipynb #c14
-from fastcore.basics import patch
-
 @patch
 def to_json(self:Conversation)->str: # One line of ASCII
     "The conversation as a JSON object"

@@ -9,7 +9,6 @@ __all__ = ['ROLES', 'PAIRS', 'PROMPT_KEYS', 'ANSWER_KEYS', 'OTHER_KEYS', 'KEYS',
 
 # %% ../../nbs/1_data/07_messages.ipynb #c4
 import json
-from functools import partial
 from typing import Any
 from ..base.errors import InputError
 from ..base.text import shorten

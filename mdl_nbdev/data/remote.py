@@ -7,11 +7,12 @@ __all__ = ['AudioError', 'is_url', 'TryAgain', 'check_response', 'http_client', 
            'cache_dir', 'fetch']
 
 # %% ../../nbs/1_data/00_remote.ipynb #c4
-import concurrent.futures, hashlib, os, tempfile, threading, time
+import concurrent.futures, hashlib, os, tempfile, time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Callable
 from ..base.errors import InputError
+from ..base.processes import DaemonPool
 
 # %% ../../nbs/1_data/00_remote.ipynb #c5
 class AudioError(InputError):
@@ -105,12 +106,7 @@ def call_within(
     *args # Its arguments
 )->Any: # Its result
     "Call a function; `concurrent.futures.TimeoutError` if it takes longer"
-    result = concurrent.futures.Future()
-    def run():
-        try: result.set_result(f(*args))
-        except BaseException as e: result.set_exception(e)
-    threading.Thread(target=run, daemon=True).start()
-    return result.result(seconds)
+    with DaemonPool(threads=1) as pool: return pool.submit(f, *args).result(seconds)
 
 # %% ../../nbs/1_data/00_remote.ipynb #c18
 def cache_dir()->Path: # `$MDL_CACHE`, or `~/.cache/mdl_nbdev`
