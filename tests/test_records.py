@@ -387,6 +387,13 @@ def test_open_rows(tmp_path):
         with pytest.raises(InputError, match=f"{name}: is a folder"): open_rows(tmp_path/name)
 
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refused(*args): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("mdl_nbdev.data.rows.open", refused, raising=False) # file modes mean nothing to root
+    for name in ["t.csv", "t.jsonl", "t.parquet"]:
+        with pytest.raises(InputError, match=f"{name}: Permission denied; the working directory is"): open_rows(write(tmp_path, "x", name))
+
+
 cells = st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0") | st.sampled_from(',"\r\n\t;'), max_size=8)
 
 

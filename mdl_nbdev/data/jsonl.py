@@ -157,9 +157,6 @@ def rows(self:JsonlFile,
             if line.isspace(): continue
             empty = False
             try: record = make_record(parse_line(line, number), file, number)
-            except InputError as e:
-                bad = BadRow(file, number, str(e))
-                if not on_bad: raise InputError(str(bad)) from None
-                on_bad(bad)
+            except InputError as e: self.reject(number, str(e), on_bad)
             else: yield record
     if empty: raise InputError(f"{file}: the file is empty; it needs records, one JSON object on a line")

@@ -67,9 +67,8 @@ def rows(self:ParquetFile,
                 columns = [list(map(cell_text, c.to_pylist())) for c in batch.columns]
                 for line, cells in enumerate(zip(*columns), line+1):
                     fault = lost_clip_fault(cells, self.columns)
-                    if not fault: yield self.row(cells, line)
-                    elif on_bad: on_bad(BadRow(str(self.path), line, fault))
-                    else: raise InputError(f"{self.path}:{line}: {fault}")
+                    if fault: self.reject(line, fault, on_bad)
+                    else: yield self.row(cells, line)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise InputError(f"{self.path}: damaged after row {line:,}: {shorten(str(e), 200)}; "
                          "write it again") from None

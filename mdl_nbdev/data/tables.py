@@ -8,14 +8,13 @@ __all__ = ['given', 'quote_fault', 'watched_lines', 'read_cells', 'is_text_table
 
 # %% ../../nbs/1_data/06_tables.ipynb #c4
 import csv, difflib, io
-from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterator
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.text import plural, shorten
 from .audio import is_sound_file
-from .rows import COLUMNS, BadRow, Row, RowFile, line_fault
+from .rows import COLUMNS, BadRow, Row, RowFile, file_kind, line_fault
 
 # %% ../../nbs/1_data/06_tables.ipynb #c7
 def given(
@@ -150,11 +149,8 @@ class CsvFile(TableFile):
         needs:tuple[str,...]=("audio",), # Columns that the file must have
     ):
         super().__init__(path)
-        is_tsv = str(path).lower().removesuffix(".part").endswith(".tsv")
-        self.delimiter, self.out_suffix = ("\t", ".tsv") if is_tsv else (",", ".csv")
-        try: line, columns, fault = next(read_cells(path, self.delimiter), (0, [], None))
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}; the working directory is {Path.cwd()}") from None
+        self.delimiter, self.out_suffix = ("\t", ".tsv") if file_kind(path)==".tsv" else (",", ".csv")
+        line, columns, fault = next(read_cells(path, self.delimiter), (0, [], None))
         if not line:
             raise InputError(f"{path}: the file is empty; "
                              f"it needs a header with the columns {', '.join(needs)}")
@@ -189,16 +185,15 @@ def rows(self:CsvFile,
     on_bad:Callable[[BadRow],None]|None=None, # Receives each broken row; None: the first one raises `InputError`
 )->Iterator[Row]: # The rows, in order
     "Read the file once, a row at a time"
-    file, empty, found = str(self.path), True, read_cells(self.path, self.delimiter)
+    empty, found = True, read_cells(self.path, self.delimiter)
     next(found) # the header
     for line, cells, fault in found:
         empty = False
         fault = fault or width_fault(cells, self.columns)
         fault = fault or lost_clip_fault(cells, self.columns)
-        if not fault: yield self.row(tuple(cells), line)
-        elif on_bad: on_bad(BadRow(file, line, fault))
-        else: raise InputError(str(BadRow(file, line, fault)))
-    if empty: raise InputError(f"{file}: a header and no rows; add rows below the header")
+        if fault: self.reject(line, fault, on_bad)
+        else: yield self.row(tuple(cells), line)
+    if empty: raise InputError(f"{self.path}: a header and no rows; add rows below the header")
 
 # %% ../../nbs/1_data/06_tables.ipynb #c35
 def read_rows(
