@@ -12,6 +12,8 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mdl_nbdev import CheckSettings, ConvertSettings, EvalSettings, InferSettings, TrainSettings, check, convert, evaluate, infer, train
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.model import families
 from mdl_nbdev.model.byte_tokenizer import byte_tokenizer
 from mdl_nbdev.model.family import Family
@@ -114,4 +116,7 @@ def test_its_limits_are_kept(world):
     sf.write(world / "long.wav", np.zeros(21 * RATE), RATE)
     (world / "long.csv").write_text("audio\nlong.wav\n")
     report = infer(InferSettings(input=world / "long.csv", output=world / "rejected.csv", model_name=str(world / "base"), max_new_tokens=4, base_dir=world))
-    assert report.failed and "20 s" in report.rejected[0][3]
+    long = "long.wav: 21.0 s long, the limit is"
+    assert report.failed and f"{long} 20 s; gramophone takes no longer clips: cut it into shorter ones" in report.rejected[0][3]
+    chat, conversation = families.load_chat(str(world / "base")), Conversation([{"role": "user", "content": [{"type": "audio", "audio": str(world / "long.wav")}]}])
+    with pytest.raises(InputError, match=rf"{long} 10 s; .*raise the limit \(--max-audio-seconds\)"): chat.load_clips(conversation, 10.)

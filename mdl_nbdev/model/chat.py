@@ -240,8 +240,11 @@ def load_clips(self:Chat,
     dtype:str='int16', # Or float32
 )->list[np.ndarray]: # Waveforms [samples] at the family's sample rate
     "Decode the clips of a conversation; `InputError` for one that the model cannot hear as a whole"
-    limit = min(max_seconds, self.family.max_clip_seconds)
-    clips = [load_audio(p, limit, self.family.sample_rate) for p in conversation.clips]
+    family, limits = self.family, dict(max_seconds=max_seconds)
+    if family.max_clip_seconds < max_seconds:
+        remedy = f'{family.name} takes no longer clips: cut it into shorter ones'
+        limits = dict(max_seconds=family.max_clip_seconds, remedy=remedy)
+    clips = [load_audio(p, sample_rate=family.sample_rate, **limits) for p in conversation.clips]
     return [to_int16(c) for c in clips] if dtype=='int16' else clips
 
 # %% ../../nbs/2_model/03_chat.ipynb #c30
