@@ -195,13 +195,13 @@ def train_row(model, peak, repeats, clips, seconds, padded, checkpointing):
     "Steps of training as `mdl_train` makes them: the batch to the device, forward under autocast, backward, clip, AdamW"
     samples, device, net = lengths(clips, seconds, padded), model.device, model.trainable(checkpointing)
     rows = batch(net.config, samples)
-    if device.type == "cuda": rows = {k: v.pin_memory() for k, v in rows.items()}
+    if device.type == "cuda": rows = rows.pin_memory()
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
 
     def step():
         (shares,), _ = loss_weights([rows], "case3", np.ones(1), 1)
-        inputs = {k: v.to(device, non_blocking=True) for k, v in rows.items() if k not in ("sample", "task")}
+        inputs = {k: v.to(device, non_blocking=True) for k, v in rows.inputs.items()}
         shares = shares.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16): loss = weighted_losses(net, inputs, shares)[0]
         loss.backward()

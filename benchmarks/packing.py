@@ -59,9 +59,9 @@ def epoch(model, batches, optimizer):
     "Seconds to learn from all batches once"
     start = clock(model.device)
     for batch in batches:
-        batch = {k: v.to(model.device) for k, v in batch.items()}
+        batch = batch.to(model.device)
         weights = loss_weights([batch], "case1", [1.0], 1)[0][0]
-        weighted_losses(model, {k: v for k, v in batch.items() if k not in ("sample", "task")}, weights)[0].backward()
+        weighted_losses(model, batch.inputs, weights)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     return clock(model.device) - start

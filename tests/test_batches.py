@@ -252,7 +252,7 @@ def audio_example(rng, seconds, n, task, tok):
 
 def losses_and_gradients(model, batch, mode):
     weights, = loss_weights([batch], mode, [1.0, 3.0], 2)[0]
-    sums = weighted_losses(model, {k: v for k, v in batch.items() if k not in ("sample", "task")}, weights)
+    sums = weighted_losses(model, batch.inputs, weights)
     model.zero_grad()
     sums[0].backward()
     return sums.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -90,7 +90,7 @@ def step(model, groups, mode, weights=WEIGHTS, reduce=None):
     maps, tokens = loss_weights(batches, mode, weights, 3, reduce)
     total = torch.zeros(4, dtype=torch.float64)
     for batch, weights in zip(batches, maps):
-        sums = weighted_losses(model, {k: v for k, v in batch.items() if k not in ("sample", "task")}, weights)
+        sums = weighted_losses(model, batch.inputs, weights)
         sums[0].backward()
         total += sums.detach().double()
     return total, tokens
@@ -143,19 +143,18 @@ class NoChoice(torch.nn.Module):
 
 def test_text_models_equal_their_full_logits(model):
     batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
-    inputs = {k: v for k, v in batch.items() if k not in ("sample", "task")}
     weights = torch.rand(2, *batch["labels"].shape)
     with torch.no_grad(): logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     each = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="none")
     want = (weights[:, :, 1:].flatten(1)*each).sum(1)
-    for m in (model, NoChoice(model)): torch.testing.assert_close(weighted_losses(m, inputs, weights), want, atol=1e-5, rtol=1e-5)
+    for m in (model, NoChoice(model)): torch.testing.assert_close(weighted_losses(m, batch.inputs, weights), want, atol=1e-5, rtol=1e-5)
 
 
 def test_text_logits_are_only_made_where_they_are_needed(model):
     batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
-    inputs, shapes = {k: v for k, v in batch.items() if k not in ("sample", "task")}, []
+    shapes = []
     hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
-    weighted_losses(model, inputs, torch.ones(1, *batch["labels"].shape))
+    weighted_losses(model, batch.inputs, torch.ones(1, *batch["labels"].shape))
     hook.remove()
     assert shapes == [(1, int((batch["labels"][:, 1:] != -100).sum()), 50)]
 
@@ -171,12 +170,11 @@ class Wrapped(torch.nn.Module):
 def test_logits_of_wrapped_models_are_only_made_where_they_are_needed(model):
     "Also if the output layer itself is trained, and wrapped by peft; afterwards the model gives all logits again"
     batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
-    inputs = {k: v for k, v in batch.items() if k not in ("sample", "task")}
     weights, shapes = torch.rand(2, *batch["labels"].shape), []
-    want = weighted_losses(model, inputs, weights)
+    want = weighted_losses(model, batch.inputs, weights)
     lora = get_peft_model(deepcopy(model), LoraConfig(target_modules=["query_key_value"], modules_to_save=["lm_head"]))
     hook = lora.get_base_model().lm_head.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
-    for net in (lora, Wrapped(lora)): torch.testing.assert_close(weighted_losses(net, inputs, weights), want)
+    for net in (lora, Wrapped(lora)): torch.testing.assert_close(weighted_losses(net, batch.inputs, weights), want)
     hook.remove()
     n = int((batch["labels"][:, 1:] != -100).sum())
     assert shapes == [(1, n, 50)]*2
@@ -253,10 +251,9 @@ for name, make in dict(text=text, audio=audio).items():
         batches = [Collator(0, MiDashengLMFamily())(g) for g in cut(examples, 2 if world > 1 else 8)[rank::world]]
         maps, _ = loss_weights(batches, mode, WEIGHTS, 3, reduce)
         for i, (b, p) in enumerate(zip(batches, maps)):
-            inputs = {k: v for k, v in b.items() if k not in ("sample", "task")}
             if world > 1 and i < len(batches)-1:
-                with run.no_sync(): (weighted_losses(run, inputs, p)[0]*world).backward()
-            else: (weighted_losses(run, inputs, p)[0]*world).backward()
+                with run.no_sync(): (weighted_losses(run, b.inputs, p)[0]*world).backward()
+            else: (weighted_losses(run, b.inputs, p)[0]*world).backward()
         if rank == 0: torch.save({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, f"{file}-{name}-{mode}-{world}")
 """
 

@@ -121,7 +121,7 @@ def measure(kind, pad=True, accumulated=True, **kwargs):
     s = settings(gradient_accumulation_steps=1 + accumulated, **kwargs)
     m, x = ready(kind, s), batch(kind, pad)
     def forward():
-        with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16): return weighted_losses(m, x, torch.ones(2, rows, tokens))[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16): return weighted_losses(m, x.inputs, torch.ones(2, rows, tokens))[0]
     forward().backward() # gradients are there, as from the second batch of a step on
     gradients = sum(p.grad.nbytes for p in m.parameters() if p.grad is not None)
     e = M.estimate_memory(plain(kind), x, s)

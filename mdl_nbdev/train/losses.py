@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 from ..base.settings import LOSS_MODES
-from ..model.collate import DESCRIPTIONS
 from ..model.families import family_of
 from ..model.label_loss import next_position, weighted_sums
 from ..model.load import unwrap_model
@@ -110,14 +109,13 @@ def logits_at(
 # %% ../../nbs/3_train/04_losses.ipynb #c20
 def weighted_losses(
     model:nn.Module, # A causal language model, wrapped or not
-    batch:dict, # From a `Collator`, or the model's arguments with `labels` [rows, positions]
+    inputs:dict, # The model's arguments, with `labels` [rows, positions]; a batch has them as `inputs`
     loss_weights:torch.Tensor, # float32 [sums, rows, positions]: weight maps
 )->torch.Tensor: # float32 [sums]
     "Sums of weight times cross entropy over the labels of a batch"
-    inputs = {k:v for k,v in batch.items() if k not in DESCRIPTIONS}
     if family_of(unwrap_model(model)).weighted_loss: return model(**inputs, loss_weights=loss_weights).loss
-    target = next_position(inputs.pop('labels'), -100)
+    target = next_position(inputs['labels'], -100)
     at = target != -100
-    logits = logits_at(model, inputs, at)
+    logits = logits_at(model, {k:v for k,v in inputs.items() if k != 'labels'}, at)
     weights = next_position(loss_weights)[:, at]
     return weighted_sums(logits, target[at].to(logits.device), weights, nn.Identity(), logits.shape[-1])

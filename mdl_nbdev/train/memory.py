@@ -232,7 +232,7 @@ def run_without_data(
         counter.remove_data(model)
         weights, counter.kind = dict(+counter.bytes), 'batch'
         has_data = lambda t: not t.is_floating_point() and t.dtype != torch.int16 # features and waveforms need none
-        inputs = {k:t if has_data(t) else dataless(t) for k,t in batch.items()}
+        inputs = {k:t if has_data(t) else dataless(t) for k,t in batch.inputs.items()}
         counter.kind, counter.peak = 'gradients', Counter()
         for p in model.parameters():
             if not p.requires_grad: continue
