@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 # The modules of version 0.1.0 and their public names
 MODULES = {
@@ -68,6 +68,12 @@ CONSTANTS = {
     "MIN_SAMPLES": "model.midasheng_encoder", "QWEN2_7B": "model.midashenglm", "LOSS_LOGITS": "model.label_loss",
     "MANIFEST": "train.checkpoints", "META": "train.convert:MANIFEST", "TINY_LORA": "cli.demo",
 }
+# Functions that called an argument otherwise: where a chat is taken now, they took a tokenizer, and callbacks were listeners
+OLD_ARGUMENTS = {
+    **dict.fromkeys(["convert", "open_dataset", "open_mix", "limit_length"], ("tok", "chat")),
+    **dict.fromkeys(["infer", "start_inference"], ("listeners", "callbacks")),
+}
+OLD_FIELDS = dict(tokens="prompt_tokens", room="max_new_tokens", answer="prediction", cut="truncated") # Of the rows that a listener gets
 # What is gone, and what to use instead
 REMOVED = dict.fromkeys(["at_least", "within", "every", "several", "mapping", "positional"], "declare options with `opt` of mdl_nbdev.base.options")
 REMOVED["Stack"] = "the memory estimate runs a step without data and knows no layers"
@@ -87,6 +93,29 @@ def find(name): # Of a public function or class by its present name, or of a con
     return getattr(importlib.import_module(f"mdl_nbdev.{module}"), new or name)
 
 
+def as_callback(listener):
+    "A callback that shows a listener of version 0.1.0 rows with the fields that it knows"
+    fields = OLD_FIELDS | {name: name for name in ("row", "conversation", "reason")}
+    @functools.wraps(listener, updated=())
+    def callback(rows, done, total):
+        listener([SimpleNamespace(**{old: getattr(r, new) for old, new in fields.items()}) for r in rows], done, total)
+    callback.shows_progress = getattr(listener, "shows_progress", False)
+    return callback
+
+
+@functools.cache
+def with_old_arguments(function, old, new): # See `OLD_ARGUMENTS`
+    "A function that can also be called as in version 0.1.0"
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if "listeners" in kwargs: kwargs["listeners"] = list(map(as_callback, kwargs["listeners"]))
+        if old in kwargs: kwargs[new] = kwargs.pop(old)
+        given = inspect.signature(function).bind(*args, **kwargs)
+        if given.arguments.get("chat"): given.arguments["chat"] = find("chat_of")(given.arguments["chat"])
+        return function(*given.args, **given.kwargs)
+    return call
+
+
 class Moved(ModuleType):
     "A module of version 0.1.0, which finds its names where they are now; called, it calls its function of the same name"
     @property
@@ -97,7 +126,8 @@ class Moved(ModuleType):
         if name == "__all__": return [n for n in names if n not in REMOVED]
         if name in REMOVED: raise AttributeError(f"{self.__name__}.{name} is gone: {REMOVED[name]}")
         if name not in names: raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        return find(RENAMED.get(name, name))
+        found = find(RENAMED.get(name, name))
+        return with_old_arguments(found, *OLD_ARGUMENTS[name]) if name in OLD_ARGUMENTS else found
 
     def __dir__(self): return [*super().__dir__(), *MODULES[self.old_name].split()]
     def __call__(self, *args, **kwargs): return getattr(self, self.old_name)(*args, **kwargs)

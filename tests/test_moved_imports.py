@@ -84,6 +84,43 @@ except InputError as e: print(e)"""
     assert "nothing.csv" in fresh(code)
 
 
+def test_tokenizers_in_the_place_of_chats(tmp_path):
+    "By position or by name, with the module names of 0.1.0; a chat is taken too"
+    from mdl_nbdev.chat import load_tokenizer
+    from mdl_nbdev.config import ConvertSettings
+    from mdl_nbdev.dataset import convert, limit_length, open_dataset, open_mix
+
+    from mdl_nbdev.model.families import load_chat
+    rows, tok, other = tmp_path/"in.jsonl", load_tokenizer("tiny-text"), dict(model_name="tiny-text", num_workers=1)
+    rows.write_text('{"prompt": "dog", "answer": "d o g"}\n{"prompt": "a", "answer": "a"}\n')
+    assert convert(ConvertSettings(input=rows, output=tmp_path/"data", **other), tok=tok).rows == 2
+    given = [open_dataset(tmp_path/"data", tok, tmp_path/"cache"), open_dataset(rows, tok=tok, cache=tmp_path/"cache", **other), open_dataset(rows, load_chat("tiny-text"), tmp_path/"cache", **other)]
+    assert len({tuple(ds[0].input_ids) for ds in given}) == 1
+    mix = open_mix([rows], tok, tmp_path/"mix", **other)
+    assert len(limit_length(mix, int(mix.n_tokens.min()), "reject", tok)[0]) == 1
+    with pytest.raises(TypeError, match="tokens"): convert(ConvertSettings(input=rows, output=tmp_path/"more", **other), tokens=tok)
+
+
+def test_listeners(tmp_path):
+    "They see rows with the fields of 0.1.0; callbacks see those of today"
+    from mdl_nbdev import InferSettings, infer
+    rows, seen = tmp_path/"in.jsonl", []
+    rows.write_text('{"prompt": "dog", "answer": "d o g"}\n')
+    def listener(questions, done, total): seen.append((questions[0].answer, questions[0].cut, questions[0].row.prediction, done, total))
+    def callback(rows, done, total): seen.append((rows[0].prediction, rows[0].truncated, rows[0].reference, done, total))
+    for name, kw in dict(a=dict(listeners=[listener]), b=dict(callbacks=[callback]), c={}).items():
+        infer(InferSettings(input=rows, output=tmp_path/f"{name}.jsonl", model_name="tiny-text", max_new_tokens=4, num_workers=1), **kw)
+    assert len(seen) == 2 and seen[0] == seen[1] and seen[0][0] and seen[0][1:] == (True, "d o g", 1, 1)
+
+
+def test_names_that_two_modules_have():
+    "nbdev's index has `count_labels` and `ProgressBar` twice"
+    from mdl_nbdev.losses import count_labels
+
+    from mdl_nbdev.train import ProgressLine
+    assert count_labels.__module__ == "mdl_nbdev.train.losses" and ProgressLine.__module__ == "mdl_nbdev.train.callbacks"
+
+
 def test_console_scripts_of_version_0_1_0():
     "Their names were `mdl_nbdev.cli:mdl_train` and so on"
     from mdl_nbdev import cli
