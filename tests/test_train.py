@@ -2,15 +2,19 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import ConvertSettings, TrainSettings
+from mdl_nbdev.base.settings import ConvertSettings, TrainSettings, TuneSettings
 from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.load import load_model
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
@@ -176,6 +180,20 @@ def test_gradients_keep_their_own_timeout(csv, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "PartialState", lambda **kwargs: asked.append(kwargs))
     with pytest.raises(InputError, match="nowhere"): train(settings(csv.parent / "nowhere.csv", tmp_path / "r"))
     assert [set(kwargs) for kwargs in asked] == [{"cpu"}]
+
+
+def test_operations_are_those_that_transformers_counts():
+    trainer, batch = object.__new__(TaskTrainer), dict(input_ids=torch.ones(2, 7))
+    trainer.model = adapt(tiny_model(), TuneSettings(lora_rank=2))
+    assert trainer.floating_point_ops(SimpleNamespace(batch=batch)) == Trainer.floating_point_ops(trainer, batch) > 14*6*10**6
+
+
+def test_an_evaluation_changes_the_mode_once(csv, tmp_path, monkeypatch):
+    "And training goes on with dropout"
+    modes, change = [], torch.nn.Module.train
+    monkeypatch.setattr(PeftModel, "train", lambda self, mode=True: modes.append(mode) or change(self, mode))
+    train(settings(csv, tmp_path / "r", eval_dataset=csv, eval_batch_size=4, max_steps=2, eval_steps=1, sample_answers=0, merge_lora=False))
+    assert [mode for mode, before in zip(modes, [None, *modes]) if mode != before] == [True, False, True, False, True] and modes.count(False) == 2
 
 
 def test_half_an_epoch(csv, tmp_path): assert train(settings(csv, tmp_path / "r", num_epochs=0.5, batch_size=4)).steps == 3

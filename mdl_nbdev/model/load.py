@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'quantization_config', 'stored_quantization', 'load_config', 'check_trainable',
            'no_safetensors', 'check_weights', 'explain_weights', 'read_weights', 'load_built_in', 'load_model',
-           'load_processor', 'unwrap_model']
+           'load_processor', 'unwrap_model', 'eval_mode']
 
 # %% ../../nbs/2_model/30_load.ipynb #c4
 import os, pickle
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Iterator
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -18,7 +20,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from ..base.errors import InputError
 from ..base.settings import DEFAULT_MODEL
 from ..base.text import one_line
-from .families import FAMILIES, builtin_family, find_family, load_chat
+from .families import FAMILIES, builtin_family, family_of, load_chat
 from .hub import damaged_weights, from_hub, model_folder
 
 for family in FAMILIES: family.register()
@@ -137,7 +139,7 @@ def read_weights(
 ): # The model, in eval mode
     "Load weights onto one device; every weight must be there"
     config = kwargs.get('config') or load_config(source)
-    model_class = model_class or find_family(source).model_class()
+    model_class = model_class or family_of(config).model_class()
     stored = stored_quantization(config)
     if quantization and stored not in (None, 'bitsandbytes'):
         remedy = f"leave out --quantization {quantization}"
@@ -207,3 +209,13 @@ def unwrap_model(
         inside = getattr(model, name, None)
         if isinstance(inside, nn.Module): return unwrap_model(inside)
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
+
+@contextmanager
+def eval_mode(
+    model:nn.Module, # Any model
+)->Iterator[None]:
+    "Have a model in eval mode for a while"
+    was_training = model.training
+    model.eval()
+    try: yield
+    finally: model.train(was_training)

@@ -10,6 +10,7 @@ __all__ = ['EpochLoader', 'start_worker', 'OrderedRows', 'TrainBatch', 'ExactLos
 # %% ../../nbs/3_train/14_loop.ipynb #c4
 import logging, os, sys, time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 import numpy as np, torch
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from ..base.settings import TrainSettings
 from ..model.chat import dummy_example
 from ..model.collate import Batch, Collator
 from ..model.label_loss import loss_pieces
+from ..model.load import eval_mode
 from ..model.targets import optimizer_groups
 from .batches import StepSampler
 from .coba import CoBa
@@ -108,8 +110,6 @@ class ExactLoss(OrderedRows):
             out['loss_pieces'] = loss_pieces(int(n), self.model.config.get_text_config().vocab_size)
         return out
 
-    def floating_point_ops(self, inputs): return super().floating_point_ops(inputs.batch)
-
 # %% ../../nbs/3_train/14_loop.ipynb #c11
 class ExactEvaluation(ExactLoss):
     "The part of the trainer that evaluates"
@@ -119,9 +119,10 @@ class ExactEvaluation(ExactLoss):
         on_device = done = torch.zeros(2, len(self.tasks), dtype=torch.float64)
         loader = self.loader(ds, self.sampler(ds, self.args.eval_batch_size, train=False))
         self.callback_handler.eval_dataloader = loader
-        for i,batch in enumerate(loader, 1):
-            on_device = on_device.to(self.args.device) + self.task_token_losses(batch)
-            if every and i % every==0: done, on_device = done + on_device.cpu(), torch.zeros_like(on_device)
+        with eval_mode(self.model):
+            for i,batch in enumerate(loader, 1):
+                on_device = on_device.to(self.args.device) + self.task_token_losses(batch)
+                if every and i % every==0: done, on_device = done + on_device.cpu(), torch.zeros_like(on_device)
         sums, tokens = self.sum_over_ranks(done + on_device.cpu())
         metrics = {f'{metric_key_prefix}_loss':self.mean_loss(sums, tokens)}
         if len(self.tasks) > 1: metrics |= self.task_metrics(f'{metric_key_prefix}_loss', sums, tokens)
@@ -143,10 +144,7 @@ class ExactEvaluation(ExactLoss):
         task_of = batch['task'][batch['sample'].clamp(min=0)]
         labelled = labelled_positions(batch)
         weights = torch.stack([(task_of==k) & labelled for k in range(len(self.tasks))]).float()
-        was_training = self.model.training
-        self.model.eval()
         with self.accelerator.autocast(): sums = weighted_losses(self.model, self.model_arguments(batch), weights)
-        self.model.train(was_training)
         return torch.stack([sums.double(), weights.sum((1, 2)).double()])
 
 # %% ../../nbs/3_train/14_loop.ipynb #c13
@@ -161,9 +159,10 @@ class ValidationProbes(ExactEvaluation):
         "The loss of each task on its next validation probe"
         n, size = self.state.global_step//self.s.coba_interval, self.args.eval_batch_size
         totals = torch.zeros(2, len(self.tasks), dtype=torch.float64, device=self.args.device)
-        for rows in self.probe_rows:
-            probe = np.take(rows, np.arange(n*size, n*size + min(size, len(rows))), mode='wrap')
-            totals += self.task_token_losses(self.data_collator(self.my_share(probe)))
+        with eval_mode(self.model):
+            for rows in self.probe_rows:
+                probe = np.take(rows, np.arange(n*size, n*size + min(size, len(rows))), mode='wrap')
+                totals += self.task_token_losses(self.data_collator(self.my_share(probe)))
         sums, tokens = self.sum_over_ranks(totals.cpu())
         return [float(l/n) if n else None for l,n in zip(sums, tokens)]
 
@@ -215,8 +214,15 @@ def peak_memory(
     unit = 2**30 if sys.platform=='darwin' else 2**20 # macOS counts bytes, Linux KiB
     return {'peak_memory_gib':round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/unit, 3)}
 
+# %% ../../nbs/3_train/14_loop.ipynb #c19
 class RicherLog(Trainer):
     "The part of the trainer that adds the losses of tasks, speed, padding and memory to the log"
+    @cached_property
+    def operations_per_token(self)->int:
+        "For `trainer_state.json`; `Trainer` counts parameters anew for every batch, which takes 50 ms for the 7B model"
+        return 6*self.model.num_parameters(exclude_embeddings=True)
+    def floating_point_ops(self, inputs): return inputs.batch['input_ids'].numel()*self.operations_per_token
+
     def clear_sums(self)->None:
         "Begin to add up the next log line"
         self.task_sums = torch.zeros(len(self.tasks), dtype=torch.float64, device=self.args.device)
@@ -244,13 +250,13 @@ class RicherLog(Trainer):
         self.clear_sums()
         return metrics | peak_memory(self.args.device)
 
-# %% ../../nbs/3_train/14_loop.ipynb #c20
+# %% ../../nbs/3_train/14_loop.ipynb #c21
 class TaskTrainer(SavedState, ValidationProbes, FlooredSchedule, RicherLog):
     "transformers' `Trainer` over tasks, with exact losses and a state that survives any interruption"
     def __init__(self,
         s:TrainSettings, # What to train, and how
         model, # From `adapt`
-        processor, # From `load_processor`; saved beside what is trained
+        processor, # Of the model's family; saved beside what is trained
         collator:Collator, # Makes batches
         ranks:Ranks, # The processes of the run
         **kwargs # Of `Trainer`: args, train_dataset and eval_dataset (each a `Mix`), callbacks
@@ -274,10 +280,10 @@ class TaskTrainer(SavedState, ValidationProbes, FlooredSchedule, RicherLog):
         self.stop_requested = None # who asked the run to stop
         self.steps_per_epoch = None # known when the loop begins
         self.rows = 0 # seen so far
-        self.size = self.memory = None # of the model, determined before a launcher shards it
+        self.size = None # of the model, determined before a launcher shards it
         self.clear_sums()
 
-# %% ../../nbs/3_train/14_loop.ipynb #c22
+# %% ../../nbs/3_train/14_loop.ipynb #c23
 def fsdp_precision():
     "FSDP2 in bfloat16, with gradients summed in float32"
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -291,7 +297,7 @@ def keep_inputs_exact(
     state = model._get_fsdp_state()
     state._mp_policy = replace(state._mp_policy, cast_forward_inputs=False, output_dtype=None)
 
-# %% ../../nbs/3_train/14_loop.ipynb #c24
+# %% ../../nbs/3_train/14_loop.ipynb #c25
 class Flow(TrainerCallback):
     "Decides at the end of a step what comes next"
     def __init__(self,
@@ -325,7 +331,7 @@ class Flow(TrainerCallback):
         if asked and not t.stop_requested: t.stop_requested = 'another process of the run'
         return bool(asked)
 
-# %% ../../nbs/3_train/14_loop.ipynb #c25
+# %% ../../nbs/3_train/14_loop.ipynb #c26
 def is_worth_logging(
     record:logging.LogRecord, # From transformers
 )->bool: # False for a warning that takes fractions of steps for changed settings; `identity` compares them better

@@ -17,6 +17,7 @@ from ..data.audio import to_int16
 from ..data.conversations import message_text
 from ..model.chat import Chat, Example
 from ..model.engine import GenerationOptions, Request, TransformersEngine
+from ..model.load import eval_mode
 
 # %% ../../nbs/3_train/17_samples.ipynb #c6
 def pick_rows(
@@ -103,12 +104,9 @@ class SampleAnswers(TrainerCallback):
         "The picked rows with the model's answers"
         if self.requests is None:
             self.requests = [sample_request(mix, i, self.chat, self.path.parent) for i in pick_rows(mix, self.n)]
-        engine, was_training = TransformersEngine(model, self.chat, GenerationOptions(), self.n), model.training
-        model.eval()
-        try:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                text = {c.key:c.text.strip() for c in engine.generate(request for request,_ in self.requests)}
-        finally: model.train(was_training)
+        engine = TransformersEngine(model, self.chat, GenerationOptions(), self.n)
+        with eval_mode(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            text = {c.key:c.text.strip() for c in engine.generate(request for request,_ in self.requests)}
         return [dict(**facts, answer=text[request.key]) for request,facts in self.requests]
 
 # %% ../../nbs/3_train/17_samples.ipynb #c12
