@@ -6,7 +6,6 @@
 __all__ = ['memory_of_longest', 'DryRun', 'dry_run']
 
 # %% ../../nbs/3_train/16_preview.ipynb #c4
-import html
 from dataclasses import dataclass
 from ..base.errors import InputError
 from ..base.html import as_html
@@ -49,7 +48,7 @@ class DryRun:
         return '\n'.join([*head, *rows, self.longest(), str(self.memory), "Nothing was trained."])
     __repr__ = __str__
     def _repr_html_(self):
-        rows = '<br>'.join(html.escape(line) for line in self.rows.splitlines())
+        rows = '<br>'.join(map(as_html, self.rows.splitlines()))
         first = ''.join(view._repr_html_() for view in self.first)
         memory = as_html(self.memory) if isinstance(self.memory, str) else self.memory._repr_html_()
         return f"{self.trainable._repr_html_()}<p>{rows}</p>{first}<p>{self.longest()}</p>{memory}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_settings', 'find_checkpoint', 'open_run_folder', 'open_mixes', 'convert_datasets', 'limit_mixes',
            'open_datasets', 'training_arguments', 'load_adapted', 'make_trainer', 'run_identity', 'check_identity',
-           'start_run_folder', 'StopSignals', 'is_lost_connection', 'explain_failure', 'run_loop', 'save_final',
+           'start_run_folder', 'StopSignals', 'is_lost_connection', 'explain_error', 'run_loop', 'save_final',
            'why_stopped', 'finish_run', 'train']
 
 # %% ../../nbs/3_train/20_run.ipynb #c4
@@ -30,7 +30,7 @@ from ..model.adapters import adapt
 from ..model.chat import Chat
 from ..model.collate import Collator
 from ..model.families import load_chat
-from ..model.load import check_trainable, load_model, load_processor, pick_dtype, unwrap_model
+from ..model.load import check_trainable, load_model, pick_dtype, unwrap_model
 from ..model.save import merge, save_model
 from ..model.targets import Trainable, load_trainable_state
 from .batches import padding_waste
@@ -192,7 +192,7 @@ def make_trainer(
 )->TaskTrainer: # Ready to train
     "The trainer of a run"
     model = load_adapted(s)
-    processor = load_processor(s.model_name, s.from_modelscope, s.chat_template)
+    processor = chat.family.processor(chat.tok)
     collator = Collator(chat.pad_id, chat.family)
     own = [MetricsFile(s.output/'metrics.jsonl'), SampleAnswers(s, chat)]
     trainer = TaskTrainer(s, model, processor, collator, ranks, args=training_arguments(s, model, evaluation is not None),
@@ -214,10 +214,10 @@ def run_identity(
     return identity(trainer.s, processes=trainer.args.world_size, tokenizer=chat.fingerprint, **rows)
 
 def check_identity(
-    trainer:TaskTrainer, # With its identity
-    checkpoint:Path, # The checkpoint to resume from
+    trainer:TaskTrainer, # With its identity and the checkpoint that it resumes from
 )->None:
     "Refuse to resume from the checkpoint of another run"
+    checkpoint = trainer.resumed_from
     saved = update_identity(load_state(checkpoint, 'run')['identity'])
     changes = '; '.join(differences(saved, trainer.identity))
     if changes and not trainer.s.allow_changes:
@@ -226,12 +226,12 @@ def check_identity(
 
 def start_run_folder(
     trainer:TaskTrainer, # With its identity
-    checkpoint:Path|None, # The checkpoint to resume from
 )->None:
     "What the main process writes and prints before the first step"
     s, ds, size = trainer.s, trainer.train_dataset, trainer.size
-    if checkpoint: check_identity(trainer, checkpoint)
-    if checkpoint: set_aside_later(s.output, checkpoint)
+    if trainer.resumed_from:
+        check_identity(trainer)
+        set_aside_later(s.output, trainer.resumed_from)
     save_config(s, s.output/'config.json')
     print(ds)
     padding = padding_waste(ds.n_tokens, trainer.sampler(ds, s.batch_size).batches(0))
@@ -273,7 +273,7 @@ def is_lost_connection(
     if isinstance(e, LostRank): return True
     return isinstance(e, RuntimeError) and any(word in str(e).lower() for word in ('connection', 'peer', 'gloo', 'nccl'))
 
-def explain_failure(
+def explain_error(
     trainer:TaskTrainer, # That failed
     e:Exception, # How
 )->InputError|None: # None if the user cannot do anything about it
@@ -289,15 +289,14 @@ def explain_failure(
 
 def run_loop(
     trainer:TaskTrainer, # Ready to train
-    checkpoint:Path|None, # The checkpoint to resume from
 )->None:
     "Train until the end of the run"
-    trainer.resumed_from = checkpoint
+    checkpoint = trainer.resumed_from
     if checkpoint and trainer.restore_end(): return # nothing is left to do
     try:
         with StopSignals(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as e:
-        message = explain_failure(trainer, e)
+        message = explain_error(trainer, e)
         if message: raise message from e
         raise
     finally:
@@ -373,7 +372,8 @@ def train(
         trainer = make_trainer(s, chat, training, evaluation, callbacks, ranks)
         if s.dry_run: return dry_run(trainer, chat)
         trainer.identity = run_identity(trainer, chat)
-        ranks.on_main(start_run_folder, trainer, checkpoint)
+        trainer.resumed_from = checkpoint
+        ranks.on_main(start_run_folder, trainer)
         torch.manual_seed(s.seed + trainer.args.process_index) # dropout differs between ranks
-        run_loop(trainer, checkpoint)
+        run_loop(trainer)
         return finish_run(trainer)
