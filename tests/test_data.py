@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import CheckSettings
+from mdl_nbdev.base.settings import CheckSettings, ConvertSettings
 from mdl_nbdev.data.check import check
 from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.data.rows import BadRow, Row, to_conversation
 from mdl_nbdev.data.tables import CsvFile, format_row, read_rows
+from mdl_nbdev.train.convert import convert
 
 
 def write(folder, data, name="t.csv"):
@@ -317,7 +318,7 @@ def test_a_good_file(tmp_path, clips):
     assert (r.no_system_prompt, r.no_user_prompt) == (0, 0)
 
 
-bad_clips = {"missing.wav": "", "text.wav": "", "zero.wav": "", "none.wav": "", "folder.wav": "", "long.wav": "3", "short.wav": "0.05"}
+bad_clips = {"missing.wav": "", "text.wav": "", "zero.wav": "", "none.wav": "", "folder.wav": "", "long.wav": "3"}
 broken_clips = {"nan.wav": "NaN", "cut.flac": ""}
 
 
@@ -335,6 +336,18 @@ def test_every_bad_row_is_reported(tmp_path, clips, decode):
     assert all(str(b) in str(r) for b in r.bad) and not any("\n" in str(b) for b in r.bad)
     assert all(isinstance(b, BadRow) and b.file == str(path) for b in r.bad)
     r._repr_html_()
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_short_clips_are_listed_and_can_be_used(tmp_path, clips, decode):
+    sf.write(clips/"one sample.wav", np.zeros(1), 16000)
+    path = write(tmp_path, "audio,prediction\nshort.wav,x\na.wav,x\none sample.wav,x\nshort.wav,y\n")
+    r = run(path, clips, decode=decode)
+    assert (r.bad, r.failed, len(r.seconds)) == ([], False, 4), "conversion takes them, so the check does"
+    assert [(b.line, b.reason.partition(";")[0]) for b in r.short] == [(2, "short.wav: 0.050 s long"), (4, "one sample.wav: 0.000 s long"), (5, "short.wav: 0.050 s long")]
+    assert "3 rows with a clip shorter than 0.1 s" in str(r) and all(str(b) in str(r) for b in r.short) and "one sample.wav" in r._repr_html_()
+    report = convert(ConvertSettings(input=path, base_dir=clips, output=tmp_path/"out", model_name="tiny", num_workers=1))
+    assert report.rows == r.rows
 
 
 def test_predictions_are_optional(tmp_path, clips):

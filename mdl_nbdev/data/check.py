@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_AUDIO_SECONDS', 'ROUND_STEPS', 'CheckReport', 'count_durations', 'count_labels', 'histogram_lines',
-           'histogram_html', 'clip_seconds', 'check']
+           'histogram_html', 'rows_html', 'clip_seconds', 'check']
 
 # %% ../../nbs/1_data/11_check.ipynb #c4
 import os
@@ -27,7 +27,7 @@ from .rows import BadRow
 from .sources import open_rows
 
 # %% ../../nbs/1_data/11_check.ipynb #c6
-MIN_AUDIO_SECONDS = 0.1 # Shorter clips are reported
+MIN_AUDIO_SECONDS = 0.1 # Shorter clips are listed
 
 @dataclass(repr=False)
 class CheckReport:
@@ -44,6 +44,7 @@ class CheckReport:
     repeated:int=0 # Rows that repeat the prompt and the answer of an earlier row
     conflicting:int=0 # Rows that repeat the prompt of an earlier row with another answer
     bad:list[BadRow]=field(default_factory=list) # Every bad row, in the order of the file
+    short:list[BadRow]=field(default_factory=list) # Rows with a very short clip, which can be used
     hints:list[str]=field(default_factory=list) # What would repair many rows at once
     other:Counter=field(default_factory=Counter) # Rows for each column or key that is ignored
 
@@ -104,7 +105,8 @@ def summary(self:CheckReport)->list[str]: # Lines
     lines.append(f"predictions: {self.labels.total():,}, {len(self.labels):,} distinct")
     counts = {"without a system prompt": self.no_system_prompt, "without a user prompt": self.no_user_prompt,
               "with the prompt and answer of an earlier row": self.repeated,
-              "with the prompt of an earlier row, but another answer": self.conflicting}
+              "with the prompt of an earlier row, but another answer": self.conflicting,
+              f"with a clip shorter than {MIN_AUDIO_SECONDS:g} s, of which a model hears mostly padding": len(self.short)}
     lines += [f"{plural(n, 'row')} {what}" for what, n in counts.items() if n]
     ignored = [f"{name} ({plural(n, 'row')})" for name, n in count_labels(self.other, 10)]
     if ignored: lines.append(f"ignored: {', '.join(ignored)}")
@@ -123,10 +125,15 @@ def histograms(self:CheckReport)->dict[str,list]: # Title -> names and counts
 
 # %% ../../nbs/1_data/11_check.ipynb #c15
 @patch
+def lists(self:CheckReport)->dict[str,list]: # Title -> rows
+    "The rows that need a look"
+    return {title: rows for title, rows in {"short clips":self.short, "bad rows":self.bad}.items() if rows}
+
+@patch
 def __repr__(self:CheckReport):
     parts = [self.file, *(f"  {line}" for line in self.summary())]
     for title, bins in self.histograms().items(): parts += ["", title, *histogram_lines(bins)]
-    if self.bad: parts += ["", "bad rows", *(f"  {b}" for b in self.bad)]
+    for title, rows in self.lists().items(): parts += ["", title, *(f"  {r}" for r in rows)]
     return "\n".join(parts)
 
 def histogram_html(
@@ -138,14 +145,20 @@ def histogram_html(
     rows = [(name, html_bar(n/top, width="300px", height=12), f"{n:,}") for name, n in bins]
     return html_table(rows, caption=title)
 
+def rows_html(
+    title:str, # Above the table
+    rows:list[BadRow], # The first 50 are shown, the others are counted
+)->Html: # A `<table>` element
+    "Rows and what is to be said of them"
+    cells = [(r.line, r.reason) for r in rows[:50]]
+    if len(rows) > 50: cells.append(("", f"... and {len(rows)-50:,} more"))
+    return html_table(cells, ["line", "reason"], title)
+
 @patch
 def _repr_html_(self:CheckReport):
     facts = html_table([[line] for line in self.summary()], [Path(self.file).name])
     pictures = [histogram_html(title, bins) for title, bins in self.histograms().items()]
-    if not self.bad: return facts + "".join(pictures)
-    bad = [(b.line, b.reason) for b in self.bad[:50]]
-    if len(self.bad) > 50: bad.append(("", f"... and {len(self.bad)-50:,} more"))
-    return facts + "".join(pictures) + html_table(bad, ["line", "reason"], "bad rows")
+    return facts + "".join(pictures) + "".join(rows_html(*item) for item in self.lists().items())
 
 # %% ../../nbs/1_data/11_check.ipynb #c18
 @patch
@@ -197,11 +210,7 @@ def clip_seconds(
 )->float: # Its duration in seconds
     "Measure a clip; raises `InputError` if it could not be used"
     source, limit = resolve(audio, s.base_dir), s.max_audio_seconds
-    seconds = len(load_audio(source, limit))/SAMPLE_RATE if s.decode else audio_info(source, limit).seconds
-    if seconds < MIN_AUDIO_SECONDS:
-        raise InputError(f"{source}: {seconds:.3f} s long, the minimum is {MIN_AUDIO_SECONDS:g} s; "
-                         "remove the row or export the clip again")
-    return seconds
+    return len(load_audio(source, limit))/SAMPLE_RATE if s.decode else audio_info(source, limit).seconds
 
 # %% ../../nbs/1_data/11_check.ipynb #c24
 @patch
@@ -213,14 +222,16 @@ def add_clips(self:CheckReport,
     def read(audio):
         try: return clip_seconds(audio, s)
         except InputError as e: return str(e)
+    def rows(audio, reason): return [BadRow(self.file, line, reason) for line in dict.fromkeys(clips[audio])]
     with DaemonPool(s.num_workers) as pool, tqdm(total=len(clips), unit="clip", disable=None) as bar:
         for audio, result in zip(clips, pool.map(read, clips, ahead=1024)):
             bar.update()
-            lines = clips[audio]
-            if isinstance(result, float): self.seconds.extend([result]*len(lines))
-            else:
-                self.bad += [BadRow(self.file, line, result) for line in dict.fromkeys(lines)]
+            if isinstance(result, str):
+                self.bad += rows(audio, result)
                 yield audio
+            else: self.seconds.extend([result]*len(clips[audio]))
+            if isinstance(result, float) and result < MIN_AUDIO_SECONDS:
+                self.short += rows(audio, f"{audio}: {result:.3f} s long; check where it was cut, or remove the row")
 
 def check(
     s:CheckSettings, # The input, the prompts, where clips are
@@ -233,4 +244,5 @@ def check(
     beside = sum(os.path.isfile(folder/audio) for audio in missing)
     if beside: report.hints.append(f"missing clips that --base-dir {folder} would find: {beside:,}")
     report.bad.sort()
+    report.short.sort()
     return report
