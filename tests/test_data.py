@@ -77,9 +77,9 @@ def test_tsv(tmp_path):
 
 
 def test_not_given(tmp_path):
-    path = write(tmp_path, 'audio,system_prompt,user_prompt,prediction\na,,null,None\nb,"","null",NULL\nnull,nan, null,""\n')
+    path = write(tmp_path, 'audio,system_prompt,user_prompt,prediction\na,,null,None\nb,"","null",NULL\nnull,nan, null,""\nc,,,null\nd,,,"null"\n')
     given = [(r.audio, r.system_prompt, r.user_prompt, r.prediction) for r in read_rows(path)]
-    assert given == [("a", None, None, "None"), ("b", None, None, "NULL"), (None, "nan", " null", None)]
+    assert given == [("a", None, None, "None"), ("b", None, None, "NULL"), (None, "nan", " null", None), ("c", None, None, "null"), ("d", None, None, "null")]
     assert cells(path)[0] == ("a", "", "null", "None"), "cells stay as they were written"
 
 
@@ -239,7 +239,7 @@ def test_prompts(tmp_path):
     assert told == [[("system", ["own"]), ("user", [a, "U"]), ("assistant", ["x"])], [("system", ["S"]), ("user", [b, "own"]), ("assistant", ["y"])]]
 
 
-@pytest.mark.parametrize("prediction", ["", "null", "  "])
+@pytest.mark.parametrize("prediction", ["", '""', "  "])
 def test_missing_answer(tmp_path, prediction):
     row, = read_rows(write(tmp_path, f"audio,prediction\na.wav,{prediction}\n"))
     with pytest.raises(InputError, match=r"t\.csv:2: the prediction is empty"): to_conversation(row)
@@ -324,7 +324,7 @@ broken_clips = {"nan.wav": "NaN", "cut.flac": ""}
 
 @pytest.mark.parametrize("decode", [True, False])
 def test_every_bad_row_is_reported(tmp_path, clips, decode):
-    table = ["audio,prediction", *(f"{name},x" for name in [*bad_clips, *broken_clips]), "a.wav,", "a.wav,null", ",x", "a.wav", "a.wav,x,y",
+    table = ["audio,prediction", *(f"{name},x" for name in [*bad_clips, *broken_clips]), "a.wav,", 'a.wav,""', ",x", "a.wav", "a.wav,x,y",
              'a.wav,"x"y', "a.wav,\0", "a.wav,caf\udce9", "a.wav,fine", "missing.wav,x"]
     path = write(tmp_path, "\n".join(table).encode("utf-8", "surrogateescape") + b"\n")
     r = run(path, clips, decode=decode)

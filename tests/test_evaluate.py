@@ -4,6 +4,8 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -90,13 +92,25 @@ def test_order_of_labels_and_rows(tmp_path):
     assert (r.worst(), r.by_label) == ([3, 1, 0], False)
 
 
+def test_the_word_null_is_an_answer(tmp_path):
+    words = [("a.wav", "null"), ("b.wav", "NA"), ("c.wav", "nan")]
+    quoted = tmp_path/"quoted.csv"
+    quoted.write_text('audio,prediction\n' + "".join(f'{a},"{p}"\n' for a, p in words))
+    (tmp_path/"in.jsonl").write_text("".join(json.dumps({"audio": a, "prediction": p}) + "\n" for a, p in words))
+    pq.write_table(pa.table({"audio": [a for a, _ in words], "prediction": [p for _, p in words]}), tmp_path/"in.parquet")
+    answers = write(tmp_path/"out.csv", words)
+    for reference in [quoted, tmp_path/"in.jsonl", tmp_path/"in.parquet"]:
+        r = evaluate(EvalSettings(input=answers, reference=reference))
+        assert (r.scores.exact, r.predictions) == (1, ["null", "NA", "nan"])
+
+
 clips = ["a.wav", "b.wav", "c.wav"]
 faults = {
     "fewer rows": ([clips, ["x"] * 3], [clips[:2], ["x"] * 2], "out.csv: 2 rows, and .*in.csv has 3: .*run it again"),
     "more rows": ([clips[:2], ["x"] * 2], [clips, ["x"] * 3], "out.csv: 3 rows, and .*in.csv has 2: "),
     "another order": ([clips, ["x"] * 3], [clips[::-1], ["x"] * 3], r"out.csv:2: audio is 'c.wav', and .*in.csv:2 has 'a.wav' \(2 of 3 rows differ\); .*another order"),
     "other clips": ([clips, ["x"] * 3], [["a.wav", "b.wav", "d.wav"], ["x"] * 3], r"out.csv:4: audio is 'd.wav', and .*in.csv:4 has 'c.wav' \(1 of 3"),
-    "no answers": ([clips, ["", "null", "  "]], [clips, ["x"] * 3], "3 bad rows:\n.*in.csv:2: .*\n.*in.csv:3: .*\n.*in.csv:4: "),
+    "no answers": ([clips, ["", "\t", "  "]], [clips, ["x"] * 3], "3 bad rows:\n.*in.csv:2: .*\n.*in.csv:3: .*\n.*in.csv:4: "),
 }
 
 

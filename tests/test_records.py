@@ -417,7 +417,7 @@ def test_parquet_types(tmp_path):
     pd.DataFrame({"audio": pd.Categorical(["a.wav", "b.wav"]), "prediction": ["null", None], "f": [1.5, None], "b": [True, False], "l": [["é"], []],
                   "d": pd.to_datetime(["2020-01-02", None])}).to_parquet(tmp_path/"t.parquet")
     a, b = open_rows(tmp_path/"t.parquet")
-    assert (a.audio, a.prediction, a.cells[:5]) == ("a.wav", None, ("a.wav", "null", "1.5", "true", '["é"]'))
+    assert (a.audio, a.prediction, a.cells[:5]) == ("a.wav", "null", ("a.wav", "null", "1.5", "true", '["é"]'))
     assert (b.audio, b.prediction, b.cells[1], b.cells[3], b.cells[4]) == ("b.wav", None, "", "false", "[]")
     for column, values, message in [("audio", [b"RIFF"], r"the column audio holds binary; it must be text \(the path or URL of each clip\)"), ("audio", [{"bytes": b"", "path": "a.wav"}], "the column audio holds struct"),
                                     ("prediction", [3], "the column prediction holds int64; it must be text"), ("x", [b"1"], "the column x holds binary")]:

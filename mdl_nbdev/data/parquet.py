@@ -39,6 +39,7 @@ def cell_text(
 # %% ../../nbs/1_data/09_parquet.ipynb #c8
 class ParquetFile(TableFile):
     "A Parquet file with the columns of a table"
+    nulls = ("", "", "", "") # it has missing values, so the word `null` is text
     def __init__(self,
         path:str|Path, # Parquet file
         needs:tuple[str,...]=("audio",), # Columns that the file must have

@@ -19,9 +19,10 @@ from .rows import COLUMNS, BadRow, Row, RowFile, file_kind, line_fault
 # %% ../../nbs/1_data/06_tables.ipynb #c7
 def given(
     cell:str, # A cell's text
-)->str|None: # The same, or `None` if it is empty or `null`
+    null:str="null", # What means "not given", besides an empty cell
+)->str|None: # The same, or `None` if nothing is given
     "What a cell gives"
-    return None if cell in ("", "null") else cell
+    return None if cell in ("", null) else cell
 
 # %% ../../nbs/1_data/06_tables.ipynb #c11
 def quote_fault(
@@ -114,6 +115,7 @@ def format_row(
 class TableFile(RowFile):
     "A file of rows with named columns"
     delimiter = ","
+    nulls = ("null", "null", "null", "") # What means "not given" in each of `COLUMNS`, besides an empty cell
     def set_columns(self,
         columns:list[str], # Names of the columns
     )->None:
@@ -126,7 +128,7 @@ class TableFile(RowFile):
         line:int, # Where it starts
     )->Row: # The row
         "Make a row of its cells"
-        meant = [None if i is None else given(cells[i]) for i in self.positions]
+        meant = [None if i is None else given(cells[i], null) for i, null in zip(self.positions, self.nulls)]
         return Row(*meant, str(self.path), line, cells, self.positions[0] is not None)
 
     def header(self, delimiter=None):
