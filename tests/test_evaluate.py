@@ -104,6 +104,13 @@ def test_the_word_null_is_an_answer(tmp_path):
         assert (r.scores.exact, r.predictions) == (1, ["null", "NA", "nan"])
 
 
+def test_differences_that_nobody_sees(tmp_path):
+    "Unicode forms do not count; white space is named, since it counts for the exact match alone"
+    r = report(tmp_path, ["el pr\u00f3ximo", "one\r\ntwo", "a b", "x"], ["el pro\u0301ximo", "one\ntwo", "a\u00a0b", "y"])
+    assert r.scores.correct.tolist() == [True, False, False, False] and r.references[0] == r.predictions[0]
+    assert "(1 of 4 rows), differing only in white space: 2\n" in str(r)
+
+
 clips = ["a.wav", "b.wav", "c.wav"]
 faults = {
     "fewer rows": ([clips, ["x"] * 3], [clips[:2], ["x"] * 2], "out.csv: 2 rows, and .*in.csv has 3: .*run it again"),

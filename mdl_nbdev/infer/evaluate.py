@@ -22,7 +22,7 @@ from ..base.text import plural, shorten
 from ..data.jsonl import Record
 from ..data.sources import open_rows
 from ..data.rows import BadRow, bad_rows_error
-from .metrics import Scores, score
+from .metrics import Scores, comparable, score
 
 # %% ../../nbs/4_infer/04_evaluate.ipynb #c7
 def read_all(
@@ -279,8 +279,8 @@ def evaluate(
     "Compare the predictions of one file with those of another"
     if s.output: new_output(s.output, s.overwrite, inputs=(s.input, s.reference))
     rows, refs = read_pairs(s.input, s.reference)
-    predictions = [(r.prediction or '').strip() for r in rows]
-    references = [(r.prediction or '').strip() for r in refs]
+    predictions = [comparable(r.prediction) for r in rows]
+    references = [comparable(r.prediction) for r in refs]
     lines = [r.line for r in rows]
     scores = score(references, predictions)
     report = EvalReport(str(s.input), str(s.reference), scores, references, predictions, lines, s.max_labels)
