@@ -622,7 +622,7 @@ def test_adapters_that_cannot_be_loaded(tmp_path):
     with pytest.raises(InputError, match="not valid JSON"): load(only)
 
 
-def test_merges_that_cannot_be_made(tmp_path):
+def test_merges_that_cannot_be_made(tmp_path, monkeypatch):
     adapter = M.save_model(adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
     (tmp_path/"there").mkdir()
     (tmp_path/"there"/"notes").write_text("mine")
@@ -635,6 +635,11 @@ def test_merges_that_cannot_be_made(tmp_path):
     (tmp_path/"out"/"old").touch()
     M.merge_adapter(again)
     assert (tmp_path/"out"/"config.json").exists() and not (tmp_path/"out"/"old").exists()
+    def full_disk(model, processor, folder): raise OSError(28, "No space left on device", (folder/"half").touch())
+    with monkeypatch.context() as m:
+        m.setattr("mdl_nbdev.model.save.save_model", full_disk)
+        with pytest.raises(OSError, match="No space left"): M.merge_adapter(again)
+    assert (tmp_path/"out"/"config.json").exists() and not (tmp_path/"out.part").exists(), "the old one stays, and nothing of the new one"
     with pytest.raises(InputError, match="no LoRA adapter here"): M.merge_adapter(MergeSettings(adapter=tmp_path/"out", output=tmp_path/"new"))
     config = json.loads((adapter/"adapter_config.json").read_text())
     (adapter/"adapter_config.json").write_text(json.dumps(config | dict(base_model_name_or_path=None)))

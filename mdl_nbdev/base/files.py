@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['replacing', 'write_text', 'write_json', 'append_text', 'json_lines', 'read_json_lines', 'lock_file', 'file_lock',
-           'file_digest', 'new_output', 'make_folder']
+           'file_digest', 'new_output', 'make_folder', 'replacing_folder']
 
 # %% ../../nbs/0_base/03_files.ipynb #c4
-import hashlib, json, os
+import hashlib, json, os, shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterable, Iterator
@@ -146,3 +146,18 @@ def make_folder(
     if not os.access(path, os.W_OK):
         raise InputError(f"{path}: no permission to write here; choose another --output")
     return Path(path)
+
+# %% ../../nbs/0_base/03_files.ipynb #c21
+@contextmanager
+def replacing_folder(
+    folder:str|Path, # What it holds is replaced
+)->Iterator[Path]: # Where to write meanwhile
+    "Write a folder beside its place and rename it once it is complete; if that fails, nothing of it is left"
+    folder = Path(folder)
+    part = folder.with_name(f'{folder.name}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        yield make_folder(part)
+        if folder.exists(): shutil.rmtree(folder)
+        os.replace(part, folder)
+    finally: shutil.rmtree(part, ignore_errors=True)

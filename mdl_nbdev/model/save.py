@@ -6,14 +6,14 @@
 __all__ = ['save_model', 'adapter_config', 'load_adapter', 'merge', 'as_loaded', 'merge_into_base', 'merge_adapter']
 
 # %% ../../nbs/2_model/33_save.ipynb #c4
-import json, os, shutil, warnings
+import json, warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from ..base.errors import InputError
-from ..base.files import make_folder, new_output
+from ..base.files import make_folder, new_output, replacing_folder
 from ..base.settings import MergeSettings
 from ..base.text import one_line
 from .adapters import make_savable, quiet_peft
@@ -109,10 +109,7 @@ def merge_adapter(
         raise InputError(f"{s.adapter}: this adapter does not say what its base model is; give it as --model-name")
     new_output(out, s.overwrite, 'model*.safetensors', (s.adapter, name))
     dtype = 'auto' if s.bf16 is None else pick_dtype(s.bf16)
-    shutil.rmtree(f"{out}.part", ignore_errors=True)
-    part = make_folder(f"{out}.part")
-    merged = merge_into_base(s.adapter, name, s.from_modelscope, dtype)
-    save_model(merged, load_processor(name, s.from_modelscope), part)
-    if out.exists(): shutil.rmtree(out)
-    os.replace(part, out)
+    with replacing_folder(out) as part:
+        merged = merge_into_base(s.adapter, name, s.from_modelscope, dtype)
+        save_model(merged, load_processor(name, s.from_modelscope), part)
     return out

@@ -9,7 +9,7 @@ __all__ = ['check_settings', 'find_checkpoint', 'open_run_folder', 'open_mixes',
            'why_stopped', 'finish_run', 'train']
 
 # %% ../../nbs/3_train/20_run.ipynb #c4
-import os, shutil, signal, sys, threading, time
+import signal, sys, threading, time
 from functools import partial
 from pathlib import Path
 import torch
@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from ..base.command_line import save_config
 from ..base.errors import InputError
-from ..base.files import make_folder
+from ..base.files import make_folder, replacing_folder
 from ..base.options import options_where
 from ..base.processes import LostRank, Ranks, is_main_process
 from ..base.settings import TrainSettings
@@ -311,7 +311,7 @@ def save_final(
     checkpoint:Path|None, # Whose weights to save; None: the present ones
 )->None:
     "Write `final/`; every rank must call it"
-    s, part = trainer.s, report.output/'final.part'
+    s = trainer.s
     trained = trainer.trained_tensors() if trainer.is_sharded and not checkpoint else None
     if trainer.is_world_process_zero():
         model = trainer.model
@@ -321,14 +321,9 @@ def save_final(
         if checkpoint: trained = load_state(checkpoint, 'trained')
         if trained is not None: load_trainable_state(model, trained)
         if s.tuning=='full' or s.merge_lora: model = merge(model, s.from_modelscope)
-        shutil.rmtree(part, ignore_errors=True)
-        try: save_model(model, trainer.processor, part)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True) # what was written of it would fill the disk
-            raise
-        (part/'README.md').write_text(model_card(s, report, datasets), encoding='utf-8')
-        shutil.rmtree(report.final, ignore_errors=True)
-        os.replace(part, report.final)
+        with replacing_folder(report.final) as part:
+            save_model(model, trainer.processor, part)
+            (part/'README.md').write_text(model_card(s, report, datasets), encoding='utf-8')
     trainer.wait_for_ranks()
 
 # %% ../../nbs/3_train/20_run.ipynb #c23
