@@ -230,7 +230,7 @@ def generate_row(model, peak, repeats, clips, seconds, padded, new):
     runs, memory = timed(lambda: answer(new), device, repeats, 0)
     useful, elapsed = generation_operations(net, samples, new), median(runs)
     return {"padding": padding(rows), "batch s": elapsed, "samples/s": clips / elapsed, "new tokens/s": clips * new / elapsed,
-            "peak GB": memory / 1e9, **share_of(peak, useful / elapsed), "encoder s": encoder, "prefill s": first - encoder,
+            "peak GB": memory / 1e9, **share_of(peak, useful / elapsed), "encoder s": encoder, "first token s": first,
             "decode s/token": (elapsed - first) / (new - 1), "runs s": runs}
 
 

@@ -450,11 +450,11 @@ def read(i):
 try:
     with DaemonPool(2) as pool: list(pool.map(read, range(9), ahead=4))
 except KeyboardInterrupt: sys.exit(130)"""
-    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert p.stdout.readline() == "reading\n"
-    start = time.perf_counter()
-    p.send_signal(signal.SIGINT)
-    assert p.wait(timeout=50) == 130 and time.perf_counter() - start < 20
+    for _ in range(12): # a signal that comes just before the main thread waits is seen too
+        p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert p.stdout.readline() == "reading\n"
+        p.send_signal(signal.SIGINT)
+        assert p.wait(timeout=50) == 130
 
 
 # --- Launchers

@@ -9,7 +9,7 @@ __all__ = ['LOST', 'process_rank', 'world_size', 'is_main_process', 'available_c
 # %% ../../nbs/0_base/02_processes.ipynb #c4
 import multiprocessing, multiprocessing.connection, os, sys, threading, time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any, Callable, Iterable, Iterator
@@ -89,10 +89,14 @@ def map(self:DaemonPool,
 )->Iterator: # Results in the order of the items
     "Run a function on each item, some items ahead of the caller"
     waiting = deque()
+    def first():
+        future = waiting.popleft()
+        while not future.done(): wait([future], timeout=.5) # Python may lose a Ctrl-C that comes just before a wait without end
+        return future.result()
     for item in items:
         waiting.append(self.submit(f, item))
-        if len(waiting) > ahead: yield waiting.popleft().result()
-    while waiting: yield waiting.popleft().result()
+        if len(waiting) > ahead: yield first()
+    while waiting: yield first()
 
 # %% ../../nbs/0_base/02_processes.ipynb #c18
 LOST = ("another process of this run ended before its work was done; "
