@@ -37,7 +37,7 @@ def finish(process, log, code=0):
     return text
 
 
-def wait_until(condition, process, seconds=60):
+def wait_until(condition, process, seconds=300):
     "Wait until something holds, or the process has ended"
     end = time.monotonic() + seconds
     while process.is_alive() and not condition():
