@@ -21,7 +21,6 @@ from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
 from mdl_nbdev.train.batches import StepSampler, pack_rows, padding_waste
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
-from mdl_nbdev.train.mix import Item
 
 LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=200)
 
@@ -29,10 +28,7 @@ LENGTHS = st.lists(st.integers(1, 1000), min_size=1, max_size=200)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def rows_in(item): return item.rows if isinstance(item, Item) else item if isinstance(item, tuple) else [item]
-
-
-def rows_of(items): return sorted(int(r) for i in items for r in rows_in(i))
+def rows_of(items): return sorted(int(r) for i in items for r in (i if isinstance(i, tuple) else [i]))
 
 
 def steps_seen(epoch, batch_size, world_size, accumulation, **kw):
@@ -44,9 +40,9 @@ def steps_seen(epoch, batch_size, world_size, accumulation, **kw):
         ranks.append(list(s))
         assert len(ranks[-1]) == len(s)
     assert len({len(r) for r in ranks}) == 1, "all ranks have equally many batches"
-    assert all(0 < len(b) <= batch_size for r in ranks for b in r)
+    assert all(0 < len(b.rows) <= batch_size for r in ranks for b in r)
     each = range(0, len(ranks[0]), accumulation)
-    real = [[[i for i in b if not i.dummy] for b in r] for r in ranks]
+    real = [[[] if b.dummy else b.rows for b in r] for r in ranks]
     return [rows_of(i for r in real for b in r[at : at + accumulation] for i in b) for at in each], ranks
 
 
@@ -72,7 +68,7 @@ def test_epochs_differ_and_seeds_differ():
 def test_batches_of_a_rank_are_alike_and_all_ranks_work_on_the_longest_together():
     rows = np.random.default_rng(0).integers(1, 3000, 4096)
     ranks = [list(StepSampler(rows, 4, world_size=4, rank=r, accumulation=2)) for r in range(4)]
-    longest = np.array([[rows[rows_of(b)].max() for b in r] for r in ranks])
+    longest = np.array([[rows[b.rows].max() for b in r] for r in ranks])
     assert (longest.max(0) - longest.min(0)).max() < 60, "neighbours in a pool of 2048 rows"
 
 
@@ -82,10 +78,10 @@ def test_dummy_rows_only_where_rows_are_missing(world, accumulation, pack):
     n = np.full(9, 100)
     steps, ranks = steps_seen(0, 1, world, accumulation, lengths=n, pack=pack)
     assert [len(s) for s in steps] == [8, 1]
-    dummies = [i for r in ranks for b in r for i in b if i.dummy]
+    dummies = [b.rows for r in ranks for b in r if b.dummy]
     assert len(dummies) == world - 1 and len({len(r) for r in ranks}) == 1
-    assert rows_of(dummies) == steps[-1] * (world - 1)
-    assert all(i.packed == bool(pack) for r in ranks for b in r for i in b)
+    assert rows_of(sum(dummies, [])) == steps[-1] * (world - 1)
+    assert all(b.packed == bool(pack) for r in ranks for b in r)
 
 
 @settings(deadline=None, max_examples=60)
@@ -139,9 +135,9 @@ class Counting(torch.utils.data.Dataset):
     "Remembers, over all processes, which rows were read"
     def __init__(self, n): self.read = torch.zeros(n, dtype=torch.uint8).share_memory_()
     def __len__(self): return len(self.read)
-    def __getitem__(self, item):
-        for j in item.rows: self.read[j] = 1
-        return item
+    def __getitems__(self, batch):
+        self.read[rows_of(batch.rows)] = 1
+        return batch.rows
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,41 +8,39 @@ __all__ = ['StepSampler', 'cut', 'padding_waste', 'pack_rows']
 # %% ../../nbs/3_train/03_batches.ipynb #c4
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 import numpy as np
 from fastcore.basics import patch
 from ..base.errors import InputError
-from .mix import Item
+from .mix import BatchRows
 
 # %% ../../nbs/3_train/03_batches.ipynb #c6
+@dataclass(eq=False, repr=False)
 class StepSampler:
     "The batches of one rank; seed, epoch and the size of the global batch determine their order"
-    def __init__(self,
-        lengths:np.ndarray, # [rows]: the cost of each row, such as its number of tokens
-        batch_size:int, # Rows, or packs of rows, in a micro-batch
-        seed:int=0, # Determines all orders
-        world_size:int=1, # Number of ranks
-        rank:int=0, # The number of this one
-        accumulation:int=1, # Micro-batches of each rank in a step
-        task_ids:np.ndarray|None=None, # [rows]: the task of each row
-        sampling:dict[int,float]|None=None, # Task -> how often an epoch visits its rows; otherwise once
-        pack:int|None=None, # Pack rows into sequences of at most this length
-        shuffle:bool=True, # False: from the longest to the shortest, for evaluation
-    ):
-        self.lengths, self.task_ids = np.asarray(lengths), task_ids
-        self.batch_size, self.accumulation = batch_size, accumulation
-        self.world_size, self.rank = world_size, rank
-        self.seed, self.shuffle = seed, shuffle
-        self.sampling, self.pack = sampling or {}, pack
-        self.epoch = 0
-        self.drop_last = False # accelerate looks for it
-        self._packed = None # (key, packs) of the last call of `packs`
-        if not pack: return
+    lengths:np.ndarray # [rows]: the cost of each row, such as its number of tokens
+    batch_size:int # Rows, or packs of rows, in a micro-batch
+    seed:int=0 # Determines all orders
+    world_size:int=1 # Number of ranks
+    rank:int=0 # The number of this one
+    accumulation:int=1 # Micro-batches of each rank in a step
+    task_ids:np.ndarray|None=None # [rows]: the task of each row
+    sampling:dict[int,float]=field(default_factory=dict) # Task -> how often an epoch visits its rows; otherwise once
+    pack:int|None=None # Pack rows into sequences of at most this length
+    shuffle:bool=True # False: from the longest to the shortest, for evaluation
+    epoch = 0 # Which pass over the data is iterated over
+    drop_last = False # accelerate looks for it
+    _packed = None # (key, packs) of the last call of `packs`
+
+    def __post_init__(self):
+        self.lengths = np.asarray(self.lengths)
+        if not self.pack: return
         if any(f != int(f) for f in self.sampling.values()):
             raise InputError("--packing: --task-sampling must be whole numbers, since parts of a task would fill a "
                              "different number of sequences in each epoch; choose whole numbers, or use --task-weights")
         longest = self.lengths.max()
-        if longest > pack:
-            raise InputError(f"packing: a row has {longest:,} tokens, and a sequence {pack:,}; use a larger --seq-length")
+        if longest > self.pack:
+            raise InputError(f"packing: a row has {longest:,} tokens, and a sequence {self.pack:,}; use a larger --seq-length")
 
     @property
     def step_size(self)->int:
@@ -64,10 +62,10 @@ def cut(
 
 @patch
 def by_length(self:StepSampler,
-    rows:np.ndarray, # Row numbers
-)->np.ndarray: # The same, sorted
+    rows:np.ndarray, # [..., rows]: row numbers
+)->np.ndarray: # The same, sorted along the last axis
     "Rows from the shortest to the longest"
-    return rows[np.argsort(self.lengths[rows], kind='stable')]
+    return np.take_along_axis(rows, self.lengths[rows].argsort(-1, kind='stable'), -1)
 
 @patch
 def order(self:StepSampler,
@@ -77,9 +75,11 @@ def order(self:StepSampler,
     rng, size = np.random.default_rng([self.seed, epoch]), self.step_size
     if self.pack: steps = self.packed_steps(epoch, rng)
     elif self.shuffle:
-        pool_size = size*int(np.clip(4096//size, 8, 64))
-        pools = cut(rng.permutation(self.rows(epoch)), pool_size)
-        steps = [self.by_length(s) for pool in pools for s in cut(self.by_rank_in_task(pool), size)]
+        pools = cut(rng.permutation(self.rows(epoch)), size*int(np.clip(4096//size, 8, 64)))
+        rows = np.concatenate([self.by_rank_in_task(pool) for pool in pools])
+        rest = len(rows) % size
+        steps = [*self.by_length(rows[:len(rows)-rest].reshape(-1, size))]
+        if rest: steps.append(self.by_length(rows[len(rows)-rest:]))
     else: steps = cut(self.by_length(self.rows(epoch))[::-1], size)
     if not self.shuffle: return steps
     whole = len(steps) - (len(steps[-1]) < size) # a short step stays at the end
@@ -123,8 +123,9 @@ def deal(self:StepSampler,
     items, # The rows or packs of a step
 )->list: # Micro-batches: of all ranks the first, then the second, ...; some may be empty
     "Cut a step into micro-batches of nearly equal size"
-    n = -(-len(items)//(self.batch_size*self.world_size))*self.world_size
-    edges = [len(items)*i//n for i in range(n+1)]
+    size = len(items)
+    n = -(-size//(self.batch_size*self.world_size))*self.world_size
+    edges = [size*i//n for i in range(n+1)]
     return [items[a:b] for a,b in zip(edges, edges[1:])]
 
 @patch
@@ -136,21 +137,13 @@ def batches(self:StepSampler,
 
 # %% ../../nbs/3_train/03_batches.ipynb #c15
 @patch
-def as_item(self:StepSampler,
-    item, # A row, or with packing a tuple of rows
-    dummy:bool=False, # Whether its labels are left out
-)->Item: # For `Mix.__getitems__`
-    "A row or a pack as a mix reads it"
-    if self.pack: return Item(item[-1:] if dummy else item, dummy, packed=True)
-    return Item((item,), dummy)
-
-@patch
-def __iter__(self:StepSampler)->Iterator[list[Item]]:
+def __iter__(self:StepSampler)->Iterator[BatchRows]:
+    packed = bool(self.pack)
     for items in self.order(self.epoch):
-        if not self.pack: items = items.tolist()
-        for batch in self.deal(items)[self.rank::self.world_size]:
-            if batch: yield [self.as_item(i) for i in batch]
-            else: yield [self.as_item(items[0], dummy=True)]
+        if not packed: items = items.tolist()
+        for rows in self.deal(items)[self.rank::self.world_size]:
+            if rows: yield BatchRows(rows, packed)
+            else: yield BatchRows([items[0][-1:]] if packed else items[:1], packed, dummy=True)
 
 @patch
 def __len__(self:StepSampler):
@@ -178,8 +171,8 @@ def pack_rows(
     "Pack rows by best fit, the longest first"
     lengths = np.asarray(lengths)
     packs, remaining = [], [] # remaining: (tokens left, number of the pack), sorted
-    for row in np.argsort(-lengths, kind='stable').tolist():
-        n = int(lengths[row])
+    order = np.argsort(-lengths, kind='stable')
+    for row,n in zip(order.tolist(), lengths[order].tolist()):
         at = bisect_left(remaining, (n,))
         if at < len(remaining): left, pack = remaining.pop(at)
         else:
