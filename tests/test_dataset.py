@@ -19,7 +19,7 @@ from mdl_nbdev.data.tables import read_rows
 from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.train.convert import convert, plan_shards
 from mdl_nbdev.train.dataset import AudioDataset, open_dataset
-from mdl_nbdev.train.mix import Item, Mix, limit_length, open_mix, split
+from mdl_nbdev.train.mix import BatchRows, Mix, limit_length, open_mix, split
 
 CHAT = load_chat("tiny")
 TOK = CHAT.tok
@@ -51,6 +51,27 @@ def test_any_number_of_workers_writes_the_same_bytes(csv, tmp_path):
     one, three = (convert(settings(csv, tmp_path / str(n), num_workers=n)).path for n in (1, 3))
     a, b = files(one), files(three)
     assert a == b and len([n for n in a if n.endswith(".arrow")]) == 3
+
+
+def test_short_rows_share_a_record_batch(csv, tmp_path, monkeypatch):
+    together = AudioDataset(convert(settings(csv, tmp_path / "one")).path, name="x")
+    monkeypatch.setattr("mdl_nbdev.train.convert.RECORD_BATCH", 300_000)
+    apart = AudioDataset(convert(settings(csv, tmp_path / "many")).path, name="x")
+    assert [len(f.batches) for f in together.files] == [1, 1, 1] and len(apart.batches) > 6
+    samples = [f.batches[i].column("audio").values for f, i in apart.batches]
+    assert max(map(len, samples)) < 300_000 and Mix([(None, apart)]).fingerprint() == Mix([(None, together)]).fingerprint()
+    for name in ("n_tokens", "n_samples", "n_clips", "lines"): assert np.array_equal(getattr(apart, name), getattr(together, name))
+    for i in (0, 77, 149):
+        assert np.array_equal(apart[i].clips[0], together[i].clips[0]) and apart[i].conversation == together[i].conversation
+
+
+def test_a_file_is_read_once(csv, tmp_path, monkeypatch):
+    from mdl_nbdev.train import convert as module
+    calls, read = [], module.read_conversations
+    monkeypatch.setattr(module, "read_conversations", lambda s: calls.append(s) or read(s))
+    options = dict(model_name="tiny", base_dir=csv.parent, num_workers=1)
+    for expected in (1, 2):
+        assert len(open_dataset(csv, CHAT, tmp_path / "run", **options)) == 150 and len(calls) == expected
 
 
 def test_all_bad_rows_in_one_report_and_finished_shards_kept(csv, tmp_path):
@@ -128,7 +149,7 @@ def test_rows_keep_their_conversations(spoken, tmp_path):
 
 def test_a_batch_of_many_clips_fits_its_record_batch(spoken, csv, tmp_path):
     "Arrow counts the samples of a record batch in 32 bits: fewer rows are tokenized together when a row has many clips"
-    def size(path, **kw): return plan_shards(ConvertSettings(input=path, output=tmp_path / "d", base_dir=csv.parent, **kw), CHAT, tmp_path)[0].batch_size
+    def size(path, **kw): return plan_shards(ConvertSettings(input=path, output=tmp_path / "d", base_dir=csv.parent, **kw), CHAT)[0].batch_size
     assert size(csv) == 8 and size(csv, tokenizing_batch_size=1000) == 2**31 // (600 * 16000) and size(spoken, tokenizing_batch_size=1000) == 2**31 // (3 * 600 * 16000)
 
 
@@ -227,12 +248,12 @@ def mix(csv, spoken, tmp_path_factory):
 def test_a_mix_is_its_datasets_and_its_dummy_rows(mix):
     assert len(mix) == 150 + 21 + 7 == len(list(mix))
     for i in [0, 149, 150, 170, 171, 177]:
-        e, (nothing,) = mix[i], mix.__getitems__([Item((i,), dummy=True)])
+        e, (nothing,) = mix[i], mix.__getitems__(BatchRows([i], dummy=True))
         assert np.array_equal(e.input_ids, nothing.input_ids) and all(map(np.array_equal, e.clips, nothing.clips))
         assert (e.task, e.line) == (nothing.task, nothing.line)
         assert (e.labels >= 0).any() and not (nothing.labels >= 0).any()
         assert len(e.input_ids) == mix.n_tokens[i] and sum(map(len, e.clips)) == mix.n_samples[i]
-    pack, row = mix.__getitems__([Item((0, 150, 171), packed=True), Item((171,))])
+    (pack,), (row,) = mix.__getitems__(BatchRows([(0, 150, 171)], packed=True)), mix.__getitems__(BatchRows([171]))
     assert [e.line for e in pack] == [2, 1, 1] and row.line == 1
     for i in (178, -1):
         with pytest.raises(IndexError): mix[i]

@@ -119,6 +119,7 @@ class Segment:
     token:int|None=None # Id of a control token or of the clip token
     run:tuple=() # Of a text or completion: template text (str) and numbers of texts (int), in order
     inner:bool=False # A run tokenized without the space that some tokenizers put before a text
+    turns:tuple[int, ...]=() # Turns of the conversation whose texts or clip it holds
 
 # %% ../../nbs/2_model/02_template.ipynb #c19
 def rendered_items(

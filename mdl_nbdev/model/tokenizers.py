@@ -12,7 +12,7 @@ from .families import FAMILIES, TEXT, load_chat
 
 # %% ../../nbs/2_model/19_tokenizers.ipynb #c4
 @lru_cache(maxsize=64)
-def _chat(tok, template): # the template may change
+def _chat(tok, *facts): # what may change about the tokenizer
     "The chat of a tokenizer, whose family follows from its vocabulary"
     vocab = tok.get_vocab()
     return Chat(tok, next((f for f in FAMILIES if f.clip_token in vocab), TEXT))
@@ -21,7 +21,7 @@ def chat_of(
     tok, # A tokenizer, or a chat
 )->Chat: # A chat with the same tokenizer
     "The chat of a tokenizer"
-    return tok if isinstance(tok, Chat) else _chat(tok, str(tok.chat_template))
+    return tok if isinstance(tok, Chat) else _chat(tok, str(tok.chat_template), tok.bos_token, tok.eos_token, len(tok))
 
 def load_tokenizer(
     name:str, # `tiny`, `tiny-text`, a folder or a hub id

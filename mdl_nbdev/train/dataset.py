@@ -8,7 +8,6 @@ __all__ = ['ArrowFile', 'read_cell', 'list_lengths', 'OwnLayout', 'ToolkitLayout
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c4
 import json, mmap
-from dataclasses import replace
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from fastcore.basics import patch
@@ -29,62 +28,62 @@ class ArrowFile:
         path:str|Path, # A file in Arrow's stream format
     ):
         with open(path, 'rb') as f: self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        self.batches = pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(self.map))).read_all().to_batches()
+        self.table = pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(self.map))).read_all()
+        self.batches = self.table.to_batches()
     def row(self,
         batch:int, # Number of a record batch
         i:int, # Position of the row in it
     )->dict: # Column -> NumPy array, or a Python value
         "Read a row"
-        row = self.batches[batch].slice(i, 1)
-        values = {name:read_cell(c) for name,c in zip(row.schema.names, row.columns)}
+        rows = self.batches[batch]
+        values = {name:read_cell(column[i]) for name,column in zip(rows.schema.names, rows.columns)}
         if hasattr(self.map, 'madvise'): self.map.madvise(mmap.MADV_DONTNEED)
         return values
 
 def read_cell(
-    column:pa.Array, # One value
+    cell:pa.Scalar, # A value in Arrow's memory
 )->object: # A NumPy array for a list, otherwise a Python value
     "Copy a value out of Arrow's memory"
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if not is_list: return column[0].as_py()
-    values = column[0].values # three times as fast as `column.flatten()`
-    if values is None: return np.zeros(0, column.type.value_type.to_pandas_dtype())
-    return np.array(values.to_numpy(zero_copy_only=False))
+    if not isinstance(cell, pa.ListScalar): return cell.as_py()
+    if cell.values is None: return np.zeros(0, cell.type.value_type.to_pandas_dtype())
+    return np.array(cell.values.to_numpy(zero_copy_only=False))
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c8
 def list_lengths(
-    batch:pa.RecordBatch, # Rows
+    table:pa.Table, # Rows
     column:str, # Name of a list column
-)->np.ndarray: # int64 [rows]
+)->np.ndarray: # Integers [rows]
     "The length of the list in each row"
-    return pc.list_value_length(batch.column(column)).to_numpy().astype(np.int64)
+    return pc.list_value_length(table.column(column)).to_numpy()
 
 class OwnLayout:
     "Rows as `convert` writes them"
     needs = {'input_ids', 'labels', 'audio', 'audio_lengths'}
-    def n_tokens(self, batch): return list_lengths(batch, 'input_ids')
-    def n_samples(self, batch): return list_lengths(batch, 'audio')
-    def n_clips(self, batch): return list_lengths(batch, 'audio_lengths')
+    def n_tokens(self, table): return list_lengths(table, 'input_ids')
+    def n_samples(self, table): return list_lengths(table, 'audio')
+    def n_clips(self, table): return list_lengths(table, 'audio_lengths')
     def example(self, row, source, name):
         "The example of a row; `source` and `name` are its file and its task, if it does not name one"
-        ends = np.cumsum(row['audio_lengths'])
-        clips = np.split(row['audio'], ends)[:len(ends)]
-        task, kept = row.get('task') or name, row.get('conversation') # folders of version 0.1.0 have no conversations
-        e = Example(row['input_ids'], row['labels'], clips, task=task, source=(source, row.get('line', 0)))
-        if kept is None: return e
-        return replace(e, conversation=Conversation.from_json(kept), spans=row['spans'].reshape(-1, 2))
+        ends = row['audio_lengths'].cumsum().tolist()
+        clips = [row['audio'][start:end] for start,end in zip([0, *ends], ends)]
+        e = Example(row['input_ids'], row['labels'], clips, task=row.get('task') or name, source=(source, row.get('line', 0)))
+        kept = row.get('conversation') # folders of version 0.1.0 have no conversations
+        if kept: e.conversation, e.spans = Conversation.from_json(kept), row['spans'].reshape(-1, 2)
+        return e
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c10
 class ToolkitLayout:
     "Rows as MDL-Toolkit writes them"
     needs = {'input_ids', 'labels', 'attention_mask', 'input_values'}
-    def n_tokens(self, batch):
-        masks = batch.column('attention_mask')
-        counts = np.concatenate([[0], np.cumsum(masks.values.to_numpy(zero_copy_only=False), dtype=np.int64)])
-        return np.diff(counts[masks.offsets.to_numpy()])
-    def n_samples(self, batch):
-        if 'audio_length' not in batch.schema.names: return list_lengths(batch, 'input_values')
-        return batch.column('audio_length').to_numpy().astype(np.int64)
-    def n_clips(self, batch): return np.ones(len(batch), np.int64)
+    def n_tokens(self, table):
+        def count_ones(masks):
+            counts = np.concatenate([[0], np.cumsum(masks.values.to_numpy(zero_copy_only=False), dtype=np.int64)])
+            return np.diff(counts[masks.offsets.to_numpy()])
+        return np.concatenate([count_ones(chunk) for chunk in table.column('attention_mask').chunks])
+    def n_samples(self, table):
+        if 'audio_length' not in table.schema.names: return list_lengths(table, 'input_values')
+        return table.column('audio_length').to_numpy()
+    def n_clips(self, table): return np.ones(len(table), np.int64)
     def example(self, row, source, name):
         "The example of a row; `source` and `name` are its file and its task"
         real, samples = row['attention_mask'].astype(bool), row['input_values'].astype(np.float32)
@@ -113,10 +112,11 @@ class AudioDataset:
     ):
         self.path = Path(path)
         self.name = name or self.path.resolve().name
-        self.batches = [(file, i) for file in open_files(self.path) for i in range(len(file.batches))]
+        self.files = [file for file in open_files(self.path) if file.batches]
+        self.batches = [(file, i) for file in self.files for i in range(len(file.batches))]
         self.ends = np.cumsum([file.batches[i].num_rows for file,i in self.batches], dtype=np.int64)
         if not len(self): raise InputError(f"{path}: this dataset has no rows")
-        self.columns = {n for file,i in self.batches for n in file.batches[i].schema.names}
+        self.columns = {name for file in self.files for name in file.table.schema.names}
         self.layout = ToolkitLayout() if 'input_values' in self.columns else OwnLayout()
         manifest = self.path/MANIFEST
         self.manifest = json.loads(manifest.read_text(encoding='utf-8')) if manifest.exists() else {}
@@ -155,10 +155,10 @@ def __getitem__(self:AudioDataset,
 # %% ../../nbs/3_train/01_dataset.ipynb #c16
 @patch
 def read(self:AudioDataset,
-    get, # Called with each record batch; returns an array [rows of the batch]
+    get, # Called with the table of each file; returns an array [rows of the table]
 )->np.ndarray: # int64 [rows]
     "A number for each row"
-    return np.concatenate([get(file.batches[i]) for file,i in self.batches]).astype(np.int64)
+    return np.concatenate([get(file.table) for file in self.files]).astype(np.int64)
 
 @patch(as_prop=True)
 def n_tokens(self:AudioDataset)->np.ndarray: # int64 [rows]
@@ -179,15 +179,15 @@ def n_clips(self:AudioDataset)->np.ndarray: # int64 [rows]
 def lines(self:AudioDataset)->np.ndarray: # int64 [rows]
     "The line of each row in the file it came from; 0 where it is not known"
     if 'line' not in self.columns: return np.zeros(len(self), np.int64)
-    return self.read(lambda batch: batch.column('line').to_numpy())
+    return self.read(lambda table: table.column('line').to_numpy())
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c17
 @patch(as_prop=True)
 def tasks(self:AudioDataset)->tuple[list[str], np.ndarray]: # Names, sorted; int64 [rows]: positions among them
     "The tasks of the rows"
     if 'task' not in self.columns: return [self.name], np.zeros(len(self), np.int64)
-    columns = [file.batches[i].column('task') for file,i in self.batches]
-    column = pa.chunked_array(columns).combine_chunks().dictionary_encode()
+    chunks = [chunk for file in self.files for chunk in file.table.column('task').chunks]
+    column = pa.chunked_array(chunks).combine_chunks().dictionary_encode()
     names = [n or self.name for n in column.dictionary.to_pylist()]
     known = sorted(set(names))
     return known, np.array([known.index(n) for n in names])[column.indices.to_numpy()]
@@ -212,9 +212,10 @@ def open_dataset(
     path, cache = Path(path), Path(cache)
     if path.is_dir(): return check_settings(AudioDataset(path, chat.fingerprint), chat, settings)
     s = ConvertSettings(input=path, output=cache, overwrite=True, **settings)
-    key, key_file = conversion_key(plan_shards(s, chat, cache)), cache/'key'
+    jobs, key_file = plan_shards(s, chat), cache/'key'
+    key = conversion_key(jobs)
     if not key_file.exists() or key_file.read_text() != key:
-        convert(s, chat)
+        convert(s, chat, jobs)
         write_text(key_file, key)
     return AudioDataset(cache, chat.fingerprint, path.stem)
 

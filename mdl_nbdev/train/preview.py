@@ -7,6 +7,7 @@ __all__ = ['memory_of_longest', 'DryRun', 'dry_run']
 
 # %% ../../nbs/3_train/16_preview.ipynb #c4
 from dataclasses import dataclass
+import numpy as np
 from ..base.errors import InputError
 from ..base.html import as_html
 from ..base.settings import TrainSettings
@@ -61,7 +62,7 @@ def dry_run(
     "What would happen if this trainer trained"
     ds = trainer.train_dataset
     first_batch = next(iter(trainer.sampler(ds, trainer.s.batch_size)))
-    rows = [row for item in first_batch for row in item.rows]
+    rows = np.hstack(first_batch.rows)
     batch = longest_batch(ds, trainer.s, trainer.data_collator)
     try: memory = estimate_memory(trainer.model, batch, trainer.s)
     except InputError as e: memory = str(e)
