@@ -91,8 +91,7 @@ def shown_prompt(
     "The clips of a row with players, and the words of its last message"
     if not row.conversation: return Html()
     clips = [html_box(small_player(c), ' ', Html(f'<small>{as_html(shorten(Path(c).name, 40))}</small>')) for c in row.conversation.clips]
-    words = ' '.join(p['text'] for p in row.conversation.messages[-1]['content'] if p['type']=='text')
-    return html_box(*clips, shorten(words, 160))
+    return html_box(*clips, shorten(row.conversation.prompt_text(), 160))
 
 @patch
 def latest(self:InferView)->Html: # Empty before the first answers

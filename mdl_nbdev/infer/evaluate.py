@@ -19,6 +19,7 @@ from ..base.files import new_output, write_json
 from ..base.html import Html, as_html, html_bar, html_table
 from ..base.settings import EvalSettings
 from ..base.text import plural, shorten
+from ..data.conversations import message_clips, message_text
 from ..data.jsonl import Record
 from ..data.sources import open_rows
 from ..data.rows import BadRow, bad_rows_error
@@ -38,10 +39,10 @@ def prompt_of(
     row, # A `Row` or `Record`
 )->tuple[str, str]: # `audio` or `prompt`, and its clips or the words of its prompt
     "What identifies a row"
-    parts = [p for m in row.messages if m['role'] in ('user', 'text') for p in m['content']]
-    clips = ', '.join(p['audio'] for p in parts if p['type']=='audio')
-    if clips: return 'audio', clips
-    return 'prompt', '\n'.join(p['text'] for p in parts)
+    prompts = [m for m in row.messages if m['role'] in ('user', 'text')]
+    clips = [clip for m in prompts for clip in message_clips(m)]
+    if clips: return 'audio', ', '.join(clips)
+    return 'prompt', '\n'.join(map(message_text, prompts))
 
 # %% ../../nbs/4_infer/04_evaluate.ipynb #c8
 def mismatch(

@@ -188,10 +188,10 @@ class InferReport:
 def prompt_html(
     conversation:Conversation|None, # A prompt
 )->Html: # HTML
-    "The clips of a prompt; without clips, the text of its last turn"
+    "The clips of a prompt; without clips, its text"
     if conversation is None: return Html()
     if conversation.clips: return Html('<br>'.join(map(clip_html, conversation.clips)))
-    return as_html(' '.join(part['text'] for part in conversation.messages[-1]['content']))
+    return as_html(conversation.prompt_text())
 
 def reference_mark(
     row:PromptedRow, # An answered row
