@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PIECE_BYTES', 'MODEL_FILES', 'IDENTITY_VERSION', 'BY_CONTENT', 'piece_digest', 'content_digest', 'model_files',
-           'model_folder', 'model_digest', 'run_identity', 'identity_changes']
+           'model_digest', 'run_identity', 'identity_changes']
 
 # %% ../../nbs/4_infer/00_identity.ipynb #c4
-import hashlib, json
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from ..base.command_line import to_dict
@@ -15,7 +15,7 @@ from ..base.options import option, options_where
 from ..base.processes import available_cpus
 from ..base.settings import InferSettings
 from ..model.families import builtin_family
-from ..model.hub import from_hub
+from ..model.hub import from_hub, model_folder
 
 # %% ../../nbs/4_infer/00_identity.ipynb #c6
 PIECE_BYTES = 2**23 # Files are hashed in pieces of this size, in parallel
@@ -48,22 +48,14 @@ def model_files(
     "The files in a folder that answers depend on"
     return [p for pattern in MODEL_FILES for p in folder.glob(pattern) if p.is_file()]
 
-def model_folder(
-    name:str, # A folder or a hub id, which has been loaded before
-    from_modelscope:bool=False, # Whether it was downloaded from ModelScope
-)->Path: # The folder, or the snapshot in the cache
-    "Where the files of a model are"
-    from transformers.utils import cached_file
-    def find(path): return Path(cached_file(path, 'config.json', local_files_only=True)).parent
-    return from_hub(find, name, from_modelscope)
-
 # %% ../../nbs/4_infer/00_identity.ipynb #c12
 def model_digest(
     name:str, # A built-in model, a folder or a hub id, which has been loaded before
     from_modelscope:bool=False, # Whether it was downloaded from ModelScope
 )->str: # The digest of its files; a built-in model's name
     "What identifies a model, wherever it is"
-    return name if builtin_family(name) else content_digest(model_files(model_folder(name, from_modelscope)))
+    if builtin_family(name): return name
+    return content_digest(model_files(from_hub(model_folder, name, from_modelscope)))
 
 # %% ../../nbs/4_infer/00_identity.ipynb #c14
 IDENTITY_VERSION = 2 # Runs of version 1 did not record contents
@@ -74,11 +66,11 @@ def run_identity(
 )->dict: # Plain values: `version`, `settings`, `contents`
     "Everything that the answers of a run depend on, besides its rows"
     names = [n for n in options_where(InferSettings, 'result') if n not in BY_CONTENT]
-    values = json.loads(json.dumps(to_dict(s)))
+    values = to_dict(s)
     contents = dict(model_name=model_digest(s.model_name, s.from_modelscope))
     if s.adapter: contents['adapter'] = content_digest(model_files(s.adapter))
     if s.chat_template: contents['chat_template'] = content_digest([s.chat_template])
-    return dict(version=IDENTITY_VERSION, settings={n:values.get(n) for n in names}, contents=contents)
+    return dict(version=IDENTITY_VERSION, settings={n:values[n] for n in names}, contents=contents)
 
 # %% ../../nbs/4_infer/00_identity.ipynb #c16
 def identity_changes(
