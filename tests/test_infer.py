@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import InferSettings
 from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.data.tables import CsvFile
 from mdl_nbdev.infer.identity import identity_changes, run_identity
 from mdl_nbdev.infer.output import InferOutput, LoggedShard, OutputPart, remaining_shards
 from mdl_nbdev.infer.run import DEFAULT_NEW_TOKENS, infer
@@ -76,6 +77,15 @@ def test_output_of_another_kind(input, output, right):
     pq.write_table(pa.table({"user_prompt": ["a"]}), "rows.parquet")
     with pytest.raises(InputError, match=f"{output}: the answers to {input} are written as {right}; choose"): answer(input, output, model_name="nowhere")
     assert not list(Path().glob("out*"))
+
+
+def test_an_output_that_exists_is_refused_before_the_input_is_read(monkeypatch):
+    "Reading millions of rows takes minutes"
+    Path("rows.csv").write_text("user_prompt\na\n")
+    Path("out.csv").write_text("user_prompt,prediction\na,b\n")
+    monkeypatch.setattr(CsvFile, "rows", lambda self, on_bad=None: pytest.fail("the rows were read"))
+    with pytest.raises(InputError, match="the output exists already"): answer("rows.csv", "out.csv")
+    with pytest.raises(InputError, match="would replace its own input"): answer("rows.csv", "rows.csv")
 
 
 def test_rejects_of_records():

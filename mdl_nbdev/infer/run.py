@@ -210,14 +210,12 @@ def _repr_html_(self:InferReport):
 # %% ../../nbs/4_infer/02_run.ipynb #c17
 def open_output(
     s:InferSettings, # Settings of the run
-)->tuple[InferOutput, int]: # The output, with its input opened, and the number of rows
-    "Check input and output, before a model is loaded"
-    source = open_rows(s.input, ('audio',))
-    out, total = InferOutput(s.output, source), source.count()
-    new_output(s.output, s.overwrite, inputs=(s.input,))
+)->InferOutput: # With its input opened
+    "Check input and output as far as no row has to be read"
+    out = InferOutput(s.output, open_rows(s.input, ('audio',)))
     out.check_input()
-    make_folder(s.output.parent)
-    return out, total
+    new_output(s.output, s.overwrite)
+    return out
 
 def load_engine(
     s:InferSettings, # Settings of the run
@@ -303,7 +301,9 @@ def infer(
     os.environ.pop('ACCELERATE_USE_FSDP', None) # concerns training; here each process has a whole model
     with Ranks() as ranks, ExitStack() as stack:
         if not ranks.is_main: silence_libraries()
-        out, total = ranks.agree(open_output, s)
+        out = ranks.agree(open_output, s)
+        total = ranks.on_main(out.source.count)
+        ranks.agree(make_folder, s.output.parent)
         ranks.agree(stack.enter_context, out.lock(ranks.rank))
         pipeline = Pipeline(ranks.agree(load_engine, s), s)
         shard_rows = pipeline.shard_rows
