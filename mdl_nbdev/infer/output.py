@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Iterator
 from fastcore.basics import chunked, patch
 from ..base.errors import InputError
 from ..base.files import append_text, file_lock, replacing, write_json, write_text
@@ -71,14 +71,15 @@ class OutputPart:
         if not self.path.exists(): append_text(self.path, header)
         append_text(self.log, '')
 
-    def shards(self)->list[LoggedShard]:
-        "The shards in the log"
-        if not (self.log.exists() and self.path.exists()): return []
-        found = []
-        for line in self.log.read_bytes().split(b'\n')[:-1]:
-            try: found.append(LoggedShard.parse(line))
-            except (ValueError, KeyError, TypeError): break
-        return found
+    def shards(self)->Iterator[LoggedShard]:
+        "The shards in the log, up to the first damaged line"
+        if not (self.log.exists() and self.path.exists()): return
+        with open(self.log, 'rb') as f:
+            for line in f:
+                if not line.endswith(b'\n'): return
+                try: shard = LoggedShard.parse(line)
+                except (ValueError, KeyError, TypeError): return
+                yield shard
 
 # %% ../../nbs/4_infer/01_output.ipynb #c9
 @patch
@@ -193,7 +194,7 @@ def begin(self:InferOutput,
     overwrite:bool=False, # Whether to discard what an earlier run has finished
 )->None:
     "Start a run, or continue one with the same identity; `InputError` if what is here belongs to another one"
-    if not overwrite and self.state.exists() and any(p.shards() for p in self.parts()):
+    if not overwrite and self.state.exists() and any(next(p.shards(), None) for p in self.parts()):
         changes = identity_changes(json.loads(self.state.read_text(encoding='utf-8')), identity)
         if not changes: return
         raise InputError(f"{self.path}.part: holds an unfinished run that cannot be continued: {'; '.join(changes)}. "
