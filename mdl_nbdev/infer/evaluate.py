@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
+from rapidfuzz.distance import Levenshtein
 from ..base.errors import InputError
 from ..base.files import new_output, write_json
 from ..base.html import Html, as_html, html_bar, html_table
@@ -229,13 +230,11 @@ def corrections_html(
     prediction:str, # What the model said
 )->Html: # Text with `<del>` and `<ins>` elements
     "A prediction with the edits that turn it into its reference"
-    import jiwer
-    out = jiwer.process_words(' '.join(reference.split()), ' '.join(prediction.split()))
-    parts = []
-    for c in out.alignments[0]:
-        expected = escape(' '.join(out.references[0][c.ref_start_idx:c.ref_end_idx]))
-        found = escape(' '.join(out.hypotheses[0][c.hyp_start_idx:c.hyp_end_idx]))
-        if c.type=='equal': parts.append(expected)
+    references, predictions, parts = reference.split(), prediction.split(), []
+    for edit in Levenshtein.opcodes(references, predictions):
+        expected = escape(' '.join(references[edit.src_start:edit.src_end]))
+        found = escape(' '.join(predictions[edit.dest_start:edit.dest_end]))
+        if edit.tag=='equal': parts.append(expected)
         else:
             if found: parts.append(f'<del style="color:#d62728">{found}</del>')
             if expected: parts.append(f'<ins style="color:#2ca02c">{expected}</ins>')
