@@ -59,7 +59,8 @@ MODULES = {
 }
 # What names are called now
 RENAMED = {"audio_html": "audio_player", "duration_text": "format_duration", "Question": "PromptedRow", "ProgressLine": "ProgressBar"}
-# Where constants are, as module or module:name; nbdev's index knows where functions and classes are
+# Where constants are, as module or module:name, and the console scripts, which are made by a function;
+# nbdev's index knows where functions and classes are
 CONSTANTS = {
     **dict.fromkeys(["SAMPLE_RATE", "MAX_PEAK"], "data.audio"), "SOUND_LABELS": "data.sounds", "COLUMNS": "data.rows", "SUFFIXES": "data.sources",
     **dict.fromkeys(["ROLES", "PAIRS", "KEYS"], "data.messages"), "MIN_AUDIO_SECONDS": "data.check",
@@ -67,6 +68,7 @@ CONSTANTS = {
     **dict.fromkeys(["ROLE_START", "ROLE_END"], "model.template"), "ROLE_MARKERS": "model.text_family",
     "MIN_SAMPLES": "model.midasheng_encoder", "QWEN2_7B": "model.midashenglm", "LOSS_LOGITS": "model.label_loss",
     "MANIFEST": "train.checkpoints", "META": "train.convert:MANIFEST", "TINY_LORA": "cli.demo",
+    **dict.fromkeys(MODULES["cli"].split(), "cli.commands"),
 }
 # Functions that called an argument otherwise: where a chat is taken now, they took a tokenizer, and callbacks were listeners
 OLD_ARGUMENTS = {
