@@ -45,6 +45,7 @@ def value_name(value, most=44): # A default or a constant
     if value is EMPTY: return "required"
     if inspect.isroutine(value) or inspect.isclass(value): return value.__name__
     text = repr(str(value)) if isinstance(value, Path) else repr(value)
+    if isinstance(value, (set, frozenset)): text = f"{{{', '.join(sorted(map(repr, value)))}}}" # the same in every build
     if re.search(r"<.* at 0x|^<", text): return type(value).__name__
     return text if len(text) <= most else text[:most] + "…"
 
@@ -70,6 +71,12 @@ def field_params(cls): # A dataclass
         yield Param(f.name, type_name(f.type), shown, " ".join((docs.get(f.name) or "").split()))
 
 
+def parameters(o): # A function or class
+    "The parameters of its signature, without the object or class that a method belongs to"
+    found = list(inspect.signature(o).parameters.items())
+    return found[1:] if found and found[0][0] in ("self", "cls") and "." in o.__qualname__ else found
+
+
 def params(o): # A function or class
     "The parameters of `o` and what it returns, each with its comment"
     if dataclasses.is_dataclass(o): return list(field_params(o)), None
@@ -77,8 +84,7 @@ def params(o): # A function or class
     if inspect.isclass(o) and "__init__" not in vars(o): o = next(c for c in o.__mro__ if "__init__" in vars(c))
     docs = docments(o, full=True)
     found = []
-    for name, p in inspect.signature(o).parameters.items():
-        if name in ("self", "cls"): continue
+    for name, p in parameters(o):
         stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
         found.append(Param(stars + name, type_name(p.annotation), "" if stars else value_name(p.default), " ".join(((docs.get(name) or {}).get("docment") or "").split())))
     returned = docs.get("return") or {}
@@ -91,8 +97,7 @@ def call(o): # A function or class
     if inspect.isclass(o) and not params(o)[0]: return ""
     if dataclasses.is_dataclass(o) and len(params(o)[0]) > 10: return "(**settings)"
     shown, keyword = [], False
-    for name, p in inspect.signature(o).parameters.items():
-        if name in ("self", "cls"): continue
+    for name, p in parameters(o):
         if p.kind is p.KEYWORD_ONLY and not keyword and not any(s.startswith("*") for s in shown): shown.append("*")
         keyword |= p.kind is p.KEYWORD_ONLY
         stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
@@ -124,6 +129,7 @@ def methods(cls): # A class of this package
         elif isinstance(v, (classmethod, staticmethod)): yield name, type(v).__name__, v.__func__
         elif inspect.isfunction(v): yield name, "method", v
         elif hasattr(v, "func") and callable(v.func): yield name, "property", v.func # a cached property
+        elif callable(getattr(v, "f", None)): yield name, "classmethod", v.f # added by `@patch(cls_method=True)`
 
 
 def directive(kind, signature, body, module, *options, fence="```"):

@@ -43,7 +43,12 @@ def test_parameters_are_in_the_tables():
 
 
 def test_methods_added_by_patch_have_their_entry():
-    assert "{py:method} CsvFile.rows(" in reference.module_page("data.tables")
+    assert "{py:method} CsvFile.rows(on_bad=None)" in reference.module_page("data.tables")
+
+
+def test_a_class_is_left_out_where_it_is_the_methods_own():
+    assert "{py:function} from_args(cls, argv=None, prog='mdl')" in reference.module_page("base.command_line")
+    assert "{py:method} Conversation.from_json(text)" in reference.module_page("data.conversations")
 
 
 @pytest.mark.parametrize("value, shown", [("a|b", r"a\|b"), ("`a|b` c_d", r"`a\|b` c\_d"), ("<out>.csv", r"\<out\>.csv"), ("$x$ *", r"\$x\$ \*")])
