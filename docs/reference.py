@@ -1,5 +1,6 @@
 "The pages that are made from code: the API reference from signatures and docments, the command-line reference from the parsers"
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -18,6 +19,7 @@ EMPTY = inspect.Parameter.empty
 PLAIN = ("required", "half the cores") # said in words, not as code
 
 
+@functools.cache
 def load(): return {m: importlib.import_module(f"{package}.{m}") for m in modules} # all at once: `@patch` adds methods from any of them
 
 
@@ -77,6 +79,7 @@ def parameters(o): # A function or class
     return found[1:] if found and found[0][0] in ("self", "cls") and "." in o.__qualname__ else found
 
 
+@functools.cache # each is shown in the reference and in the guide, and finding comments means reading source
 def params(o): # A function or class
     "The parameters of `o` and what it returns, each with its comment"
     if dataclasses.is_dataclass(o): return list(field_params(o)), None
@@ -160,6 +163,7 @@ def constant(m, name): # A module and the name of a value in it
     return directive("data", name, (escape(comment[1]) + "\n\n" if comment else "") + f"{code(value)}\n", m.__name__)
 
 
+@functools.cache # each call would read all notebooks
 def chapters(): # From the notebooks
     "Module -> (notebook's path inside nbs/, title, subtitle)"
     found = {}
