@@ -87,7 +87,7 @@ class Run(Live):
     def work_with_notes(self)->None:
         "Do the work, and note how it ended"
         try:
-            with warnings_noted(self.view), progress_bars_hidden(): self.report = self.work()
+            with warnings_noted(self.view), progress_bars_hidden(): self.report = self.view.report = self.work()
             finished = self.report and getattr(self.report, 'whole', True)
             self.view.phase = 'finished' if finished else 'stopped'
         except BaseException as e:

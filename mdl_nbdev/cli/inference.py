@@ -149,10 +149,9 @@ class InferRun(Run):
 
     def work(self):
         "Answer the rows; `None` if the run was stopped"
-        try: self.view.report = infer(self.s, self.callbacks)
+        try: return infer(self.s, self.callbacks)
         except InferStopped:
             self.view.note(f'stopped after {self.view.done:,} of {self.view.total:,} rows; Continue, or resume(), goes on from there')
-        return self.view.report
 
     def resume(self):
         "Continue after a stop"

@@ -225,7 +225,7 @@ class TrainRun(Run):
     def work(self):
         "Train; the report says who stopped the run, if somebody did"
         keep_freed_memory()
-        report = self.view.report = train(self.s, self.callbacks)
+        report = train(self.s, self.callbacks)
         if self.stop_wanted.is_set() and not report.whole: report.stopped = 'you'
         return report
 

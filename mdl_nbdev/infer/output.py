@@ -311,3 +311,7 @@ class LoggedProgress:
                 self.rows += shard.rows
                 self.rejects += len(shard.rejects)
         return self.rows
+
+    def close(self)->None:
+        "Close the logs"
+        for f in self.files: f.close()

@@ -290,7 +290,9 @@ class ProgressBar:
         return self.progress.rows
 
     def __enter__(self): return self
-    def __exit__(self, *_): self.bar.close()
+    def __exit__(self, *_):
+        self.bar.close()
+        self.progress.close()
 
 # %% ../../nbs/4_infer/02_run.ipynb #c22
 def infer(
