@@ -2,7 +2,7 @@
 
     python benchmarks/against_mdl_toolkit.py --peer-python PATH/TO/VENV/bin/python --out benchmarks/results/against_mdl_toolkit
 
-How each figure is taken is told in README.md. Without `--peer-python` only mdl_nbdev runs.
+README.md explains the figures. Without `--peer-python` only mdl_nbdev runs.
 """
 import argparse
 import csv

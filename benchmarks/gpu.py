@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from mdl_nbdev.base.files import append_text, json_lines, read_json_lines, write_text
 from mdl_nbdev.base.settings import TuneSettings
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.model.adapters import adapt
@@ -200,9 +201,8 @@ def train_row(model, peak, repeats, clips, seconds, padded, checkpointing):
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
 
     def step():
-        (shares,), _ = loss_weights([rows], "case3", np.ones(1), 1)
-        inputs = {k: v.to(device, non_blocking=True) for k, v in rows.inputs.items()}
-        shares = shares.to(device, non_blocking=True)
+        (shares,), _ = loss_weights([rows], "tasks", np.ones(1), 1)
+        inputs, shares = rows.to(device).inputs, shares.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16): loss = weighted_losses(net, inputs, shares)[0]
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -222,7 +222,7 @@ def generate_row(model, peak, repeats, clips, seconds, padded, new):
     "Greedy answers of `new` tokens; prompts are padded on the left"
     samples, device, net = lengths(clips, seconds, padded), model.device, model.plain()
     rows = batch(net.config, samples, answer=False)
-    inputs = {k: rows[k].to(device) for k in ("input_ids", "attention_mask", "input_values", "audio_length")}
+    inputs = {k: v for k, v in rows.to(device).inputs.items() if k != "labels"}
     answer = lambda n: net.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False)
     encode = lambda: net.encode_audio(inputs["input_values"], inputs["audio_length"])
     encoder = median(timed(encode, device, repeats, 1)[0])
@@ -266,7 +266,7 @@ def mdl_train_row(folder, clips, small, seconds):
     files = ["--train-dataset", "sounds.csv", "--base-dir", ".", "--output", "run", "--model-name", "tiny"]
     options = ["--batch-size", 16, "--num-epochs", 16, "--lr", 2e-3, "--logging-steps", 1]
     row = command_row("mdl_train", [*files, *options], folder, small, seconds)
-    logged = [json.loads(line) for line in (folder/"run"/"metrics.jsonl").read_text().splitlines()]
+    logged = read_json_lines(folder/"run"/"metrics.jsonl")
     losses = [line["loss"] for line in logged if "loss" in line]
     speeds = [line["samples_per_second"] for line in logged if "samples_per_second" in line]
     return {**row, "samples/s": median(speeds), "first loss": losses[0], "last loss": losses[-1]}
@@ -328,10 +328,8 @@ class Results:
         self._write(self.rows[-1])
 
     def _write(self, line):
-        with open(self.jsonl, "a", encoding="utf-8") as f: f.write(json.dumps(line) + "\n")
-        new = Path(f"{self.md}.part")
-        new.write_text(self.report(), encoding="utf-8")
-        new.replace(self.md)
+        append_text(self.jsonl, json_lines([line]))
+        write_text(self.md, self.report())
         print(json.dumps({k: v for k, v in line.items() if k not in DETAILS - {"kind"}}), flush=True)
 
     def report(self):

@@ -2,7 +2,7 @@
 
     python benchmarks/packing.py --out benchmarks/results/packing
 
-What the figures mean is told in README.md. `--small` uses a few samples: does the script run?
+README.md explains the figures. `--small` uses a few samples, to see whether the script runs.
 """
 import argparse
 import datetime
@@ -60,7 +60,7 @@ def epoch(model, batches, optimizer):
     start = clock(model.device)
     for batch in batches:
         batch = batch.to(model.device)
-        weights = loss_weights([batch], "case1", [1.0], 1)[0][0]
+        weights = loss_weights([batch], "tokens", [1.0], 1)[0][0]
         weighted_losses(model, batch.inputs, weights)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
