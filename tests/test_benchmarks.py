@@ -8,22 +8,72 @@ from pathlib import Path
 
 import pytest
 
+from mdl_nbdev.base import settings
+from mdl_nbdev.base.command_line import from_args
+from mdl_nbdev.cli import commands
+
 benchmarks = Path(__file__).parent.parent/"benchmarks"
-
-
-def run(script, *args): subprocess.run([sys.executable, benchmarks/script, *map(str, args)], check=True)
-
-
-def test_against_mdl_toolkit(tmp_path):
-    run("against_mdl_toolkit.py", "--out", tmp_path/"r", "--clips", 8, "--seconds", 0.5, 1, "--repeats", 1, "--epochs", 1, 2)
-    runs = json.loads((tmp_path/"r.json").read_text())["runs"]
-    assert set(runs) == {"help", "convert", "train short", "train long", "infer"}
-    assert all(r["peak_bytes"] > 2**20 for task, of in runs.items() if task != "help" for rs in of.values() for r in rs)
-    assert "| conversion, s |" in (tmp_path/"r.md").read_text()
 
 
 def lines(path): return [json.loads(line) for line in path.read_text().splitlines()]
 
+
+# --- against_mdl_toolkit.py
+
+SMALL = ["--clips", "8", "--seconds", "0.5", "1", "--repeats", "1", "--epochs", "1", "2"]
+TASKS = {"help", "convert", "train short", "train long", "infer"}
+
+
+@pytest.fixture
+def comparison(monkeypatch):
+    monkeypatch.syspath_prepend(benchmarks)
+    import against_mdl_toolkit
+    return against_mdl_toolkit
+
+
+def test_what_is_compared(tmp_path, monkeypatch, comparison):
+    "Every command is one that its console script takes; the figures of all runs come into the table"
+    seen = []
+
+    def read(command, sandbox):
+        program, *args = map(str, command)
+        if args != ["--help"]:
+            prog = Path(program).name
+            s = from_args(getattr(settings, f"{prog[4:].capitalize()}Settings"), args, prog)
+            assert s.model_name == str(sandbox.parent/"model") and Path(s.model_name, "config.json").exists()
+            data = s.train_dataset[0] if prog == "mdl_train" else s.input
+            assert data.exists() or data == sandbox.parent/"convert-0-0"/"out"
+            seen.append((prog, getattr(s, "lora_target_modules", None)))
+        sandbox.mkdir()
+        return comparison.Run(len(seen) + 2., 3., 4_000_000, 5_000_000)
+    monkeypatch.setattr(comparison, "run", read)
+    monkeypatch.setattr(sys, "argv", ["against_mdl_toolkit.py", "--out", str(tmp_path/"r"), *SMALL])
+    comparison.main()
+    assert seen == [("mdl_convert", None), ("mdl_infer", None), *[("mdl_train", comparison.PEER_TARGETS), ("mdl_train", None)]*2]
+    assert set(json.loads((tmp_path/"r.json").read_text())["runs"]) == TASKS
+    table = (tmp_path/"r.md").read_text()
+    assert "| conversion, s |  | 3 |" in table and "| conversion, left on disk, MB |  | 5 |" in table and "| training, steady state, samples/s |  | 4 |" in table
+
+
+def test_a_run_is_measured(tmp_path, comparison):
+    child = "import time; x = b'1'*60_000_000; time.sleep(1)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); open('out', 'w').write('x'*999)"
+    r = comparison.run([sys.executable, "-c", code], tmp_path/"fine")
+    assert r.seconds > 1 and 0 < r.cpu_seconds and r.disk_bytes == 999
+    assert r.peak_bytes > 60_000_000, "of a child process"
+    with pytest.raises(SystemExit, match="exit code 3: .*\n.*says why"): comparison.run([sys.executable, "-c", "print('says why'); exit(3)"], tmp_path/"failed")
+
+
+@pytest.mark.slow
+def test_against_mdl_toolkit(tmp_path):
+    subprocess.run([sys.executable, benchmarks/"against_mdl_toolkit.py", "--out", tmp_path/"r", *SMALL], check=True)
+    runs = json.loads((tmp_path/"r.json").read_text())["runs"]
+    assert set(runs) == TASKS
+    assert all(r["peak_bytes"] > 2**20 for task, of in runs.items() if task != "help" for rs in of.values() for r in rs)
+    assert "| conversion, s |" in (tmp_path/"r.md").read_text()
+
+
+# --- gpu.py
 
 @pytest.fixture
 def gpu(monkeypatch, one_thread):
@@ -32,8 +82,22 @@ def gpu(monkeypatch, one_thread):
     return gpu
 
 
-def test_gpu(tmp_path):
-    run("gpu.py", "--small", "--out", tmp_path/"r")
+def command_here(name, arguments, folder, small, seconds):
+    "The same command in this process"
+    with pytest.MonkeyPatch.context() as m, pytest.raises(SystemExit) as e:
+        m.chdir(folder)
+        getattr(commands, name)([*map(str, arguments)])
+    assert not e.value.code
+    return {"s": 1.}
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one process", "processes"])
+def test_gpu(tmp_path, monkeypatch, gpu, whole):
+    "All kinds of rows; the commands in this process, or all as processes of their own"
+    if whole: subprocess.run([sys.executable, benchmarks/"gpu.py", "--small", "--out", tmp_path/"r"], check=True)
+    else:
+        monkeypatch.setattr(gpu, "command_row", command_here)
+        gpu.main(["--small", "--out", str(tmp_path/"r")])
     rows = lines(tmp_path/"r.jsonl")
     assert not [r for r in rows if "error" in r]
     of = lambda kind: [r for r in rows if r["kind"] == kind]
@@ -43,6 +107,12 @@ def test_gpu(tmp_path):
     train, infer = of("commands")
     assert train["last loss"] < train["first loss"] and infer["answered"] >= infer["correct"] > 0
     assert all(f"\n{title}\n" in (tmp_path/"r.md").read_text() for title in ("Device", "Model", "Training", "Generation", "Commands"))
+
+
+def test_gpu_runs_a_command(tmp_path, gpu):
+    "As a process of its own, from a checkout that is not installed"
+    assert gpu.command_row("mdl_check", ["--help"], tmp_path, True, 60)["s"] > 0
+    with pytest.raises(RuntimeError, match="exit code 2: mdl_check: .*nothing.csv: "): gpu.command_row("mdl_check", ["nothing.csv"], tmp_path, True, 60)
 
 
 def test_gpu_keeps_finished_rows_when_a_row_fails_or_the_script_dies(tmp_path, monkeypatch, gpu):
