@@ -4,31 +4,37 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile as sf
+import training_runs
 
 from mdl_nbdev.data.sounds import make_sounds
 
-
-def start(folder, command, *args):
-    "A command as a process of its own"
-    code = f"from mdl_nbdev.cli.commands import {command}; {command}()"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, *args], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+numbers = count()
 
 
-def finish(process, code=0):
-    "Wait for a process and see that it ended as it should; gives what it printed"
-    out, err = process.communicate(timeout=100)
-    assert "Traceback" not in err, err
-    assert process.returncode == code, err
-    return out
+def start(folder, command, *args, **env):
+    "A command as a process of its own, in a folder"
+    log = folder/f"printed-{next(numbers)}"
+    process = training_runs.start(args, log, command, folder, env)
+    process.log = log
+    return process
+
+
+def finish(process, code=0): return training_runs.finish(process, process.log, code)
+
+
+def kill(process):
+    process.kill()
+    process.join()
 
 
 def wait_until(condition, *args, seconds=60):
@@ -72,7 +78,7 @@ def records(folder, name, n):
 
 
 def windows_of(log): return log.read_bytes().count(b"\n") if log.exists() else 0
-def infer_args(name): return [name, "--model-name", "tiny", "--batch-size", "2", "--max-new-tokens", "16", "--num-workers", "2"]
+def infer_args(name): return [name, "--model-name", "tiny", "--batch-size", "2", "--max-new-tokens", "4", "--num-workers", "2"]
 
 
 def same_files(folder, suffix, n, missing):
@@ -97,8 +103,7 @@ def test_inference(tmp_path, suffix, kills):
         process, windows = start(tmp_path, *args, f"out.{suffix}"), rng.randint(low, high)
         wait_until(lambda least: windows_of(log) >= least, windows)
         time.sleep(rng.uniform(0, .1))
-        process.kill()
-        process.communicate()
+        kill(process)
         done = windows_of(log)*window
         with open(part, "ab") as f: f.write(rng.choice([b"", b'"row', b'"row 99, \xc3', b'x,y', b'"a\n"b",,,\n'])) # a row that was being written
         with open(log, "ab") as f: f.write(rng.choice([b"", b'{"window": 99']))
@@ -106,11 +111,18 @@ def test_inference(tmp_path, suffix, kills):
     same_files(tmp_path, suffix, n, len(range(5, n, 8)))
 
 
-def launch(folder, world, *args):
-    "mdl_infer as so many processes under torchrun"
-    if world == 1: return start(folder, "mdl_infer", *args)
-    command = [Path(sys.executable).parent/"torchrun", "--standalone", "--nproc-per-node", str(world), "--no-python", Path(sys.executable).parent/"mdl_infer", *args]
+def launch(folder, *args):
+    "mdl_infer as two processes under torchrun"
+    command = [Path(sys.executable).parent/"torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", Path(sys.executable).parent/"mdl_infer", *args]
     return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def by_hand(folder, world, *args):
+    "mdl_infer as so many processes that nobody ends when one of them dies"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        place = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    return [start(folder, "mdl_infer", *args, RANK=str(r), **place) for r in range(world)]
 
 
 def rank(process, number):
@@ -122,23 +134,28 @@ def rank(process, number):
 
 
 def test_inference_of_several_processes(tmp_path):
-    "One of them is killed at any moment; then the run goes on with another number of them"
+    "One of them is killed at any moment, first under a launcher, then without; then the run goes on with another number of them"
     n, rng = 120, random.Random(os.urandom(8))
     args = [*infer_args(table(tmp_path, "rows.csv", n)), "--output"]
     finish(start(tmp_path, "mdl_infer", *args, "whole.csv"), code=2)
     logs = [tmp_path/"out.csv.part.log", tmp_path/"out.csv.part-1.log"]
-    for world, victim, windows in [(2, rng.randint(0, 1), rng.randint(0, 3)), (2, rng.randint(0, 1), rng.randint(4, 6))]:
-        process = launch(tmp_path, world, *args, "out.csv")
-        wait_until(rank, process, victim)
-        wait_until(lambda least: sum(map(windows_of, logs)) >= least, windows)
+    def kill_at(windows, victim):
+        wait_until(lambda: sum(map(windows_of, logs)) >= windows)
         time.sleep(rng.uniform(0, .1))
-        pids = children(process)
-        os.kill(rank(process, victim), signal.SIGKILL)
-        assert "exitcode  : -9" in process.communicate(timeout=60)[1]
-        assert process.returncode and ended(pids), "the launcher ends the others"
+        os.kill(victim(), signal.SIGKILL)
+    launcher, victim = launch(tmp_path, *args, "out.csv"), rng.randint(0, 1)
+    wait_until(rank, launcher, victim)
+    kill_at(rng.randint(0, 3), lambda: rank(launcher, victim))
+    pids = children(launcher)
+    assert "exitcode  : -9" in launcher.communicate(timeout=60)[1]
+    assert launcher.returncode and ended(pids), "the launcher ends the others"
+    ranks = by_hand(tmp_path, 2, *args, "out.csv")
+    kill_at(rng.randint(4, 6), lambda: ranks[victim].pid)
+    assert "another process of this run ended before its work was done" in finish(ranks[1 - victim], code=2)
     done = sum(json.loads(line)["rows"] for log in logs if log.exists() for line in log.read_text().splitlines())
-    out, err = launch(tmp_path, rng.choice([1, 3]), *args, "out.csv").communicate(timeout=100)
-    assert resumed(out) == done, err
+    main, *others = by_hand(tmp_path, rng.choice([1, 3]), *args, "out.csv")
+    assert resumed(finish(main, code=2)) == done
+    for other in others: finish(other)
     same_files(tmp_path, "csv", n, len(range(5, n, 8)))
 
 
@@ -161,8 +178,7 @@ def test_conversion(tmp_path):
         wait_until(children, process)
         time.sleep(rng.uniform(0, .1))
         workers = children(process)
-        process.kill()
-        process.communicate()
+        kill(process)
         wait_until(ended, workers, seconds=10) # no worker outlives its parent
         finished = {p.name: p.stat().st_ino for p in part.glob("*.arrow")}
     finish(start(tmp_path, *args, "out"))

@@ -1,4 +1,4 @@
-"Training runs as processes of their own, for tests that kill, stop and compare them"
+"Commands as processes of their own, for tests that kill, stop and compare them"
 import json
 import multiprocessing
 import os
@@ -7,23 +7,25 @@ import time
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver") # forks of a process that has imported everything: a run starts in a second
-context.set_forkserver_preload(["mdl_nbdev.train.run"])
+context.set_forkserver_preload(["mdl_nbdev.train.run", "mdl_nbdev.infer.run"])
 
 
-def _train(argv, log):
+def _run(command, argv, log, folder, env):
     import sys
 
     import torch
 
-    from mdl_nbdev.cli.commands import mdl_train
+    from mdl_nbdev.cli import commands
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
+    os.environ.update(env)
+    os.chdir(folder)
     torch.set_num_threads(1)
-    mdl_train(argv)
+    getattr(commands, command)(argv)
 
 
-def start(argv, log):
-    "`mdl_train` with some arguments; what it prints goes to the file `log`"
-    process = context.Process(target=_train, args=([str(a) for a in argv], log))
+def start(argv, log, command="mdl_train", folder=".", env=()):
+    "A command with some arguments, in a folder and with variables of its environment; what it prints goes to the file `log`"
+    process = context.Process(target=_run, args=(command, [str(a) for a in argv], log, folder, dict(env)))
     process.start()
     return process
 
