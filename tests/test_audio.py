@@ -373,3 +373,38 @@ def test_a_cache_that_cannot_be_written(tmp_path, site, monkeypatch):
 @pytest.mark.parametrize("url", ["http://", "http://[::1", "http://host:port/a.wav", "https:///a.wav", "http://exa mple/a.wav"])
 def test_addresses_that_are_none(tmp_path, site, url):
     with pytest.raises(AudioError, match="check|try again"): load_audio(url)
+
+
+@pytest.mark.parametrize("name, kwargs", [("a.wav", {}), ("a.flac", {}), ("a.ogg", {}), ("a.opus", dict(format="OGG", subtype="OPUS")), ("a.mp3", {}), ("a.aiff", {})])
+def test_segments_are_exact(tmp_path, name, kwargs):
+    rate = 24000 if name == "a.opus" else 22050
+    x = np.random.default_rng(0).uniform(-.3, .3, (rate * 9, 2))
+    sf.write(tmp_path/name, x, rate, **kwargs)
+    whole = load_audio(tmp_path/name, sample_rate=rate)
+    for start, end in [(0, 1), (.5, 1.25), (1.00001, 8.5), (7, 9)]:
+        part = f"{tmp_path/name}#t={start},{end}"
+        first, last = int(start * rate + .5), int(end * rate + .5)
+        assert np.array_equal(load_audio(part, sample_rate=rate), whole[first:last])
+        assert (audio_info(part).frames, audio_info(part).samples) == (last - first, len(load_audio(part)))
+    assert np.array_equal(load_audio(f"{tmp_path/name}#t=8", sample_rate=rate), whole[8 * rate:])
+    assert len(load_audio(f"{tmp_path/name}#t=1,2", max_seconds=1.5)) == 16000, "the limit holds for the part"
+    with pytest.raises(AudioError, match="8.0 s long, the limit is 3 s"): load_audio(f"{tmp_path/name}#t=1,9", max_seconds=3)
+    for wrong in ["9.2", "0,9.2", "20,21"]:
+        with pytest.raises(AudioError, match=r"outside the clip, which is 9\.\d+ s long"): load_audio(f"{tmp_path/name}#t={wrong}")
+    with pytest.raises(AudioError, match="less than one sample"): load_audio(f"{tmp_path/name}#t=1,1.00001")
+
+
+def test_segments_of_streams(tmp_path):
+    "Files that do not state their length"
+    sf.write(tmp_path/"a.wav", np.random.default_rng(0).uniform(-.3, .3, 80_000), 16000)
+    whole = load_audio(tmp_path/"a.wav")
+    data = bytearray((tmp_path/"a.wav").read_bytes())
+    data[4:8] = data[40:44] = bytes(4)
+    (tmp_path/"piped.wav").write_bytes(data)
+    assert np.array_equal(load_audio(f"{tmp_path/'piped.wav'}#t=1,2"), whole[16000:32000])
+    sf.write(tmp_path/"a.mp3", np.random.default_rng(0).uniform(-.3, .3, 80_000), 16000)
+    frames = (tmp_path/"a.mp3").read_bytes()
+    tag = max(frames.find(b"Xing"), frames.find(b"Info"))
+    (tmp_path/"bare.mp3").write_bytes(frames[:tag] + b"\0\0\0\0" + frames[tag+4:])
+    assert np.array_equal(load_audio(f"{tmp_path/'bare.mp3'}#t=1,2"), load_audio(tmp_path/"bare.mp3")[16000:32000])
+    with pytest.raises(AudioError): load_audio(f"{tmp_path/'bare.mp3'}#t=60,61")

@@ -16,13 +16,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import CheckSettings
+from mdl_nbdev.base.settings import CheckSettings, ConvertSettings, InferSettings
 from mdl_nbdev.data.check import check
 from mdl_nbdev.data.jsonl import JsonlFile
 from mdl_nbdev.data.parquet import ParquetFile
 from mdl_nbdev.data.rows import to_conversation
 from mdl_nbdev.data.sources import find_tasks, open_rows
 from mdl_nbdev.data.tables import CsvFile, format_row
+from mdl_nbdev.infer.run import infer
+from mdl_nbdev.model.families import load_chat
+from mdl_nbdev.train.convert import convert
+from mdl_nbdev.train.dataset import open_dataset
 
 
 def write(folder, data, name="r.jsonl"):
@@ -398,7 +402,7 @@ cells = st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_cha
 
 
 @settings(max_examples=60, **each)
-@given(st.lists(st.tuples(cells, cells, cells, st.integers(-10**12, 10**12)), min_size=1, max_size=30), st.integers(1, 10))
+@given(st.lists(st.tuples(cells.filter(lambda c: c != "null"), cells, cells, st.integers(-10**12, 10**12)), min_size=1, max_size=30), st.integers(1, 10)) # null is no clip in a CSV
 def test_parquet_is_read_like_a_csv(tmp_path, rows, group):
     names = ["audio", "x", "prediction", "id"]
     table = pa.table([pa.array(c, pa.int64() if n == "id" else pa.string()) for n, c in zip(names, zip(*rows))], names)
@@ -540,3 +544,72 @@ def test_displays_are_escaped(tmp_path):
     for shown in [f, *f, to_conversation(next(f.rows()))]:
         page = shown._repr_html_()
         assert not re.search("<(script|i|u)>", page) and "&lt;script&gt;" in page
+
+
+# Parts of a clip
+
+@pytest.fixture(scope="module")
+def ramp(tmp_path_factory):
+    "A clip of two seconds whose samples say where they are"
+    folder = tmp_path_factory.mktemp("ramp")
+    sf.write(folder/"r.wav", np.arange(32000, dtype=np.int16), 16000)
+    return folder
+
+
+segments = {"start and end": ({"start": "0.5", "end": "1.25"}, "#t=0.5,1.25"), "offset and duration": ({"offset": ".1", "duration": "0.2"}, "#t=0.1,0.3"),
+            "to the end": ({"start": "1e-1"}, "#t=0.1"), "nothing is given": ({"start": "", "end": ""}, ""), "from the start": ({"start": "", "end": "1.0"}, "#t=0,1"),
+            "the length of a file": ({"duration": "2.0"}, ""), "a name of its own": ({"end": "1", "duration": "x"}, "")}
+nonsense = {"text": ({"start": "early", "end": "1"}, "start is 'early'; it must be a number of seconds"), "before the clip": ({"offset": "-1", "duration": "1"}, "offset is '-1'"),
+            "backwards": ({"start": "1", "end": "0.5"}, "the segment from 1 to 0.5 s is empty; correct start and end"), "empty": ({"offset": "1", "duration": "0"}, "the segment from 1 to 1 s is empty"),
+            "not a number": ({"start": "nan"}, "start is 'nan'"), "endless": ({"start": "0", "end": "inf"}, "end is 'inf'")}
+
+
+def segment_files(folder, extra):
+    "A row with these cells in each kind of file; numbers where the kind has them"
+    def number(v):
+        try: return float(v) if v else None
+        except ValueError: return v
+    row = {"audio": "r.wav", "prediction": "x", **extra}
+    pq.write_table(pa.table({k: [v] for k, v in row.items()}), folder/"s.parquet")
+    raw = {k: number(v) if k in extra and v not in ("nan", "inf") else v for k, v in row.items()}
+    return [write(folder, format_row([*row]) + format_row([*row.values()]), "s.csv"), folder/"s.parquet", write(folder, json.dumps(raw) + "\n", "s.jsonl")]
+
+
+@pytest.mark.parametrize("name", segments)
+def test_a_row_names_a_part_of_its_clip(tmp_path, ramp, name):
+    extra, part = segments[name]
+    for path in segment_files(tmp_path, extra):
+        row, = open_rows(path)
+        assert to_conversation(row).clips == [f"r.wav{part}"]
+        r = check(CheckSettings(input=path, base_dir=ramp, num_workers=1))
+        first, _, last = part.removeprefix("#t=").partition(",")
+        assert not r.bad and list(r.seconds) == pytest.approx([float(last or 2) - float(first or 0)])
+        assert set(r.other) == (set() if part or name == "nothing is given" else set(extra))
+
+
+@pytest.mark.parametrize("name", nonsense)
+def test_times_that_mean_nothing(tmp_path, name):
+    extra, message = nonsense[name]
+    for path in segment_files(tmp_path, extra):
+        with pytest.raises(InputError) as e: open_rows(path).count()
+        assert message.replace("'", "") in str(e.value).replace("'", "").replace("-1.0", "-1")
+
+
+def test_segments_of_records(tmp_path):
+    two = write(tmp_path, json.dumps({"audio": ["a.wav", "b.wav"], "prediction": "x", "start": 1}) + "\n", "two.jsonl")
+    with pytest.raises(InputError, match="start with 2 clips; name the part in each clip, as in clip.wav#t=1.5,3"): open_rows(two).count()
+    named, = open_rows(write(tmp_path, json.dumps({"audio": ["a.wav#t=1,2", "b.wav"], "prediction": "x"}) + "\n", "named.jsonl"))
+    assert to_conversation(named, base_dir="d").clips == ["d/a.wav#t=1,2", "d/b.wav"]
+
+
+def test_segments_are_what_is_converted_and_answered(tmp_path, ramp):
+    path = write(tmp_path, "audio,start,end,prediction\nr.wav,0.25,0.5,one\nr.wav,0.5,1.5,two\nr.wav,,,all\nr.wav,1.5,3,wrong\n", "t.csv")
+    r = check(CheckSettings(input=path, base_dir=ramp, num_workers=1))
+    assert [b.line for b in r.bad] == [5] and "outside the clip, which is 2.000 s long" in r.bad[0].reason
+    infer(InferSettings(input=path, base_dir=ramp, output=tmp_path/"answers.csv", model_name="tiny", max_new_tokens=2, num_workers=1))
+    with open(tmp_path/"answers.csv", newline="") as f: assert [r[:3] for r in csv.reader(f)] == [line.split(",")[:3] for line in path.read_text().splitlines()]
+    path.write_text(path.read_text().replace("r.wav,1.5,3,wrong\n", ""))
+    settings = ConvertSettings(input=path, base_dir=ramp, output=tmp_path/"converted", model_name="tiny", num_workers=1)
+    convert(settings)
+    clips = [e.clips[0] for e in open_dataset(settings.output, load_chat("tiny"), tmp_path)]
+    for clip, (first, last) in zip(clips, [(4000, 8000), (8000, 24000), (0, 32000)]): assert np.array_equal(clip, np.arange(first, last))

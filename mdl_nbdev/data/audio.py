@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'SOUND_SUFFIXES', 'MAX_PEAK', 'SHORTER', 'resolve', 'is_sound_file', 'local_file', 'no_clip',
-           'piped_wav', 'ogg_is_complete', 'is_chained_ogg', 'mp3_tag', 'check_complete', 'open_clip', 'AudioInfo',
-           'read_blocks', 'audio_info', 'to_mono', 'decode', 'resample', 'load_audio', 'to_int16', 'from_int16']
+           'piped_wav', 'ogg_is_complete', 'is_chained_ogg', 'mp3_tag', 'check_complete', 'split_segment', 'Segment',
+           'open_clip', 'AudioInfo', 'read_blocks', 'audio_info', 'to_mono', 'decode', 'resample', 'load_audio',
+           'to_int16', 'from_int16']
 
 # %% ../../nbs/1_data/01_audio.ipynb #c4
 import io, math, os, re, struct
@@ -157,12 +158,54 @@ def check_complete(
                          'decode it and save it again')
 
 # %% ../../nbs/1_data/01_audio.ipynb #c22
+_SEGMENT = re.compile(r'#t=(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?$')
+
+def split_segment(
+    src:str|Path, # Path or web address, perhaps with `#t=start,end`
+)->tuple[str|Path,float,float]: # The whole clip, and where the part begins and ends, in seconds
+    "Which part of which clip is meant"
+    m = _SEGMENT.search(str(src))
+    return (str(src)[:m.start()], float(m[1] or 0), float(m[2] or math.inf)) if m else (src, 0., math.inf)
+
+class Segment:
+    "A part of an open sound file, which is read like a whole one"
+    def __init__(self,
+        f:sf.SoundFile, # The open file
+        start:float, # Seconds
+        end:float, # Seconds; infinite: to the end
+        src:str|Path, # What messages call the clip
+    ):
+        self.f, self.samplerate, self.channels, self.format = f, f.samplerate, f.channels, f.format
+        known = f.frames < _UNKNOWN
+        seconds = f.frames/f.samplerate if known else math.inf
+        if start >= seconds or end < math.inf and end > seconds + .1: # annotations are rounded
+            raise AudioError(f'{src}: outside the clip, which is {seconds:.3f} s long; correct where the segment starts and ends')
+        first = int(start*f.samplerate + .5)
+        self.left = int(min(end, seconds)*f.samplerate + .5) - first if min(end, seconds) < math.inf else _UNKNOWN
+        if self.left <= 0: raise _too_short(src, f.samplerate)
+        self.frames, self.skip = self.left if known else _UNKNOWN, first
+        if known and f.format.startswith(('WAV', 'FLAC', 'AIFF')): self.skip = f.seek(first) - first # others seek inexactly
+
+    def read(self,
+        out:np.ndarray, # [frames, channels] Where to put the samples
+    )->np.ndarray: # The beginning of `out` that has been filled
+        "Read the next samples"
+        while self.skip:
+            n = len(self.f.read(out=out[:self.skip]))
+            if not n: return out[:0]
+            self.skip -= n
+        block = self.f.read(out=out[:self.left]) if self.left else out[:0]
+        self.left -= len(block)
+        return block
+
+# %% ../../nbs/1_data/01_audio.ipynb #c25
 @contextmanager
 def open_clip(
     src:str|Path, # Path or web address
 )->Iterator[sf.SoundFile]: # To be read from start to end
     "Open a clip; raises `AudioError` if it is missing, unreadable or truncated, here or while it is read"
-    path = local_file(src)
+    whole_clip, start, end = split_segment(src)
+    path = local_file(whole_clip)
     if path.suffix.lower()=='.raw':
         raise AudioError(f'{src}: raw samples without a header; save it as wav, flac, ogg or mp3')
     with ExitStack() as files:
@@ -180,12 +223,12 @@ def open_clip(
             raise AudioError(f'{src}: not readable as audio ({e.error_string}); {remedy}') from None
         check_complete(f, path, src)
         if not f.frames: raise AudioError(f'{src}: contains no sound (0 frames); record or export it again')
-        try: yield f
+        try: yield f if whole_clip==src else Segment(f, start, end, src)
         except sf.LibsndfileError as e:
             raise AudioError(f'{src}: damaged or truncated ({e.error_string}); '
                              'copy or download it again') from None
 
-# %% ../../nbs/1_data/01_audio.ipynb #c24
+# %% ../../nbs/1_data/01_audio.ipynb #c27
 @dataclass(frozen=True, slots=True)
 class AudioInfo:
     "The header of a clip"
@@ -210,7 +253,7 @@ class AudioInfo:
         "How many samples `load_audio` returns"
         return self.samples_at(SAMPLE_RATE)
 
-# %% ../../nbs/1_data/01_audio.ipynb #c25
+# %% ../../nbs/1_data/01_audio.ipynb #c28
 def read_blocks(
     f:sf.SoundFile, # From `open_clip`
 )->Iterator[np.ndarray]: # [frames, channels] float32; each is valid until the next one is read
@@ -237,7 +280,7 @@ def audio_info(
 def _too_short(src, rate):
     return AudioError(f'{src}: less than one sample at {rate:,} Hz; record or export it again')
 
-# %% ../../nbs/1_data/01_audio.ipynb #c29
+# %% ../../nbs/1_data/01_audio.ipynb #c32
 MAX_PEAK = 2. # Largest magnitude that is still accepted as audio
 SHORTER = 'cut it into shorter clips or raise the limit (--max-audio-seconds)' # What to do about a clip that is too long
 
@@ -254,7 +297,7 @@ def to_mono(
     channels = block.shape[1]
     return block[:, 0].copy() if channels==1 else block @ np.full(channels, 1/channels, np.float32)
 
-# %% ../../nbs/1_data/01_audio.ipynb #c31
+# %% ../../nbs/1_data/01_audio.ipynb #c34
 def decode(
     f:sf.SoundFile, # From `open_clip`
     src:str|Path, # What messages call the clip
@@ -277,7 +320,7 @@ def decode(
 def _too_long(src, seconds, limit, remedy):
     return AudioError(f'{src}: {seconds} s long, the limit is {limit:g} s; {remedy}')
 
-# %% ../../nbs/1_data/01_audio.ipynb #c32
+# %% ../../nbs/1_data/01_audio.ipynb #c35
 def resample(
     blocks:Iterator[np.ndarray], # [samples] float32 each, mono
     rate:int, # Their sample rate, Hz
@@ -304,7 +347,7 @@ def load_audio(
     if not len(waveform): raise _too_short(src, sample_rate)
     return np.clip(waveform, -1, 1, out=waveform)
 
-# %% ../../nbs/1_data/01_audio.ipynb #c37
+# %% ../../nbs/1_data/01_audio.ipynb #c40
 def to_int16(
     waveform:np.ndarray, # float32 in [-1, 1]
 )->np.ndarray: # int16, the same shape

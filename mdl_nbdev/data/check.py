@@ -21,7 +21,7 @@ from ..base.html import Html, html_bar, html_table
 from ..base.processes import DaemonPool
 from ..base.settings import CheckSettings
 from ..base.text import format_duration, plural, shorten
-from .audio import SAMPLE_RATE, audio_info, load_audio, resolve
+from .audio import SAMPLE_RATE, audio_info, load_audio, resolve, split_segment
 from .conversations import Conversation, message_text
 from .rows import BadRow
 from .sources import open_rows
@@ -240,7 +240,8 @@ def check(
     report, folder = CheckReport(str(s.input)), Path(s.input).parent
     clips = report.add_rows(s)
     unusable = list(report.add_clips(clips, s))
-    missing = [audio for audio in unusable if not os.path.exists(resolve(audio, s.base_dir))]
+    files = dict.fromkeys(split_segment(audio)[0] for audio in unusable)
+    missing = [audio for audio in files if not os.path.exists(resolve(audio, s.base_dir))]
     beside = sum(os.path.isfile(folder/audio) for audio in missing)
     if beside: report.hints.append(f"missing clips that --base-dir {folder} would find: {beside:,}")
     report.bad.sort()

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.text import shorten
 from .rows import COLUMNS, BadRow, Row
-from .tables import TableFile, header_fault, lost_clip_fault
+from .tables import TableFile, header_fault
 
 # %% ../../nbs/1_data/09_parquet.ipynb #c6
 def column_fault(
@@ -66,10 +66,10 @@ def rows(self:ParquetFile,
         with pq.ParquetFile(self.path) as f:
             for batch in f.iter_batches(1024):
                 columns = [list(map(cell_text, c.to_pylist())) for c in batch.columns]
-                for line, cells in enumerate(zip(*columns), line+1):
-                    fault = lost_clip_fault(cells, self.columns)
-                    if fault: self.reject(line, fault, on_bad)
-                    else: yield self.row(cells, line)
+                for cells in zip(*columns):
+                    line += 1
+                    row = self.good_row(cells, line, None, on_bad)
+                    if row: yield row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise InputError(f"{self.path}: damaged after row {line:,}: {shorten(str(e), 200)}; "
                          "write it again") from None

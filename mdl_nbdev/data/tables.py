@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.text import plural, shorten
 from .audio import is_sound_file
-from .rows import COLUMNS, BadRow, Row, RowFile, file_kind, line_fault
+from .rows import COLUMNS, BadRow, Row, RowFile, cut_clip, file_kind, line_fault, segment_names
 
 # %% ../../nbs/1_data/06_tables.ipynb #c7
 def given(
@@ -23,7 +23,7 @@ def given(
     null:str="null", # What means "not given", besides an empty cell
 )->str|None: # The same, or `None` if nothing is given
     "What a cell gives"
-    return None if cell in ("", null) else cell
+    return None if not cell or cell==null else cell
 
 # %% ../../nbs/1_data/06_tables.ipynb #c11
 QUOTES_ARE_TEXT = ("if the quotes in this file are just text, as in Common Voice, make it a CSV: python -c \"import csv, sys; "
@@ -81,7 +81,7 @@ def read_cells(
             if faults:
                 fault = faults[0]
                 faults.clear()
-            if delimiter=="\t" and reader.line_num > line: fault = fault or lone_quote_fault(cells, width)
+            if reader.line_num > line and delimiter=="\t": fault = fault or lone_quote_fault(cells, width)
             width = width or len(cells) # of the header
             if cells or fault: yield line, cells, fault
 
@@ -140,14 +140,16 @@ class TableFile(RowFile):
     )->None:
         "Note where the cells with a meaning are"
         self.columns = columns
-        self.positions = [columns.index(c) if c in columns else None for c in COLUMNS]
+        self.positions = [(columns.index(c), null) if c in columns else None for c, null in zip(COLUMNS, self.nulls)]
+        self.segment = {name:columns.index(name) for name in segment_names(columns)}
 
     def row(self,
         cells:tuple[str,...], # In the order of the columns
         line:int, # Where it starts
     )->Row: # The row
-        "Make a row of its cells"
-        meant = [None if i is None else given(cells[i], null) for i, null in zip(self.positions, self.nulls)]
+        "Make a row of its cells; raises `InputError` with the reason alone"
+        meant = [given(cells[at[0]], at[1]) if at else None for at in self.positions]
+        if self.segment and meant[0]: meant[0] = cut_clip(meant[0], {name:cells[i] for name, i in self.segment.items()})
         return Row(*meant, str(self.path), line, cells, self.positions[0] is not None)
 
     def header(self, delimiter=None):
@@ -193,14 +195,27 @@ def width_fault(
 
 def lost_clip_fault(
     cells:list[str], # Cells of a row
-    columns:list[str], # Names of the columns
+    columns:list[str], # Names of the columns, without `audio`
 )->str|None: # What is wrong, and what to do
     "A clip in a table of texts, under another name than `audio`"
-    if "audio" in columns: return None
     lost = [name for name, cell in zip(columns, cells) if name not in COLUMNS and is_sound_file(cell)]
     return f"the column {lost[0]} names a clip, and only audio is read; rename it to audio" if lost else None
 
 # %% ../../nbs/1_data/06_tables.ipynb #c30
+@patch
+def good_row(self:TableFile,
+    cells:tuple[str,...], # In the order of the columns
+    line:int, # Where they start
+    fault:str|None, # What is wrong with them
+    on_bad:Callable[[BadRow],None]|None, # As in `rows`
+)->Row|None: # None if it is broken
+    "Make a row of its cells, or report it"
+    if self.positions[0] is None: fault = fault or lost_clip_fault(cells, self.columns)
+    if not fault:
+        try: return self.row(cells, line)
+        except InputError as e: fault = str(e)
+    self.reject(line, fault, on_bad)
+
 @patch
 def rows(self:CsvFile,
     on_bad:Callable[[BadRow],None]|None=None, # Receives each broken row; None: the first one raises `InputError`
@@ -210,10 +225,8 @@ def rows(self:CsvFile,
     next(found) # the header
     for line, cells, fault in found:
         empty = False
-        fault = fault or width_fault(cells, self.columns)
-        fault = fault or lost_clip_fault(cells, self.columns)
-        if fault: self.reject(line, fault, on_bad)
-        else: yield self.row(tuple(cells), line)
+        row = self.good_row(tuple(cells), line, fault or width_fault(cells, self.columns), on_bad)
+        if row: yield row
     if empty: raise InputError(f"{self.path}: a header and no rows; add rows below the header")
 
 # %% ../../nbs/1_data/06_tables.ipynb #c38

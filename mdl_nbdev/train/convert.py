@@ -22,6 +22,7 @@ from ..base.files import make_folder, new_output, write_json
 from ..base.processes import end_with_parent
 from ..base.settings import ConvertSettings
 from ..base.text import format_duration, plural
+from ..data.audio import split_segment
 from ..data.conversations import Conversation
 from ..data.rows import BadRow, bad_rows_error, to_conversation
 from ..data.sources import open_rows
@@ -97,10 +98,10 @@ class ShardJob:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 def file_state(
-    path:str, # A path or URL
+    path:str, # A path or URL, perhaps of a part of a clip
 )->tuple[int,int]|None: # Bytes and nanoseconds; None for a URL or a missing file
     "Size and time of a file, which change when its content does"
-    try: stat = os.stat(path)
+    try: stat = os.stat(split_segment(path)[0])
     except (OSError, ValueError): return None
     return stat.st_size, stat.st_mtime_ns
 
