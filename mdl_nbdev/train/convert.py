@@ -113,7 +113,7 @@ class Shard(NamedTuple):
     samples:int # Audio samples in it
     bad:list[BadRow] # Rows that could not be converted
 
-RECORD_BATCH = 2**22 # Samples and tokens of a record batch, unless rows that are tokenized together have more
+RECORD_BATCH = 2**20 # Samples and tokens from which on rows are written as a record batch
 
 def write_shard(
     job:ShardJob, # What to convert
@@ -130,16 +130,14 @@ def write_shard(
             rows, wrong = convert_rows(job.conversations[i:i+job.batch_size], chat, job.max_seconds, job.audio_dtype)
             bad += wrong
             if bad: continue # this shard will not be kept, but the other rows are still checked
-            new_samples = sum(len(r['audio']) for r in rows)
-            new_size = new_samples + sum(len(r['input_ids']) for r in rows)
-            if waiting and size + new_size > RECORD_BATCH:
-                write()
-                waiting, size = [], 0
             waiting += rows
-            size += new_size
             n += len(rows)
-            samples += new_samples
-        if not bad: write()
+            samples += sum(len(r['audio']) for r in rows)
+            size += sum(len(r['audio']) + len(r['input_ids']) for r in rows)
+            if size < RECORD_BATCH: continue
+            write()
+            waiting, size = [], 0
+        if waiting and not bad: write()
     if bad: part.unlink()
     else: os.replace(part, path)
     return Shard(path, n, samples, bad)
@@ -209,7 +207,7 @@ def plan_shards(
     size = min(4096, max(64, -(-len(rows)//64)))
     rate, longest = chat.family.sample_rate, min(s.max_audio_seconds, chat.family.max_clip_seconds)
     most_samples = rate*longest*max(1, max(len(c.clips) for c in rows))
-    fits = max(1, int(2**31/most_samples)) # an Arrow record batch has 32-bit offsets
+    fits = max(1, int((2**31 - RECORD_BATCH)/most_samples)) # an Arrow record batch has 32-bit offsets
     batch_size = min(s.tokenizing_batch_size, fits)
     shared = dict(audio_dtype=s.audio_dtype, max_seconds=s.max_audio_seconds, batch_size=batch_size,
                   fingerprint=chat.fingerprint, sample_rate=rate)
