@@ -46,7 +46,7 @@ def infer_settings(sounds, out, **kwargs):
     return InferSettings(input=sounds, base_dir=sounds.parent, output=out, model_name="tiny", batch_size=1, max_new_tokens=4, **kwargs)
 
 
-def until(happens, seconds=60):
+def until(happens, seconds=300):
     end = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < end
@@ -54,9 +54,9 @@ def until(happens, seconds=60):
 
 
 def test_curve_is_bounded_and_loses_no_spike():
-    c, start = Curve(), time.perf_counter()
+    c, start = Curve(), time.process_time()
     for i in range(300_000): c.add(i, 1000. if i == 123_456 else i % 7)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(c.buckets) < 300 and sum(b.count for b in c.buckets) == 300_000
     assert max(h for _, _, h in c.band) == 1000 and min(low for _, low, _ in c.band) == 0
     assert c.line[0][0] < 2000 and c.line[-1][0] > 297_000
@@ -396,9 +396,11 @@ def test_no_ipywidgets_no_problem(sounds, tmp_path):
 sys.modules['ipywidgets'] = None
 from tests.test_dashboard import *
 sounds, out = Path({str(sounds)!r}), Path({str(tmp_path)!r})
-run = start_training(train_settings(sounds, out/'run'))
+run = start_training(train_settings(sounds, out/'run', max_steps=2, eval_steps=2))
 assert run.wait().whole and 'finished' in run._repr_html_()
-assert infer(infer_settings(sounds, out/'out.csv')).rows == 40
+few = out/'few.csv'
+few.write_text(''.join(sounds.read_text().splitlines(True)[:4]))
+assert infer(replace(infer_settings(few, out/'out.csv'), base_dir=sounds.parent)).rows == 3
 print('fine', SettingsForm(CheckSettings, input='x').command())"""
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert "fine mdl_check x" in r.stdout, r.stderr[-2000:]
@@ -422,11 +424,12 @@ def test_painting_is_rare_enough(monkeypatch):
     thread = threading.Thread(target=painting)
     thread.start()
     start = time.monotonic()
-    while time.monotonic() < start + 6:
+    while time.monotonic() < start + 4:
         step += 1
         view.add(dict(step=step, time=step/10, epoch=step/50_000, loss=1/step, learning_rate=1e-4, samples_per_second=9.))
         time.sleep(.002)
     Busy.running = False
     thread.join()
-    assert spent[0]/6 < .02
-    assert 5 < len(drawn) < 64
+    elapsed = time.monotonic() - start
+    assert spent[0]/elapsed < .02
+    assert 3 < len(drawn) < 10*elapsed + 4

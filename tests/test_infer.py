@@ -482,7 +482,7 @@ launchers = {
 
 def launch(launcher, *args, code=0):
     "Run a command under a launcher; gives what it printed"
-    p = subprocess.run([*launchers[launcher], bin/command[0], *command[1:], *map(str, args)], env=env, capture_output=True, text=True, timeout=120)
+    p = subprocess.run([*launchers[launcher], bin/command[0], *command[1:], *map(str, args)], env=env, capture_output=True, text=True, timeout=300)
     assert p.returncode == code, p.stderr
     return p.stdout, p.stderr
 
@@ -532,7 +532,7 @@ def test_a_lost_process_ends_the_others(whole):
         port = s.getsockname()[1]
     args = [whole/"sounds.csv", "--base-dir", whole, "--output", "out.csv", "--model-name", "tiny"]
     ranks = [by_hand({"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DIES": "1"}, *args) for r in range(2)]
-    (_, err), _ = [p.communicate(timeout=100) for p in ranks]
+    (_, err), _ = [p.communicate(timeout=300) for p in ranks]
     assert [p.returncode for p in ranks] == [2, -9]
     assert err.splitlines()[-1] == ("mdl_infer: another process of this run ended before its work was done; finished work is kept: run the same command again to continue")
     report = infer(settings(whole/"sounds.csv", "out.csv", base_dir=whole))

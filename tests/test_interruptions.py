@@ -37,7 +37,7 @@ def kill(process):
     process.join()
 
 
-def wait_until(condition, *args, seconds=60):
+def wait_until(condition, *args, seconds=300):
     "Wait until something holds"
     end = time.monotonic() + seconds
     while not condition(*args):
@@ -147,7 +147,7 @@ def test_inference_of_several_processes(tmp_path):
     wait_until(rank, launcher, victim)
     kill_at(rng.randint(0, 3), lambda: rank(launcher, victim))
     pids = children(launcher)
-    assert "exitcode  : -9" in launcher.communicate(timeout=60)[1]
+    assert "exitcode  : -9" in launcher.communicate(timeout=300)[1]
     assert launcher.returncode and ended(pids), "the launcher ends the others"
     ranks = by_hand(tmp_path, 2, *args, "out.csv")
     kill_at(rng.randint(4, 6), lambda: ranks[victim].pid)
@@ -179,7 +179,7 @@ def test_conversion(tmp_path):
         time.sleep(rng.uniform(0, .1))
         workers = children(process)
         kill(process)
-        wait_until(ended, workers, seconds=10) # no worker outlives its parent
+        wait_until(ended, workers, seconds=60) # no worker outlives its parent
         finished = {p.name: p.stat().st_ino for p in part.glob("*.arrow")}
     finish(start(tmp_path, *args, "out"))
     assert contents(tmp_path/"out", "**/*") == contents(tmp_path/"whole", "**/*")

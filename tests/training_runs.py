@@ -32,7 +32,7 @@ def start(argv, log, command="mdl_train", folder=".", env=()):
 
 def finish(process, log, code=0):
     "Wait for a run and see that it ended as it should; gives what it printed"
-    process.join(240)
+    process.join(600)
     text = Path(log).read_text()
     assert process.exitcode == code, text[-3000:]
     assert "Traceback" not in text, text[-3000:]
