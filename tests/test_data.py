@@ -82,7 +82,7 @@ lone_quotes = {
     "in the middle": ('audio\tprediction\tage\na.wav\t"Where to? he asked.\tteens\nb.wav\tGood bye.\ttwenties\nc.wav\tHe said "\tteens\nd.wav\tyes\t\n', {2: "joins 3 lines"}),
     "in the last column": ('audio\tprediction\na.wav\t"Where to?\nb.wav\tHe said "\nc.wav\tno\nd.wav\tyes\n', {2: "joins 2 lines"}),
     "without a partner": ('audio\tprediction\na.wav\t"Where to?\nb.wav\tno\nc.wav\tno\nd.wav\tyes\n', {2: "never closed"}),
-    "before a word": ('audio\tprediction\na.wav\t"Yes" he said\nb.wav\tno\nc.wav\tno\nd.wav\tyes\n', {2: "text behind a closing quote"}),
+    "before a word": ('audio\tprediction\na.wav\t"Yes" he said\nb.wav\tno\nc.wav\tno\nd.wav\tyes\n', {2: "text after a closing quote"}),
 }
 
 
@@ -218,9 +218,9 @@ row_errors = {
     "cut UTF-8": (b"c,caf\xc3\n", "byte 0xc3 in column 6 of line 3"),
     "surrogate": (b"c,\xed\xa0\x80\n", "byte 0xed in column 3 of line 3"),
     "NUL": (b"c,\0\n", "NUL character in column 3 of line 3"),
-    "text behind a quote": (b'c,"d"e\n', "text behind a closing quote;"),
-    "inner quotes": (b'c,"5" nails"\n', "text behind a closing quote;"),
-    "a quote left open": (b'c,"d\ne,"f"\n', "text behind a closing quote (the row spans lines 3 to 4)"),
+    "text behind a quote": (b'c,"d"e\n', "text after a closing quote;"),
+    "inner quotes": (b'c,"5" nails"\n', "text after a closing quote;"),
+    "a quote left open": (b'c,"d\ne,"f"\n', "text after a closing quote (the row spans lines 3 to 4)"),
 }
 
 

@@ -163,7 +163,7 @@ def test_computed_anew(kind, k):
 
 
 @pytest.mark.parametrize("kind, quantization, checkpointing", slow_but([*[("audio", q, c) for q in ("4bit", "8bit") for c in (False, True)], ("qwen2", "4bit", False)], ("qwen2", "4bit", False)))
-def test_quantised(kind, quantization, checkpointing):
+def test_quantized(kind, quantization, checkpointing):
     e, _, most = measure(kind, quantization=quantization, gradient_checkpointing=checkpointing, bf16=True)
     assert 0.95 < (e.activations + e.working)/most < 1.06, (e.activations + e.working, most)
 
@@ -212,7 +212,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("kind", slow_but(["4bit", "8bit"], "4bit"))
 def test_packed_weights(kind):
-    "What is estimated for a model before it is quantised is what it then needs"
+    "What is estimated for a model before it is quantized is what it then needs"
     s = settings(quantization=kind, train_target="decoder")
     x = batch("audio", True, 1, 50, 1, tiny_model().config.audio_token_id)
     e = M.estimate_memory(tiny_model(), x, s)

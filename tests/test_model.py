@@ -25,7 +25,7 @@ from mdl_nbdev.model.load import check_trainable, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
-from mdl_nbdev.model.targets import is_quantised
+from mdl_nbdev.model.targets import is_quantized
 from mdl_nbdev.train.run import train
 
 logging.disable_progress_bar()
@@ -156,12 +156,12 @@ def test_adapted_merged_and_reloaded_agree(make, targets, tmp_path):
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_an_adapter_of_a_quantised_model_merges_into_the_float_base(bits, tmp_path):
+def test_an_adapter_of_a_quantized_model_merges_into_the_float_base(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     data = batch()
     model = fit(adapt(M.load_model("tiny", quantization=bits, device="cpu"), [*everything[:3], "lm_head"]), data)
-    quantised, half = type(model.get_base_model().decoder.model.layers[0].self_attn.q_proj.base_layer).__name__, logits(model, data)
-    assert quantised == {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[bits]
+    quantized, half = type(model.get_base_model().decoder.model.layers[0].self_attn.q_proj.base_layer).__name__, logits(model, data)
+    assert quantized == {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[bits]
     assert all(p.abs().max() > 0 for n, p in model.named_parameters() if "lora_B" in n)
     M.save_model(model, M.load_processor("tiny"), tmp_path/"adapter")
     want = logits(M.load_adapter(M.tiny_model(), tmp_path/"adapter"), data)
@@ -174,7 +174,7 @@ def test_an_adapter_of_a_quantised_model_merges_into_the_float_base(bits, tmp_pa
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantised_model_answers_almost_as_before(bits):
+def test_a_quantized_model_answers_almost_as_before(bits):
     pytest.importorskip("bitsandbytes")
     data = batch()
     small, full = M.load_model("tiny", quantization=bits, device="cpu"), M.tiny_model()
@@ -365,7 +365,7 @@ def test_tunings_that_make_no_sense():
 
 
 @pytest.mark.parametrize("bits, kind", [("4bit", "dora"), ("4bit", "rslora"), ("8bit", "rslora")])
-def test_variants_of_a_quantised_model(bits, kind, tmp_path):
+def test_variants_of_a_quantized_model(bits, kind, tmp_path):
     pytest.importorskip("bitsandbytes")
     load = lambda: M.load_model("tiny-text", quantization=bits, device="cpu")
     data, model = text_batch(), adapt(load(), **variants[kind])
@@ -532,9 +532,9 @@ def test_a_model_that_does_not_fit_in_memory_is_not_damaged(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "compressed-tensors"])
-def test_published_quantised_weights_are_refused_in_training(method, tmp_path, monkeypatch):
+def test_published_quantized_weights_are_refused_in_training(method, tmp_path, monkeypatch):
     folder = edit_config(M.save_model(M.tiny_model(), M.load_processor("tiny"), tmp_path/"small"), quantization_config=dict(quant_method=method, bits=4, config_groups={}))
-    message = rf"--model-name {folder}: its weights are quantised \({method}\) and cannot be trained; .*mispeech/midashenglm-7b-1021-bf16, with --quantization 4bit"
+    message = rf"--model-name {folder}: its weights are quantized \({method}\) and cannot be trained; .*mispeech/midashenglm-7b-1021-bf16, with --quantization 4bit"
     with pytest.raises(InputError, match=message): check_trainable(str(folder))
     for tuning in ("lora", "full"):
         model = M.tiny_model()
@@ -545,9 +545,9 @@ def test_published_quantised_weights_are_refused_in_training(method, tmp_path, m
     (tmp_path/"in.csv").write_text("audio,prediction\na.wav,dog\n")
     with pytest.raises(InputError, match=message): train(TrainSettings(train_dataset=["in.csv"], output="run", model_name=str(folder)))
     assert not (tmp_path/"run"/"data").exists(), "refused before the data is converted"
-    with pytest.raises(InputError, match=rf"quantised already \({method}\); leave out --quantization 4bit"): M.load_model(str(folder), quantization="4bit", device="cpu")
-    if method != "fp8": # transformers dequantises it where it cannot compute with it
-        with pytest.raises(InputError, match=rf"small: its weights are quantised \({method}\) and cannot be loaded here: .*pip install.*mispeech/midashenglm-7b-1021-bf16"):
+    with pytest.raises(InputError, match=rf"quantized already \({method}\); leave out --quantization 4bit"): M.load_model(str(folder), quantization="4bit", device="cpu")
+    if method != "fp8": # transformers dequantizes it where it cannot compute with it
+        with pytest.raises(InputError, match=rf"small: its weights are quantized \({method}\) and cannot be loaded here: .*pip install.*mispeech/midashenglm-7b-1021-bf16"):
             M.load_model(str(folder), device="cpu")
 
 
@@ -556,7 +556,7 @@ def test_weights_that_bitsandbytes_stored_can_be_trained(tmp_path):
     small = M.save_model(M.load_model("tiny", quantization="4bit", device="cpu"), M.load_processor("tiny"), tmp_path/"small")
     check_trainable(str(small)), check_trainable("tiny")
     fit(adapt(M.load_model(str(small), device="cpu")), batch(), 1)
-    assert is_quantised(M.load_model(str(small), quantization="4bit", device="cpu"))
+    assert is_quantized(M.load_model(str(small), quantization="4bit", device="cpu"))
 
 
 class Wrapper(torch.nn.Module):
@@ -647,11 +647,11 @@ def test_merges_that_cannot_be_made(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("new*"))
 
 
-def test_a_base_that_is_stored_quantised_is_no_base_to_merge_into(tmp_path):
+def test_a_base_that_is_stored_quantized_is_no_base_to_merge_into(tmp_path):
     pytest.importorskip("bitsandbytes")
     small = M.save_model(M.load_model("tiny", quantization="4bit", device="cpu"), M.load_processor("tiny"), tmp_path/"small")
     adapter = M.save_model(adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
-    with pytest.raises(InputError, match="these weights are quantised"): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"out", model_name=str(small)))
+    with pytest.raises(InputError, match="these weights are quantized"): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"out", model_name=str(small)))
 
 
 SNIPPET = """

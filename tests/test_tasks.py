@@ -143,9 +143,9 @@ BAD = {
     "patience without evaluation": (dict(early_stopping_patience=1, validation_split=0), "--early-stopping-patience: needs evaluation data"),
     "two evaluations": (dict(eval_dataset=["x"], validation_split=.1), "one of the two"),
     "no such evaluation": (dict(eval_dataset=["nowhere.csv"], validation_split=0), "nowhere.csv"),
-    "a floor above the peak": (dict(lr=1e-4, min_lr=1e-3), "--min-lr 0.001: is above --lr"),
+    "a floor above the peak": (dict(lr=1e-4, min_lr=1e-3), "--min-lr 0.001: above --lr"),
     "packs of changing number": (dict(packing=True, seq_length=64, task_sampling={"shout": .5}), "--packing: --task-sampling must be whole numbers"),
-    "quantised and full": (dict(tuning="full", quantization="4bit"), "quantization"),
+    "quantized and full": (dict(tuning="full", quantization="4bit"), "quantization"),
 }
 
 

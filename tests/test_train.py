@@ -117,7 +117,7 @@ def test_adapter_only(csv, tmp_path, run):
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_a_quantised_run_goes_on_after_an_evaluation(csv, tmp_path, bits):
+def test_a_quantized_run_goes_on_after_an_evaluation(csv, tmp_path, bits):
     "The same steps with and without an evaluation between them; the result is merged into the float base"
     s = settings(csv, tmp_path / "with", quantization=bits, eval_dataset=csv, eval_steps=1, max_steps=4)
     evaluated, plain = train(s), train(replace(s, output=tmp_path / "without", eval_dataset=None))

@@ -68,7 +68,7 @@ def parser(
     p = SettingsParser(prog=prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=EPILOG)
     fields = {f.name:f for f in dataclasses.fields(cls)}
     for title, options in option_groups(cls).items():
-        group = p.add_argument_group(title if title != cls.__doc__ else 'This command')
+        group = p.add_argument_group(title if title != cls.__doc__ else 'Main options')
         for name, text in options.items():
             kw = dict(help=(text + default_text(fields[name])).replace('%', '%%'))
             if option_facts(fields[name]).positional:

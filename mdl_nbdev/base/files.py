@@ -134,7 +134,7 @@ def new_output(
         own, kind = not os.path.islink(path) and any(Path(path).glob(marker)), f'a folder with {marker} in it'
     else: own, kind = os.path.isfile(path), 'a file'
     if not own:
-        raise InputError(f"{path}: is not replaced, since it is not {kind}, as this command writes; choose another --output")
+        raise InputError(f"{path}: not replaced: this command writes {kind}, and this is something else; choose another --output")
 
 def make_folder(
     path:str|Path, # Folder to make, with its parents

@@ -171,7 +171,7 @@ def on_main(self:Ranks,
 def wait(self:Ranks,
     tick:Callable, # Called about five times a second
 )->None:
-    "Wait until every rank is here"
+    "Wait until every rank has reached this point"
     if self.world==1: return
     import torch.distributed as dist
     try:

@@ -26,7 +26,7 @@ class DataSettings(Settings):
     user_prompt:str|None=opt(None, convert=True) # User prompt for rows that have none of their own
     # Folder that relative audio paths start from; otherwise the working directory
     base_dir:Path|None=opt(None, resume=True, convert=True, location=True)
-    # Longer clips are rejected before they are decoded
+    # Maximum length of a clip in seconds; longer clips are rejected without being decoded
     max_audio_seconds:float=opt(600., minimum=0.1, convert=True)
     # Parallel readers of audio; half the available cores, at most 32
     num_workers:int=opt(half_the_cores, minimum=1, result=False, convert=True)
@@ -87,13 +87,13 @@ class TaskSettings(Settings):
     # CSV, TSV, Parquet or JSONL file, converted dataset, folder with the files of a task, or folder of such
     # folders; may be repeated
     train_dataset:list[Path]=opt(resume=True, location=True)
-    eval_dataset:list[Path]=opt(list, resume=True, location=True) # The same, for evaluation
+    eval_dataset:list[Path]=opt(list, resume=True, location=True) # Evaluation data, in the same formats as --train-dataset
     # Share of the rows of each task that is kept for evaluation
     validation_split:float=opt(0., minimum=0, below=1)
-    # How often an epoch visits the rows of a task, as name=number; once if not named
+    # Times per epoch that each row of a task is used, as name=number; 1 for tasks not named
     task_sampling:dict[str,float]=opt(dict, minimum=0)
-    # Mean over tokens (case1), over samples (case2), over tasks of their tokens (case3), over tasks of their
-    # samples (case4), or over tasks with weights that follow their convergence (coba)
+    # What the loss is averaged over: all tokens (case1), all samples (case2), tasks, each averaged over its tokens
+    # (case3), tasks, each averaged over its samples (case4), or tasks with weights that adapt to their convergence (coba)
     loss_mode:Literal['tokens', 'samples', 'tasks', 'tasks-samples', 'coba', 'case1', 'case2', 'case3', 'case4']='tasks'
     # Weight of a task in the modes tasks and tasks-samples, as name=number; 1 if not named
     task_weights:dict[str,float]=opt(dict, minimum=0)
@@ -102,7 +102,7 @@ class TaskSettings(Settings):
     coba_tau:float=opt(5., minimum=0) # coba: temperature of the divergence factor
     coba_interval:int=opt(1, minimum=1) # coba: steps between two validation probes of one batch per task
     seq_length:int|None=opt(None, minimum=1) # Maximum tokens per sample, including audio tokens; null: no limit
-    # Leave longer samples out, or truncate them; both are listed in too_long.csv
+    # Leave out samples longer than seq_length, or truncate them; either way they are listed in too_long.csv
     too_long:Literal['reject', 'truncate']='reject'
     # Pack several samples into one sequence of seq_length tokens; they do not attend to each other
     packing:bool=False
@@ -115,7 +115,7 @@ class TaskSettings(Settings):
 @dataclass(kw_only=True)
 class EvaluationSettings(Settings):
     "Evaluation, checkpoints and the result"
-    # Evaluate by steps, after every epoch, or both
+    # Evaluate every eval_steps steps, after every epoch, or both
     eval_strategy:list[Literal['steps', 'epoch']]=opt(lambda: ['steps'], result=False)
     # Steps between evaluations; below 1: a fraction of all steps
     eval_steps:int|float=opt(500, steps=True, result=False)
@@ -128,9 +128,9 @@ class EvaluationSettings(Settings):
     save_steps:int|float=opt(500, steps=True, result=False)
     # Number of checkpoints to keep, the best and the latest among them; null: all
     save_total_limit:int|None=opt(None, minimum=1, result=False)
-    # Also keep a checkpoint of every epoch, as epoch-N, which does not count towards the limit
+    # Also keep a checkpoint after every epoch, as epoch-N; these do not count towards save_total_limit
     extra_save_by_epoch:bool=opt(False, result=False)
-    # Stop after this many evaluations in a row without a new best; null: never
+    # Stop after this many consecutive evaluations without improvement; null: never
     early_stopping_patience:int|None=opt(None, minimum=1, resume=True)
     merge_lora:bool=opt(True, resume=True) # final/ holds the merged model; false: only the adapter
 
@@ -195,7 +195,7 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     max_length:int|None=opt(None, minimum=1)
     do_sample:bool=False # Sample; false: choose the most likely token at every step
     temperature:float=opt(1., above=0) # Sampling temperature
-    top_p:float=opt(1., above=0, maximum=1) # Sample from the most likely tokens that hold this much probability
+    top_p:float=opt(1., above=0, maximum=1) # Sample from the smallest set of tokens whose probabilities add up to this
     num_beams:int=opt(1, minimum=1) # Beams of a beam search
     repetition_penalty:float=opt(1., above=0) # Above 1: tokens that already occurred become less likely
     seed:int=opt(42, minimum=0) # Seed of sampling

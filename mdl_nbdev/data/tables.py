@@ -48,7 +48,7 @@ def quote_fault(
     "Explain an error of the `csv` module"
     what = str(error)
     if "end of data" in what: what = "a quote is opened and never closed"
-    elif "expected after" in what: what = "there is text behind a closing quote"
+    elif "expected after" in what: what = "there is text after a closing quote"
     span = f" (the row spans lines {first} to {last})" if last > first else ""
     remedy = f"; {QUOTES_ARE_TEXT}" if delimiter=="\t" else ""
     return f'{what}{span}; close the quote, or write a quote inside a cell as ""{remedy}'
@@ -191,7 +191,7 @@ def width_fault(
     if n==expected: return None
     if n > expected: remedy = "put a cell that contains the separator in quotes"
     else: remedy = f"there is no cell for {', '.join(columns[n:])}"
-    return f"{plural(n, 'cell')}, and the header has {expected}: {shorten(repr(cells))}; {remedy}"
+    return f"{plural(n, 'cell')}, but the header has {expected}: {shorten(repr(cells))}; {remedy}"
 
 def lost_clip_fault(
     cells:list[str], # Cells of a row

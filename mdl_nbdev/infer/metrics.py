@@ -70,7 +70,7 @@ def score(
     preds = [' '.join(p.split()) for p in predictions]
     if '' in refs:
         i = refs.index('')
-        raise InputError(f"no reference for prediction {i}, counting from 0: an empty text can't be compared")
+        raise InputError(f"reference {i} (counting from 0) is empty; write the reference, or remove the pair")
     return Scores(
         correct=np.array([r==p for r,p in zip(references, predictions)]),
         empty=np.array([not p for p in preds]),

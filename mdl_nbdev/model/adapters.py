@@ -17,7 +17,7 @@ from ..base.errors import InputError
 from ..base.settings import TuneSettings
 from ..base.text import one_line
 from .load import check_trainable
-from .targets import PARTS, chosen_embeddings, chosen_parts, embedding_layers, is_quantised, is_tied
+from .targets import PARTS, chosen_embeddings, chosen_parts, embedding_layers, is_quantized, is_tied
 from .targets import linear_layers, train_in_full
 
 # %% ../../nbs/2_model/32_adapters.ipynb #c6
@@ -54,10 +54,10 @@ def check_pissa(
     s:TuneSettings, # With `lora_init='pissa'`
     pattern:str, # Of the modules to adapt
 )->None:
-    "`InputError` unless the weights are matrices, not quantised, and with enough singular vectors"
-    if is_quantised(model):
+    "`InputError` unless the weights are matrices, not quantized, and with enough singular vectors"
+    if is_quantized(model):
         raise InputError("--lora-init pissa and --quantization do not go together: PiSSA changes the weights that it "
-                         "starts from; use --lora-init default, or load the model unquantised")
+                         "starts from; use --lora-init default, or load the model unquantized")
     for name, m in model.named_modules():
         if not re.fullmatch(pattern, name): continue
         if not isinstance(m, (nn.Linear, Conv1D)):

@@ -25,7 +25,7 @@ class Example:
     labels:np.ndarray # int32 [tokens]; -100 where there is no loss
     clips:list # Waveforms [samples], int16 (or float32), mono, in the order of their tokens
     conversation:object=None # The `Conversation` it was made from; None in datasets of earlier versions
-    # int32 [turns, 2]: tokens from which to which each turn of the conversation reaches
+    # int32 [turns, 2]: first token and end (exclusive) of each turn of the conversation
     spans:np.ndarray|None=None
     task:str='' # Task it belongs to; '': not given
     task_id:int=0 # Number of the task in a mix of tasks
@@ -69,7 +69,7 @@ class Chat:
         template_file:str|None=None, # The file it came from, for error messages
     ):
         if tok.eos_token is None:
-            raise InputError("this tokenizer has no end token, so the model could not learn when to stop")
+            raise InputError("this tokenizer has no end token, so the model could not learn when to stop; choose another --model-name")
         tok.chat_template = chat_template or family.chat_template(tok)
         if not tok.chat_template:
             raise InputError(f"{family.name}: the tokenizer has no chat template; give one with --chat-template")

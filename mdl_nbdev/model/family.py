@@ -35,7 +35,7 @@ def clip_tokens(self:Family,
     n_samples:int, # Length of a clip at `sample_rate`
 )->int: # Number of its tokens
     "How many tokens a clip takes up in a prompt"
-    raise InputError(f"{self.name}: this model takes no audio")
+    raise InputError(f"{self.name}: this model takes no audio; remove the clips, or choose an audio model with --model-name")
 
 @patch
 def clip_cost(self:Family,
@@ -50,7 +50,7 @@ def clip_tensors(self:Family,
     clips:list[np.ndarray], # Waveforms [samples], int16 or float32 in [-1, 1], at `sample_rate`
 )->dict[str, np.ndarray]: # The model's inputs, by the names of its arguments
     "All clips of a batch as inputs of the model; runs in the workers that collate batches"
-    raise InputError(f"{self.name}: this model takes no audio")
+    raise InputError(f"{self.name}: this model takes no audio; remove the clips, or choose an audio model with --model-name")
 
 # %% ../../nbs/2_model/00_family.ipynb #c10
 @patch

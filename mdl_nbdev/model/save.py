@@ -18,7 +18,7 @@ from ..base.settings import MergeSettings
 from ..base.text import one_line
 from .adapters import make_savable, quiet_peft
 from .load import load_model, load_processor, no_safetensors, pick_dtype
-from .targets import is_quantised
+from .targets import is_quantized
 
 # %% ../../nbs/2_model/33_save.ipynb #c6
 def save_model(
@@ -66,13 +66,13 @@ def load_adapter(
 # %% ../../nbs/2_model/33_save.ipynb #c13
 def merge(
     model, # From `adapt` or `load_adapter`; do not use it afterwards
-    from_modelscope:bool=False, # Is a quantised model's base downloaded from ModelScope?
+    from_modelscope:bool=False, # Is a quantized model's base downloaded from ModelScope?
 ): # A plain model, in 16 or 32 bits
     "Add adapters to the weights; after full fine-tuning, convert the weights to the type that they were loaded in"
     from peft import PeftModel
     if not isinstance(model, PeftModel): return as_loaded(model)
     base = model.get_base_model()
-    if not is_quantised(base): return model.merge_and_unload(safe_merge=True)
+    if not is_quantized(base): return model.merge_and_unload(safe_merge=True)
     with TemporaryDirectory() as d:
         model.save_pretrained(d)
         return merge_into_base(d, base.name_or_path, from_modelscope, base.dtype)
@@ -93,8 +93,8 @@ def merge_into_base(
 ): # A plain model on the CPU
     "Load a base model, and merge adapters into it"
     base = load_model(name, from_modelscope, dtype, device='cpu')
-    if is_quantised(base):
-        raise InputError(f"--model-name {name}: these weights are quantised, and a merged model needs weights of 16 or "
+    if is_quantized(base):
+        raise InputError(f"--model-name {name}: these weights are quantized, and a merged model needs weights of 16 or "
                          "32 bits; give the model that they were made from")
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True)
 

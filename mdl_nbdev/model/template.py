@@ -65,7 +65,7 @@ def render_shape(
 )->str: # Text with `MARKER`s in place of texts
     "What the chat template writes for a shape; `InputError` if it fails"
     if family.clip_token is None and any('audio' in types for _,types in shape):
-        raise InputError("this model takes no audio")
+        raise InputError("this model takes no audio; remove the clips, or choose an audio model with --model-name")
     numbers = iter(range(10**6))
     def part(kind):
         return {'type':'audio', 'audio':''} if kind=='audio' else {'type':'text', 'text':MARKER.format(next(numbers))}
@@ -108,7 +108,7 @@ def completion_lead(
     text, prompt = render_shape(tok, family, shape), render_shape(tok, family, shape[:-1], add_generation_prompt=True)
     found = re.compile('(\\s*)\ue000').match(text, len(prompt)) if text.startswith(prompt) else None
     if found: return found[1]
-    raise template_error(tok, "renders a prompt to be answered differently from one that has its answer, so training would not match use; "
+    raise template_error(tok, "renders a prompt without its answer differently from the same prompt with it, so training would not match inference; "
         f"prompt: {prompt[-60:]!r}, trained: {text[:len(prompt)+20][-80:]!r}")
 
 # %% ../../nbs/2_model/02_template.ipynb #c18

@@ -259,7 +259,7 @@ def write_checkpoint(
     shutil.rmtree(attempt.failed, ignore_errors=True)
     if attempt.error: raise InputError(disk_message(final, attempt.error, attempt.written)) from attempt.error
     if not final.is_dir():
-        raise InputError(f"{final}: this checkpoint was not written: the main process could not finish it, and says why")
+        raise InputError(f"{final}: this checkpoint was not written because the main process failed; see its message for the cause")
     return final
 
 # %% ../../nbs/3_train/08_checkpoints.ipynb #c28

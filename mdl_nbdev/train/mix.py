@@ -35,8 +35,8 @@ def number_tasks(
     names = names or found
     unknown = [n for n in found if n not in names]
     if unknown:
-        raise InputError(f"the evaluation data has a task {unknown[0]!r}, which is none of those trained on: "
-                         f"{', '.join(names)}")
+        raise InputError(f"the evaluation data has a task {unknown[0]!r} that is not in the training data, which has "
+                         f"{', '.join(names)}; rename the task or remove its rows")
     return names, [np.array([names.index(n) for n in own])[at] for own,at in tasks]
 
 class Mix:

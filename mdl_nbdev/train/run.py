@@ -58,7 +58,7 @@ def check_settings(
     if unknown:
         installed = ', '.join(trackers) or 'none'
         raise InputError(f"--report-to {min(unknown)}: not installed, or no such tracker; installed are: {installed}")
-    if s.min_lr > s.lr: raise InputError(f"--min-lr {s.min_lr:g}: is above --lr, which is {s.lr:g}")
+    if s.min_lr > s.lr: raise InputError(f"--min-lr {s.min_lr:g}: above --lr, which is {s.lr:g}; lower --min-lr or raise --lr")
     if s.validation_split and s.eval_dataset:
         raise InputError("--validation-split: there is an --eval-dataset already; give one of the two")
     evaluates = s.eval_dataset or s.validation_split
@@ -143,7 +143,7 @@ def open_datasets(
         lacking = [t for i,t in enumerate(training.task_names) if not (evaluation.task_ids==i).any()]
         if lacking:
             raise InputError(f"--loss-mode coba: the evaluation data has no rows of the task {lacking[0]}, "
-                             "whose convergence it would follow")
+                             "whose convergence it needs to measure; add some, or choose another --loss-mode")
     return limit_mixes(s, chat, training, evaluation)
 
 # %% ../../nbs/3_train/20_run.ipynb #c12
@@ -262,7 +262,7 @@ class StopSignals:
             return signal.raise_signal(number)
         self.deaf_until = time.monotonic() + 2
         t.stop_requested = signal.Signals(number).name
-        message = f"\n{t.stop_requested}: saving after this step; once more stops at once"
+        message = f"\n{t.stop_requested}: saving a checkpoint after this step; a second signal stops immediately, without saving"
         if t.is_world_process_zero(): print(message, file=sys.stderr, flush=True)
 
 # %% ../../nbs/3_train/20_run.ipynb #c20
