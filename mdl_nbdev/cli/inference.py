@@ -151,7 +151,8 @@ class InferRun(Run):
         "Answer the rows; `None` if the run was stopped"
         try: return infer(self.s, self.callbacks)
         except InferStopped:
-            self.view.note(f'stopped after {self.view.done:,} of {self.view.total:,} rows; click Continue or call resume() to resume from there')
+            self.view.note(f'stopped after {self.view.done:,} of {self.view.total:,} rows; '
+                           'click Continue or call resume() to resume from there')
 
     def resume(self):
         "Continue after a stop"

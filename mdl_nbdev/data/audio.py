@@ -54,7 +54,8 @@ def no_clip(
     "Why there is no clip, and what to do"
     name = shorten(src, 200)
     path = os.path.expanduser(src)
-    if src.startswith('data:'): return f'{shorten(src)}: the cell contains audio data instead of a path; save the audio as a file and give its path'
+    if src.startswith('data:'):
+        return f'{shorten(src)}: the cell contains audio data instead of a path; save the audio as a file and give its path'
     if re.match(r'\w+://', src):
         return f'{name}: only http:// and https:// addresses can be downloaded; download it and give its path'
     if os.path.isdir(path): return f'{name}: this is a folder, not a sound file; give the path of one clip'

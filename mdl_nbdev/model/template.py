@@ -108,7 +108,8 @@ def completion_lead(
     text, prompt = render_shape(tok, family, shape), render_shape(tok, family, shape[:-1], add_generation_prompt=True)
     found = re.compile('(\\s*)\ue000').match(text, len(prompt)) if text.startswith(prompt) else None
     if found: return found[1]
-    raise template_error(tok, "renders a prompt without its answer differently from the same prompt with it, so training would not match inference; "
+    raise template_error(tok, "renders a prompt without its answer differently from the same prompt with it, "
+        "so training would not match inference; "
         f"prompt: {prompt[-60:]!r}, trained: {text[:len(prompt)+20][-80:]!r}")
 
 # %% ../../nbs/2_model/02_template.ipynb #c18
