@@ -31,17 +31,23 @@ def arguments(csv, **kw):
     return [x for k, v in (settings | kw).items() for x in (f"--{k}", v)]
 
 
-CASES = [dict(num_workers=2, gradient_accumulation_steps=3, batch_size=2, num_epochs=3),
-         pytest.param(dict(), marks=pytest.mark.slow), pytest.param(dict(num_workers=2), marks=pytest.mark.slow),
-         pytest.param(dict(gradient_accumulation_steps=3, batch_size=2, num_epochs=3), marks=pytest.mark.slow)]
+def cheap(csv, **kw):
+    "The same with fewer adapters and eight rows to evaluate"
+    few = csv.parent/"few.csv"
+    few.write_text("".join(csv.read_text().splitlines(keepends=True)[:9]))
+    return arguments(csv, **dict(train_target="projector", eval_dataset=few, eval_batch_size=8) | kw)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_killed_at_five_moments(csv, tmp_path, case):
-    args, log, run = arguments(csv, **case), tmp_path/"log", tmp_path/"run"
+ALL_SORTS = dict(num_workers=2, gradient_accumulation_steps=3, batch_size=2, num_epochs=3)
+CASES = [ALL_SORTS, dict(), dict(num_workers=2), dict(gradient_accumulation_steps=3, batch_size=2, num_epochs=3)]
+
+
+@pytest.mark.parametrize("make, case, kills", [(cheap, ALL_SORTS | dict(num_epochs=2), (0, 2)), *(pytest.param(arguments, c, range(5), marks=pytest.mark.slow) for c in CASES)])
+def test_killed_at_several_moments(csv, tmp_path, make, case, kills):
+    args, log, run = make(csv, **case), tmp_path/"log", tmp_path/"run"
     finish(start([*args, "--output", tmp_path/"whole"], log), log)
     again = [*args, "--output", run, "--resume_from_checkpoint", "true"]
-    for kill in range(5):
+    for kill in kills:
         process = start(again, log)
         before = set(run.glob("checkpoint-*"))
         if kill == 2: # inside the write of a checkpoint
@@ -57,7 +63,7 @@ def test_killed_at_five_moments(csv, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_saves_once_and_stops(csv, tmp_path, name):
-    args, log, run = arguments(csv, save_steps=1000, num_epochs=3), tmp_path/"log", tmp_path/"run"
+    args, log, run = cheap(csv, save_steps=1000, num_epochs=3), tmp_path/"log", tmp_path/"run"
     process = start([*args, "--output", run], log)
     wait_until(lambda: (run/"metrics.jsonl").exists() and history(run), process)
     number = signal.Signals[name]
