@@ -165,6 +165,14 @@ def test_public_names_are_documented(module):
     assert not missing, "parameters without a docments comment"
 
 
+def test_a_public_name_means_one_thing():
+    homes = {}
+    for module in modules:
+        for o in public(module): homes.setdefault(o.__name__, []).append(module)
+    several = {name: found for name, found in homes.items() if len(found) > 1}
+    assert not several, "several modules define a public function or class of this name"
+
+
 heavy = {"torch", "transformers", "peft", "accelerate"}
 
 

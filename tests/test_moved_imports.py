@@ -113,8 +113,8 @@ def test_listeners(tmp_path):
     assert len(seen) == 2 and seen[0] == seen[1] and seen[0][0] and seen[0][1:] == (True, "d o g", 1, 1)
 
 
-def test_names_that_two_modules_have():
-    "nbdev's index has `count_labels` and `ProgressBar` twice"
+def test_names_that_two_modules_had():
+    "Other modules had functions and classes of the same names"
     from mdl_nbdev.losses import count_labels
 
     from mdl_nbdev.train import ProgressLine

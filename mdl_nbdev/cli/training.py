@@ -16,7 +16,7 @@ from ..base.errors import InputError
 from ..base.html import Html, as_html, html_box, html_table
 from ..base.settings import TrainSettings
 from ..base.text import format_clock, shorten
-from .background import Request, Run
+from .background import Run, UserRequest
 from .charts import Curve, chart
 from .live import Live
 from .view import Pace, View, marked_answer, small_player
@@ -211,7 +211,7 @@ class TrainRun(Run):
     ):
         super().__init__(TrainView(s.output, s.num_epochs, s.max_steps))
         self.s = s
-        self.save_wanted = Request()
+        self.save_wanted = UserRequest()
         self.callbacks = [TrainFeed(self), *callbacks]
 
     def actions(self):

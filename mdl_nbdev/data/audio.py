@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'SOUND_SUFFIXES', 'MAX_PEAK', 'SHORTER', 'resolve', 'is_sound_file', 'local_file', 'no_clip',
-           'piped_wav', 'ogg_is_complete', 'is_chained_ogg', 'mp3_tag', 'check_complete', 'split_segment', 'Segment',
-           'open_clip', 'AudioInfo', 'read_blocks', 'audio_info', 'to_mono', 'decode', 'resample', 'load_audio',
-           'to_int16', 'from_int16']
+           'piped_wav', 'ogg_is_complete', 'is_chained_ogg', 'mp3_tag', 'check_complete', 'split_segment',
+           'FileSegment', 'open_clip', 'AudioInfo', 'read_blocks', 'audio_info', 'to_mono', 'decode', 'resample',
+           'load_audio', 'to_int16', 'from_int16']
 
 # %% ../../nbs/1_data/01_audio.ipynb #c4
 import io, math, os, re, struct
@@ -168,7 +168,7 @@ def split_segment(
     m = _SEGMENT.search(str(src))
     return (str(src)[:m.start()], float(m[1] or 0), float(m[2] or math.inf)) if m else (src, 0., math.inf)
 
-class Segment:
+class FileSegment:
     "A part of an open sound file, which is read like a whole one"
     def __init__(self,
         f:sf.SoundFile, # The open file
@@ -224,7 +224,7 @@ def open_clip(
             raise AudioError(f'{src}: not readable as audio ({e.error_string}); {remedy}') from None
         check_complete(f, path, src)
         if not f.frames: raise AudioError(f'{src}: contains no sound (0 frames); record or export it again')
-        try: yield f if whole_clip==src else Segment(f, start, end, src)
+        try: yield f if whole_clip==src else FileSegment(f, start, end, src)
         except sf.LibsndfileError as e:
             raise AudioError(f'{src}: damaged or truncated ({e.error_string}); '
                              'copy or download it again') from None

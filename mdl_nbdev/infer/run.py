@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_NEW_TOKENS', 'BATCHES_PER_SHARD', 'completion_limit', 'PromptedRow', 'Prompter', 'Pipeline', 'InferReport',
            'prompt_html', 'reference_mark', 'open_output', 'load_engine', 'join_output', 'stop_at_reject',
-           'rows_of_shards', 'prepare_output', 'ProgressBar', 'infer']
+           'rows_of_shards', 'prepare_output', 'InferProgressBar', 'infer']
 
 # %% ../../nbs/4_infer/02_run.ipynb #c4
 import os, socket, time
@@ -273,7 +273,7 @@ def prepare_output(
     out.begin(run_identity(s), s.overwrite)
     return out.resume(shard_rows)
 
-class ProgressBar:
+class InferProgressBar:
     "A bar over the rows that all ranks have logged; a context manager"
     def __init__(self,
         progress:LoggedProgress, # Reads the logs
@@ -315,7 +315,7 @@ def infer(
         numbers = remaining_shards(-(-total//shard_rows), finished, ranks.rank, ranks.world)
         shards = stack.enter_context(closing(pipeline.run(rows_of_shards(out.source, shard_rows, numbers))))
         hidden = not ranks.is_main or any(getattr(c, 'shows_progress', False) for c in callbacks)
-        bar = stack.enter_context(ProgressBar(LoggedProgress(out.parts()), report, hidden))
+        bar = stack.enter_context(InferProgressBar(LoggedProgress(out.parts()), report, hidden))
         start = time.perf_counter()
         for number,rows in zip(numbers, shards, strict=True):
             stop_at_reject(rows, s)

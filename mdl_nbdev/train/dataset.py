@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ArrowFile', 'read_cell', 'list_lengths', 'OwnLayout', 'ToolkitLayout', 'open_files', 'AudioDataset', 'open_dataset',
-           'check_settings']
+           'check_conversion']
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c4
 import json, mmap
@@ -210,7 +210,7 @@ def open_dataset(
 )->AudioDataset: # Ready to read
     "Open a converted dataset, or convert a file first"
     path, cache = Path(path), Path(cache)
-    if path.is_dir(): return check_settings(AudioDataset(path, chat.fingerprint), chat, settings)
+    if path.is_dir(): return check_conversion(AudioDataset(path, chat.fingerprint), chat, settings)
     s = ConvertSettings(input=path, output=cache, overwrite=True, **settings)
     jobs, key_file = plan_shards(s, chat), cache/'key'
     key = conversion_key(jobs)
@@ -219,7 +219,7 @@ def open_dataset(
         write_text(key_file, key)
     return AudioDataset(cache, chat.fingerprint, path.stem)
 
-def check_settings(
+def check_conversion(
     ds:AudioDataset, # A converted dataset
     chat:Chat, # Of the model
     settings:dict, # May name a system_prompt and a user_prompt

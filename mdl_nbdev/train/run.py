@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_settings', 'find_checkpoint', 'open_run_folder', 'open_mixes', 'convert_datasets', 'limit_mixes',
-           'open_datasets', 'training_arguments', 'load_adapted', 'make_trainer', 'run_identity', 'check_identity',
+           'open_datasets', 'training_arguments', 'load_adapted', 'make_trainer', 'training_identity', 'check_identity',
            'start_run_folder', 'StopSignals', 'is_lost_connection', 'explain_error', 'run_loop', 'save_final',
            'why_stopped', 'finish_run', 'train']
 
@@ -204,7 +204,7 @@ def make_trainer(
     return trainer
 
 # %% ../../nbs/3_train/20_run.ipynb #c16
-def run_identity(
+def training_identity(
     trainer:TaskTrainer, # Ready to train
     chat:Chat, # Of the model
 )->dict: # As checkpoints record it
@@ -366,7 +366,7 @@ def train(
         training, evaluation = open_datasets(s, chat, ranks)
         trainer = make_trainer(s, chat, training, evaluation, callbacks, ranks)
         if s.dry_run: return dry_run(trainer, chat)
-        trainer.identity = run_identity(trainer, chat)
+        trainer.identity = training_identity(trainer, chat)
         trainer.resumed_from = checkpoint
         ranks.on_main(start_run_folder, trainer)
         torch.manual_seed(s.seed + trainer.args.process_index) # dropout differs between ranks
