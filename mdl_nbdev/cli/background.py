@@ -22,9 +22,12 @@ class NoteHandler(logging.Handler):
         super().__init__(logging.WARNING)
         self.view = view
         self.thread_id = threading.get_ident()
+        self.last = None # The record that it noted last, which may come again from another logger
 
     def emit(self, record):
-        if record.thread==self.thread_id: self.view.safely(self.view.note, record.getMessage(), True)
+        if record.thread != self.thread_id or record is self.last: return
+        self.last = record
+        self.view.safely(self.view.note, record.getMessage(), True)
 
 @contextmanager
 def warnings_noted(
@@ -35,7 +38,8 @@ def warnings_noted(
     def note_warning(message, category, *args, **kwargs):
         if threading.get_ident()==handler.thread_id: view.safely(view.note, f'{category.__name__}: {message}', True)
         else: show(message, category, *args, **kwargs)
-    loggers = [logging.getLogger(), logging.getLogger('transformers')] # the latter does not pass on what it logs
+    # The root logger gets nothing from that of transformers once transformers is imported, and everything before
+    loggers = [logging.getLogger(), logging.getLogger('transformers')]
     for logger in loggers: logger.addHandler(handler)
     warnings.showwarning = note_warning
     try: yield
