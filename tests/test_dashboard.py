@@ -1,5 +1,6 @@
 "Dashboards without a browser: what they remember, how they die, and what they cost"
 import json
+import logging
 import math
 import os
 import re
@@ -10,22 +11,27 @@ import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from mdl_nbdev.base import settings
 from mdl_nbdev.base.command_line import from_args, read_config
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings, InferSettings, TrainSettings
+from mdl_nbdev.cli.background import warnings_noted
 from mdl_nbdev.cli.charts import Curve, chart
+from mdl_nbdev.cli.demo import plot_answer
 from mdl_nbdev.cli.form import SettingsForm, required_options
 from mdl_nbdev.cli.inference import start_inference
 from mdl_nbdev.cli.live import Live
 from mdl_nbdev.cli.training import TrainRun, TrainView, start_training, watch
-from mdl_nbdev.cli.view import Pace, View
+from mdl_nbdev.cli.view import Pace, View, marked_answer
 from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.infer.run import infer
+from mdl_nbdev.infer.metrics import score
+from mdl_nbdev.infer.run import infer, reference_mark
 from mdl_nbdev.train.report import TrainReport
 from mdl_nbdev.train.run import train
 from mdl_nbdev.train.samples import SampleAnswers, read_samples
@@ -218,6 +224,26 @@ def test_a_conversation_of_several_turns(tmp_path):
     view.samples = [dict(step=3, row=0, task="a", question="three", reference="four", answer="5", clips=[], system="be & short", turns=turns)]
     page = view.answers()
     assert "system: be &amp; short" in page and "user: &lt;one&gt;" in page and "assistant: two" in page and "✘" in page
+
+
+@pytest.mark.parametrize("prediction, mark", [("cafe\u0301", "✔"), (" caf\u00e9\n", "✔"), ("cafe", "✘"), ("Caf\u00e9", "✘")])
+def test_marks_agree_with_the_metrics(prediction, mark, sounds):
+    "An accented letter may be one character or two, everywhere"
+    reference, ax = "caf\u00e9", Figure().subplots()
+    row = SimpleNamespace(reference=reference, prediction=prediction, conversation=SimpleNamespace(clips=[next(sounds.parent.rglob("*.wav"))]))
+    assert mark in marked_answer(prediction, reference) and reference_mark(row).startswith(mark)
+    plot_answer(ax, row)
+    correct = mark == "✔"
+    assert ("✓" in ax.get_title()) == correct and score([reference], [prediction]).correct.tolist() == [correct]
+
+
+@pytest.mark.parametrize("propagates", [True, False])
+def test_a_warning_of_transformers_is_noted_once(propagates, monkeypatch):
+    logger, view = logging.getLogger("transformers"), View("A run")
+    monkeypatch.setattr(logger, "propagate", propagates)
+    with warnings_noted(view):
+        for _ in range(2): logger.warning("a key is missing")
+    assert [text for _, text, _ in view.notes] == ["a key is missing"]*2
 
 
 def test_a_stopped_demo_says_so(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.files import make_folder, write_json
 from ..base.settings import DemoSettings, EvalSettings, InferSettings, TrainSettings
+from ..base.text import same_text
 from ..data.audio import SAMPLE_RATE, load_audio
 from ..data.sounds import SOUND_LABELS, make_sounds
 
@@ -77,10 +78,10 @@ def plot_answer(
     row, # A row of the `InferReport` with its answer
 )->None:
     "A clip's spectrogram below the model's answer, and the label if that differs"
-    label = row.reference.strip()
-    correct = row.prediction.strip()==label
+    correct = same_text(row.prediction, row.reference)
     ax.specgram(load_audio(row.conversation.clips[0]), NFFT=512, noverlap=384, Fs=SAMPLE_RATE, scale='dB', vmin=-120, cmap='magma')
-    ax.set_title(f'{row.prediction[:20]} ' + ('✓' if correct else f'✗ {label}'), color=GREEN if correct else RED, fontsize=11)
+    mark = '✓' if correct else f'✗ {row.reference.strip()}'
+    ax.set_title(f'{row.prediction[:20]} {mark}', color=GREEN if correct else RED, fontsize=11)
     ax.set(xticks=[], yticks=[], ylim=(0, 4000))
 
 @patch

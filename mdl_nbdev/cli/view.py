@@ -13,7 +13,7 @@ from typing import Any, Callable
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.html import Html, as_html, audio_player, html_bar, html_box, html_table, svg_image
-from ..base.text import format_clock, one_line, shorten
+from ..base.text import format_clock, one_line, same_text, shorten
 from .charts import GREY
 from ..data.audio import SAMPLE_RATE, load_audio
 
@@ -36,7 +36,7 @@ def marked_answer(
 )->Html: # For a cell of a table
     "An answer with a mark: does it equal the reference?"
     if reference is None: return as_html(shorten(answer, most))
-    correct = answer.strip()==reference.strip()
+    correct = same_text(answer, reference)
     mark = '<span style="color:#16a34a">✔</span>' if correct else '<span style="color:#dc2626">✘</span>'
     return Html(f'{mark} {as_html(shorten(answer, most)) or "<i>(empty)</i>"}')
 

@@ -19,12 +19,12 @@ from ..base.errors import InputError
 from ..base.files import new_output, write_json
 from ..base.html import Html, as_html, html_bar, html_table
 from ..base.settings import EvalSettings
-from ..base.text import plural, shorten
+from ..base.text import comparable, plural, shorten
 from ..data.conversations import message_clips, message_text
 from ..data.jsonl import Record
 from ..data.sources import open_rows
 from ..data.rows import BadRow, bad_rows_error
-from .metrics import Scores, comparable, score
+from .metrics import Scores, score
 
 # %% ../../nbs/4_infer/04_evaluate.ipynb #c7
 def read_all(
@@ -264,9 +264,7 @@ def to_dict(self:EvalReport
 )->dict: # Plain values, ready for JSON
     "The metrics, and every label or the worst rows"
     s = self.scores
-    out = dict(input=self.input, reference=self.reference, rows=len(s.correct), correct=int(s.correct.sum()), exact=s.exact,
-               empty=int(s.empty.sum()), wer=s.wer, words=int(s.words.sum()), word_edits=int(s.word_edits.sum()),
-               cer=s.cer, chars=int(s.chars.sum()), char_edits=int(s.char_edits.sum()))
+    out = dict(input=self.input, reference=self.reference) | s.to_dict()
     if self.by_label: return out | dict(labels=self.label_table())
     worst = [dict(line=self.lines[i], wer=float(s.word_edits[i]/s.words[i]), reference=self.references[i],
                   prediction=self.predictions[i]) for i in self.worst()]

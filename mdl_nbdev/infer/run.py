@@ -21,7 +21,7 @@ from ..base.files import make_folder, new_output
 from ..base.html import Html, as_html, html_table
 from ..base.processes import DaemonPool, Ranks, silence_libraries
 from ..base.settings import InferSettings
-from ..base.text import plural
+from ..base.text import plural, same_text
 from ..data.audio import audio_info
 from ..data.sources import open_rows
 from ..data.conversations import Conversation
@@ -198,7 +198,7 @@ def reference_mark(
 )->Html: # HTML; empty without a reference
     "Whether the prediction equals the reference, and the reference if not"
     if row.reference is None: return Html()
-    if row.reference.strip()==row.prediction.strip(): return Html('✔')
+    if same_text(row.prediction, row.reference): return Html('✔')
     return Html(f'✘ <small>{as_html(row.reference)}</small>')
 
 @patch
