@@ -10,6 +10,7 @@ import soundfile as sf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_launchers import BIN, LAUNCHERS, near, run
 from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from mdl_nbdev import InferSettings, TrainSettings, infer, train
@@ -167,3 +168,17 @@ def test_the_result_needs_transformers_alone(folder, tmp_path):
     r = subprocess.run([sys.executable, "-c", LOAD, str(run.final), *(str(tmp_path / f"{i}.wav") for i in range(4))], capture_output=True, text=True, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     assert json.loads(r.stdout.splitlines()[-1]) == ours[:4] == ["low", "high"] * 2
+
+
+@pytest.mark.parametrize("name", ["qwen2-audio", pytest.param("tiny", marks=pytest.mark.slow)])
+def test_processes_that_have_no_clips(folder, tmp_path, name):
+    "Of two processes, one often has only texts: it goes through the encoder like the other, and the run is that of one process"
+    rng = np.random.default_rng(0)
+    for i in range(6): sf.write(tmp_path / f"{i}.wav", rng.normal(0, .1, 8000), 16000)
+    rows = [{"audio": f"{tmp_path}/{i}.wav", "prompt": "what", "answer": "noise"} for i in range(6)] + [{"prompt": f"say {i}", "answer": f"{i}" * 20} for i in range(18)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    command = [BIN / "mdl_train", "--train-dataset", tmp_path / "rows.jsonl", "--model-name", folder if name == "qwen2-audio" else name, "--train-target", "encoder,projector,decoder",
+               "--lr", 1e-4, "--max-steps", 8, "--logging-steps", 1, "--sample-answers", 0]
+    run([*command, "--batch-size", 2, "--output", tmp_path / "one"])
+    run([*LAUNCHERS["torchrun"](), *command, "--batch-size", 1, "--output", tmp_path / "two"])
+    near(tmp_path / "one", tmp_path / "two", "loss", "grad_norm")

@@ -1,4 +1,4 @@
-"A family of models that the package has never heard of: another clip token, another sample rate, another processor, from checking its data to judging its answers"
+"A family of models that the package has never heard of: another clip token, another sample rate, another network, from checking its data to judging its answers"
 import csv
 import json
 
@@ -16,6 +16,7 @@ from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.model import families
 from mdl_nbdev.model.byte_tokenizer import byte_tokenizer
+from mdl_nbdev.model.chat import Chat
 from mdl_nbdev.model.family import Family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,14 +70,14 @@ class GramophoneFamily(Family):
         grooves = np.concatenate([c[:len(c) // GROOVE * GROOVE].reshape(-1, GROOVE) for c in padded])
         return {"grooves": np.log(np.abs(np.fft.rfft(grooves)) + 1e-3).astype(np.float32)}
 
+    def register(self): AutoConfig.register("gramophone", GramophoneConfig, exist_ok=True)
     def model_class(self): return Gramophone
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     "The model in a folder, and a table of low, middle and high tones"
-    AutoConfig.register("gramophone", GramophoneConfig, exist_ok=True)
-    families.FAMILIES.insert(0, GramophoneFamily())
+    families.add_family(GramophoneFamily())
     folder, rng = tmp_path_factory.mktemp("toy"), np.random.default_rng(0)
     tok = byte_tokenizer(eos_token="<|end|>", pad_token="<|pad|>", extra_special_tokens=["<disc>"], chat_template=TEMPLATE)
     text = dict(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, eos_token_id=tok.eos_token_id)
@@ -120,3 +121,12 @@ def test_its_limits_are_kept(world):
     assert report.failed and f"{long} 20 s; gramophone takes no longer clips: cut it into shorter ones" in report.rejected[0][3]
     chat, conversation = families.load_chat(str(world / "base")), Conversation([{"role": "user", "content": [{"type": "audio", "audio": str(world / "long.wav")}]}])
     with pytest.raises(InputError, match=rf"{long} 10 s; .*raise the limit \(--max-audio-seconds\)"): chat.load_clips(conversation, 10.)
+
+
+def test_a_clip_token_that_the_tokenizer_lacks_is_refused():
+    with pytest.raises(InputError, match="gramophone: the tokenizer has no added token '<disc>'"): Chat(byte_tokenizer(eos_token="<|end|>", chat_template=TEMPLATE), GramophoneFamily())
+
+
+def test_parts_are_whole_names():
+    family = GramophoneFamily()
+    assert [family.part_of(n) for n in ("horn", "base_model.model.horn.weight", "hornbeam.weight", "lm.amplifier.0")] == ["encoder", "encoder", "decoder", "projector"]

@@ -8,6 +8,7 @@ __all__ = ['DESCRIPTIONS', 'SAMPLE_COLOURS', 'pad_tokens', 'Collator', 'Batch', 
 # %% ../../nbs/2_model/05_collate.ipynb #c4
 import numpy as np
 from fastcore.basics import patch
+from .chat import Example
 from .family import Family
 
 # %% ../../nbs/2_model/05_collate.ipynb #c6
@@ -38,7 +39,8 @@ class Collator:
         pad_id:int, # Token that fills the rest of a row
         family:Family, # Makes the model's audio inputs
         side:str='right', # Side where tokens are padded; packed rows are always padded on the right
-    ): self.pad_id, self.family, self.side = pad_id, family, side
+        silence:Example|None=None, # A row added to each batch without clips; None: nothing is added
+    ): self.pad_id, self.family, self.side, self.silence = pad_id, family, side, silence
 
     def __call__(self,
         items:list, # Examples of any lengths, or lists of them to be packed
@@ -47,6 +49,7 @@ class Collator:
         import torch
         packed = any(isinstance(i, list) for i in items)
         rows = [i if isinstance(i, list) else [i] for i in items]
+        if self.silence and not any(e.clips for row in rows for e in row): rows.append([self.silence])
         arrays = pad_tokens(rows, self.pad_id, self.side=='right' or packed)
         position = arrays.pop('position_ids')
         arrays |= dict(position_ids=position) if packed else dict(attention_mask=(arrays['sample']>=0).astype(np.int64))

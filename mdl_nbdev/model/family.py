@@ -8,6 +8,7 @@ __all__ = ['Family']
 # %% ../../nbs/2_model/00_family.ipynb #c4
 import math
 import numpy as np
+from fastcore.basics import patch
 from ..base.errors import InputError
 
 # %% ../../nbs/2_model/00_family.ipynb #c6
@@ -17,19 +18,19 @@ class Family:
     model_types = () # `model_type` of the configurations that belong to it
     builtin = {} # Name of a built-in model -> (function that makes its tokenizer, function that makes the model)
     sample_rate = 16_000 # Samples per second of the waveforms it takes
-    clip_token = None # Text of the token that stands for a clip, repeated as often as the clip needs; None: takes no clips
+    # A single added token of the tokenizer that stands for a clip, repeated as often as the clip needs; None: takes no clips
+    clip_token = None
     brackets = None # Tokens that stand before and after each clip, added where the chat template leaves them out
-    min_samples = 1 # Shorter clips are padded with silence to this length by `clip_tensors`
     max_clip_seconds = math.inf # Longer clips cannot be heard as a whole, so they are rejected
-    parts = {} # Name of a part -> beginnings of module names; everything else is the decoder
-    never_trained = () # Beginnings of the names of parameters that stay as they are, even in full fine-tuning
-    weighted_loss = False # Its forward takes `loss_weights` and computes logits at labelled positions only
+    parts = {} # encoder, projector -> names of modules, at any depth; everything else is the decoder
+    never_trained = () # Names of modules, at any depth, that stay as they are even in full fine-tuning
+    # Its forward takes `loss_weights` [sums, rows, positions], computes logits at labelled positions only, and returns
+    # `loss` [sums]; in sharded runs it also gets `loss_pieces`, the number of pieces in which every rank computes them
+    weighted_loss = False
     generates_from_embeddings = False # `generate` returns the new tokens without the prompt
     fingerprint_facts = () # What decides token ids besides the tokenizer and its chat template
 
 # %% ../../nbs/2_model/00_family.ipynb #c8
-from fastcore.basics import patch
-
 @patch
 def clip_tokens(self:Family,
     n_samples:int, # Length of a clip at `sample_rate`
@@ -58,7 +59,7 @@ def part_of(self:Family,
     name:str, # Full name of a module or parameter, wrapped or not
 )->str: # encoder, projector or decoder
     "The part of the model that a module belongs to"
-    found = [(len(prefix), part) for part,prefixes in self.parts.items() for prefix in prefixes if f'.{prefix}' in f'.{name}']
+    found = [(len(module), part) for part,modules in self.parts.items() for module in modules if f'.{module}.' in f'.{name}.']
     return max(found)[1] if found else 'decoder'
 
 @patch
@@ -66,7 +67,7 @@ def stays_frozen(self:Family,
     name:str, # Full name of a parameter, wrapped or not
 )->bool: # See `never_trained`
     "Whether a parameter is never trained, whatever is asked for"
-    return any(f'.{prefix}' in f'.{name}' for prefix in self.never_trained)
+    return any(f'.{module}.' in f'.{name}.' for module in self.never_trained)
 
 # %% ../../nbs/2_model/00_family.ipynb #c12
 @patch
@@ -89,7 +90,7 @@ def chat_template(self:Family,
     return tok.get_chat_template() if isinstance(tok.chat_template, dict) else tok.chat_template
 
 @patch
-def model_class(self:Family): # Has `from_pretrained` and, for random weights, `_from_config` or the like
+def model_class(self:Family): # A transformers model class; the memory estimate builds it with `_from_config`
     "The class that loads the weights"
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM

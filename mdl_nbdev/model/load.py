@@ -23,7 +23,7 @@ from ..base.text import one_line
 from .families import FAMILIES, builtin_family, family_of, load_chat
 from .hub import damaged_weights, from_hub, model_folder
 
-for family in FAMILIES: family.register()
+for family in FAMILIES: family.register() # with transformers' Auto classes
 
 # %% ../../nbs/2_model/30_load.ipynb #c6
 def pick_device()->torch.device: # cuda:N, or cpu

@@ -144,8 +144,6 @@ class AudioInputs:
         embeds = self.get_input_embeddings()(input_ids)
         audio = embeds.new_zeros(0, embeds.shape[-1])
         if input_values is not None and len(input_values): audio = self.encode_audio(input_values, audio_length)
-        elif torch.distributed.is_available() and torch.distributed.is_initialized():
-            audio = self.encode_audio(embeds.new_zeros(1, MIN_SAMPLES))[:0]
         at = (input_ids == self.config.audio_token_id).flatten().nonzero().squeeze(1)
         if len(at) != len(audio):
             token = self.config.audio_token_id

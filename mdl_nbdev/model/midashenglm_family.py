@@ -64,8 +64,8 @@ class MiDashengLMFamily(Family):
     name, model_types = 'MiDashengLM', ('midashenglm',)
     builtin = {'tiny':(tiny_tokenizer, tiny_model)}
     clip_token, brackets, min_samples = AUDIO, (AUDIO_BOS, AUDIO_EOS), 3200
-    parts = {'encoder':('audio_encoder.',), 'projector':('audio_projector.',)}
-    never_trained = ('audio_encoder.init_bn.',)
+    parts = {'encoder':('audio_encoder',), 'projector':('audio_projector',)}
+    never_trained = ('audio_encoder.init_bn',)
     weighted_loss = generates_from_embeddings = True
 
     def clip_tokens(self, n_samples): return max(1, (1 + n_samples//160)//4//5)

@@ -17,8 +17,8 @@ class Qwen2AudioFamily(Family):
     name, model_types = 'Qwen2-Audio', ('qwen2_audio',)
     clip_token, brackets = '<|AUDIO|>', ('<|audio_bos|>', '<|audio_eos|>')
     min_samples, max_clip_seconds = 961, 30.
-    parts = {'encoder':('audio_tower.',), 'projector':('multi_modal_projector.',)}
-    never_trained = ('audio_tower.embed_positions.',) # sinusoids, which loading marks as trainable
+    parts = {'encoder':('audio_tower',), 'projector':('multi_modal_projector',)}
+    never_trained = ('audio_tower.embed_positions',) # sinusoids, which loading marks as trainable
     fingerprint_facts = ('qwen2_audio',)
 
     def __init__(self,

@@ -7,15 +7,18 @@ __all__ = ['chat_of', 'load_tokenizer', 'check_conversation', 'tokenize', 'encod
 
 # %% ../../nbs/2_model/19_tokenizers.ipynb #c3
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 from .chat import Chat
 from .families import FAMILIES, TEXT, load_chat
 
 # %% ../../nbs/2_model/19_tokenizers.ipynb #c4
+_families = WeakKeyDictionary() # Tokenizer of `load_tokenizer` -> its family
+
 @lru_cache(maxsize=64)
 def _chat(tok, *facts): # what may change about the tokenizer
-    "The chat of a tokenizer, whose family follows from its vocabulary"
+    "The chat of a tokenizer; the family of one that was loaded elsewhere follows from its vocabulary"
     vocab = tok.get_vocab()
-    return Chat(tok, next((f for f in FAMILIES if f.clip_token in vocab), TEXT))
+    return Chat(tok, _families.get(tok) or next((f for f in FAMILIES if f.clip_token in vocab), TEXT))
 
 def chat_of(
     tok, # A tokenizer, or a chat
@@ -29,7 +32,9 @@ def load_tokenizer(
     chat_template=None, # Jinja file with a chat template, instead of the model's own
 ): # A transformers tokenizer with a chat template and a pad token
     "The tokenizer of a model"
-    return load_chat(name, from_modelscope, chat_template).tok
+    chat = load_chat(name, from_modelscope, chat_template)
+    _families[chat.tok] = chat.family
+    return chat.tok
 
 # %% ../../nbs/2_model/19_tokenizers.ipynb #c5
 def check_conversation(

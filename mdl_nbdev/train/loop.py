@@ -310,6 +310,10 @@ class Flow(TrainerCallback):
         t.restore_progress()
         t.log_start = time.perf_counter(), t.rows
         state.compute_steps(args, state.max_steps) # how often to log, evaluate and save may change on resume
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.trainer.is_deepspeed_enabled: return # which keeps the gradients itself
+        for p in model.parameters(): # an encoder without clips has no gradient; in several processes it is zero
+            if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)
     def on_step_end(self, args, state, control, **kwargs):
         t, step = self.trainer, state.global_step
         at_epoch_end, at_end = step % t.steps_per_epoch==0, step >= state.max_steps

@@ -27,7 +27,7 @@ from ..base.settings import TrainSettings
 from ..base.text import one_line
 from ..data.sources import find_tasks
 from ..model.adapters import adapt
-from ..model.chat import Chat
+from ..model.chat import Chat, silent_example
 from ..model.collate import Collator
 from ..model.families import load_chat
 from ..model.load import check_trainable, load_model, pick_dtype, unwrap_model
@@ -193,7 +193,7 @@ def make_trainer(
     "The trainer of a run"
     model = load_adapted(s)
     processor = chat.family.processor(chat.tok)
-    collator = Collator(chat.pad_id, chat.family)
+    collator = Collator(chat.pad_id, chat.family, silence=silent_example(chat) if ranks.world > 1 else None)
     own = [MetricsFile(s.output/'metrics.jsonl'), SampleAnswers(s, chat)]
     trainer = TaskTrainer(s, model, processor, collator, ranks, args=training_arguments(s, model, evaluation is not None),
         train_dataset=training, eval_dataset=evaluation, processing_class=chat.tok, callbacks=[*own, *callbacks])
