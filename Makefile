@@ -1,4 +1,4 @@
-# Needs make and Python 3.11 (`make PYTHON=/path/to/python3.11` names another one); everything else is installed into .venv.
+# Needs make and Python 3.10 or newer, tested on 3.11 (`make PYTHON=/path/to/python3.11` names another one); everything else is installed into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -15,7 +15,7 @@ install: $(VENV)/installed  ## Create .venv and install everything into it
 
 # A later call starts at once, unless one of these files is newer than the last install
 $(VENV)/installed: settings.ini setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (3.11 is tried): make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (tested on 3.11): make PYTHON=/path/to/python3.11")'
 	@echo 'Installing into $(VENV): a few minutes, once'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check "$$(grep ^torch== constraints.txt)"

@@ -377,6 +377,24 @@ def test_convert_keeps_the_old_output_when_the_new_one_fails(capfd):
     assert digests("out") != old
 
 
+# --- Columns that may be meant as others
+
+def test_a_column_with_another_name_for_the_prompt(capfd):
+    make_sounds(".", 3)
+    head, *lines = Path("sounds.csv").read_text().splitlines()
+    Path("asked.csv").write_text("\n".join([head + ",question,id", *(line + ",What is it?,7" for line in lines)]) + "\n")
+    note = "asked.csv: ignored columns: question (did you mean user_prompt?)"
+    for command, args in {"check": [], "convert": ["--output", "out", "--model-name", "tiny"], "infer": ["--output", "out.csv", "--model-name", "tiny"]}.items():
+        with pytest.raises(SystemExit) as e: getattr(cli, f"mdl_{command}")(["asked.csv", *args])
+        out, err = capfd.readouterr()
+        assert e.value.code == 0
+        if command == "check": assert "ignored: question (3 rows; did you mean user_prompt?), id (3 rows)" in out
+        else: assert err.count(note) == 1
+    Path("asked.csv").write_text("\n".join([head + ",question,user_prompt", *(line + ",What is it?,What?" for line in lines)]) + "\n")
+    with pytest.raises(SystemExit): cli.mdl_check(["asked.csv"])
+    assert "ignored: question (3 rows)" in capfd.readouterr().out # the prompt has its column
+
+
 # --- Options and models
 
 def ready():

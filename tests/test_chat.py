@@ -414,4 +414,5 @@ def test_fingerprint_of_a_text_model_sees_its_end_token():
 
 def test_unknown_model_says_that_it_is_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True) # else the hub client tries for a minute
-    with pytest.raises(InputError, match="no such folder, and it cannot be fetched"): load_tokenizer("nobody/no-such-model")
+    with pytest.raises(InputError, match="no such folder, and it cannot be fetched") as e: load_tokenizer("nobody/no-such-model")
+    assert str(e.value).endswith(".") # the hub's own words end with a sentence

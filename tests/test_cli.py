@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mdl_nbdev.base import settings
-from mdl_nbdev.base.command_line import from_args, option_groups
+from mdl_nbdev.base.command_line import from_args, option_groups, parser
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import ConvertSettings, InferSettings, TrainSettings
+from mdl_nbdev.base.settings import ConvertSettings, InferSettings, MergeSettings, TrainSettings
 
 HALF = max(1, min(32, len(os.sched_getaffinity(0)) // 2))
 DEFAULT_MODEL = "mispeech/midashenglm-7b-1021-bf16"
@@ -70,6 +70,12 @@ def test_command_lines_of_mdl_toolkit(case):
 
 BAD = {
     "unknown option": ("--train-dataset t --output o --lora-rnk 8", "unknown option --lora-rnk; did you mean --lora-rank?"),
+    "another tool's name": ("--train-dataset t --output o --learning-rate 1", "unknown option --learning-rate; did you mean --lr?"),
+    "MFTCoder's data": ("--data-paths t --output o", "unknown option --data-paths; did you mean --train-dataset?"),
+    "MFTCoder's model": ("--pretrained-model-path m", "unknown option --pretrained-model-path; did you mean --model-name?"),
+    "MFTCoder's tuning": ("--peft-type lora", "unknown option --peft-type; did you mean --tuning?"),
+    "MFTCoder's checkpoints": ("--checkpointing-steps 5", "unknown option --checkpointing-steps; did you mean --save-steps?"),
+    "no guess": ("--train-dataset t --output o --frobnicate 8", "unknown option --frobnicate; mdl_train --help lists the options"),
     "abbreviation": ("--train-dataset t --output o --lora-ran 8", "unknown option --lora-ran; did you mean --lora-rank?"),
     "no value": ("--train-dataset t --output", "argument --output: expected one argument"),
     "boolean": ("--train-dataset t --output o --bf16 yes", "--bf16: got 'yes', expected true|false or null"),
@@ -93,6 +99,8 @@ def test_bad_lines_name_what_is_wrong(case, tmp_path, monkeypatch):
 
 CONFIGS = {
     "key": ("lora-rnk: 8", "unknown setting lora_rnk; did you mean lora_rank?"),
+    "another tool's key": ("learning_rate: 1", "unknown setting learning_rate; did you mean lr?"),
+    "no guess": ("frobnicate: 1", "unknown setting frobnicate; mdl --help lists the options"),
     "type": ("lora_rank: [8]", "--lora-rank: got [8], expected a whole number"),
     "boolean": ("bf16: 1", "--bf16: got 1, expected true|false or null"),
     "syntax": ("a: [", "not valid YAML or JSON"),
@@ -106,6 +114,12 @@ def test_bad_configuration_files(case, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InputError) as e: from_args(TrainSettings, ["--config", str(tmp_path / "c.yaml"), "--train-dataset", "t", "--output", "o"])
     assert why in str(e.value)
+
+
+def test_the_usage_shows_what_is_required():
+    p = parser(MergeSettings, "mdl_merge")
+    assert p.format_help().replace("\n", " ").startswith("usage: mdl_merge [-h] --output PATH [--model-name TEXT]") and "BOOL] [--config FILE]" in p.format_usage()
+    assert p.format_usage().split()[-1] == "ADAPTER"
 
 
 def test_options_win_over_the_configuration_file(tmp_path):

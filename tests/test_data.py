@@ -184,9 +184,12 @@ file_errors = {
     "no audio": ("path,prediction\na,b\n", "t.csv:1: no column audio; found 'path', 'prediction'"),
     "no prediction": ("audio,label\na,b\n", "t.csv:1: no column prediction; found 'audio', 'label'"),
     "both missing": ("x,y\na,b\n", "t.csv:1: no column audio, prediction; found 'x', 'y'"),
-    "capitals": ("Audio,Prediction\na,b\n", "did you mean 'Audio', 'Prediction'?"),
-    "spaces": ("audio, prediction\na,b\n", "did you mean ' prediction'?"),
-    "a slip": ("audio,predicton\na,b\n", "did you mean 'predicton'?"),
+    "capitals": ("Audio,Prediction\na,b\n", "rename 'Audio' to 'audio', 'Prediction' to 'prediction'"),
+    "spaces": ("audio, prediction\na,b\n", "rename ' prediction' to 'prediction'"),
+    "a slip": ("audio,predicton\na,b\n", "rename 'predicton' to 'prediction'"),
+    "another name": ("audio,label\na,b\n", "rename 'label' to 'prediction'"),
+    "no header": ("a.wav,dog\nb.wav,cat\n", "t.csv:1: the first line looks like data, but it must name the columns; add a header above it, such as audio,prediction"),
+    "no header, and an id": ("1,a.wav,dog\n2,b.wav,cat\n", "such as column1,audio,prediction"),
     "semicolons": ("audio;prediction\na;b\n", "separated by semicolons"),
     "tabs": ("audio\tprediction\na\tb\n", "separated by tabs"),
     "twice": ("audio,x,prediction,x\na,b,c,d\n", "t.csv:1: more than one column is called 'x'"),
@@ -211,8 +214,8 @@ def test_paths(tmp_path):
 
 
 row_errors = {
-    "too few": (b"c\n", "1 cell, and the header has 2: ['c']; there is no cell for prediction"),
-    "too many": (b"c,d,e\n", "3 cells, and the header has 2: ['c', 'd', 'e']; put a cell that contains the separator in quotes"),
+    "too few": (b"c\n", "1 cell, but the header has 2: ['c']; there is no cell for prediction"),
+    "too many": (b"c,d,e\n", "3 cells, but the header has 2: ['c', 'd', 'e']; put a cell that contains the separator in quotes"),
     "latin-1": (b"c,caf\xe9\n", "byte 0xe9 in column 6 of line 3 is not UTF-8"),
     "latin-1 on a later line": (b'c,"a\nb\nc\xe9"\n', "byte 0xe9 in column 2 of line 5 is not UTF-8"),
     "cut UTF-8": (b"c,caf\xc3\n", "byte 0xc3 in column 6 of line 3"),

@@ -345,7 +345,7 @@ def test_text_tables(tmp_path):
         assert told(to_conversation(b, user_prompt="U", with_prediction=False)) == [("user", "U")]
         with pytest.raises(InputError, match="the user prompt is empty or null, and there is no audio"): to_conversation(b)
     for header in ["Audio", " audio", "audios", "audio_path"]:
-        with pytest.raises(InputError, match="no column audio.*did you mean"): open_rows(write(tmp_path, f"{header},user_prompt,prediction\na,b,c\n", "t.csv"))
+        with pytest.raises(InputError, match="no column audio.*rename .* to 'audio'"): open_rows(write(tmp_path, f"{header},user_prompt,prediction\na,b,c\n", "t.csv"))
     row, = open_rows(write(tmp_path, "audio,user_prompt,prediction\n,Q,A\n", "t.csv"))
     with pytest.raises(InputError, match="the audio cell is empty"): to_conversation(row)
 
@@ -430,7 +430,7 @@ def test_parquet_types(tmp_path):
     pq.write_table(pa.table([["a"], ["b"], ["c"]], ["audio", "prediction", "audio"]), tmp_path/"t.parquet")
     with pytest.raises(InputError, match="more than one column is called 'audio'"): open_rows(tmp_path/"t.parquet")
     pq.write_table(pa.table({"Audio": ["a"], "prediction": ["b"]}), tmp_path/"t.parquet")
-    with pytest.raises(InputError, match="t.parquet: no column audio.*did you mean 'Audio'"): open_rows(tmp_path/"t.parquet")
+    with pytest.raises(InputError, match="t.parquet: no column audio.*rename 'Audio' to 'audio'"): open_rows(tmp_path/"t.parquet")
     pq.write_table(pa.table({"audio": pa.array([], pa.string()), "prediction": pa.array([], pa.string())}), tmp_path/"t.parquet")
     with pytest.raises(InputError, match="t.parquet: columns and no rows"): open_rows(tmp_path/"t.parquet").count()
 

@@ -199,7 +199,8 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     num_beams:int=opt(1, minimum=1) # Beams of a beam search
     repetition_penalty:float=opt(1., above=0) # Above 1: tokens that already occurred become less likely
     seed:int=opt(42, minimum=0) # Seed of sampling
-    # A bad row gets an empty answer and a line in <output>.rejects.csv, or stops the run
+    # A bad row gets an empty answer and a line in <output>.rejects.csv, or stops the run; rows without an answer end
+    # in exit code 2, with the output complete
     on_error:Literal['reject', 'raise']=opt('reject', result=False)
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
@@ -217,7 +218,9 @@ class MergeSettings(ModelSettings):
 class EvalSettings(Settings):
     "Compare predictions with references: exact match, word and character error rate, a table by label"
     input:Path=opt(positional=True, location=True) # File with predictions, as mdl_infer writes it
-    reference:Path=opt(location=True) # File with the references: the same rows in the same order
+    # File with the references: the same rows in the same order. White space at the ends of an answer is ignored; case
+    # and punctuation count
+    reference:Path=opt(location=True)
     output:Path|None=opt(None, location=True) # Also write the metrics to this JSON file
     max_labels:int=opt(30, minimum=0) # Maximum rows of the table by label, or of the worst rows
     overwrite:bool=opt(False, result=False) # Replace an existing output

@@ -60,7 +60,7 @@ def no_clip(
         return f'{name}: only http:// and https:// addresses can be downloaded; download it and give its path'
     if os.path.isdir(path): return f'{name}: this is a folder, not a sound file; give the path of one clip'
     if os.path.isfile(path): return f'{name}: the file is empty (0 bytes); copy or download it again'
-    return f'{name}: no such file; correct the path, or set the base folder it is relative to'
+    return f'{name}: no such file; correct the path, or name the folder that it starts from with --base-dir'
 
 # %% ../../nbs/1_data/01_audio.ipynb #c11
 _UNKNOWN = 1 << 36 # a frame count from here on means that the header does not state the length

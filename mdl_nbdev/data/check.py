@@ -47,6 +47,7 @@ class CheckReport:
     short:list[BadRow]=field(default_factory=list) # Rows with a very short clip, which can be used
     hints:list[str]=field(default_factory=list) # What would repair many rows at once
     other:Counter=field(default_factory=Counter) # Rows for each column or key that is ignored
+    misnamed:dict[str,str]=field(default_factory=dict) # Ignored column -> the column it may be meant as
 
     @property
     def failed(self)->bool:
@@ -108,7 +109,8 @@ def summary(self:CheckReport)->list[str]: # Lines
               "with the prompt of an earlier row, but another answer": self.conflicting,
               f"with a clip shorter than {MIN_AUDIO_SECONDS:g} s, of which a model hears mostly padding": len(self.short)}
     lines += [f"{plural(n, 'row')} {what}" for what, n in counts.items() if n]
-    ignored = [f"{name} ({plural(n, 'row')})" for name, n in most_frequent(self.other, 10)]
+    def remark(name): return f"; did you mean {self.misnamed[name]}?" if name in self.misnamed else ""
+    ignored = [f"{name} ({plural(n, 'row')}{remark(name)})" for name, n in most_frequent(self.other, 10)]
     if ignored: lines.append(f"ignored: {', '.join(ignored)}")
     return lines + self.hints
 
@@ -187,6 +189,7 @@ def add_rows(self:CheckReport,
     "Add the facts of all rows of a file"
     clips, answers, broken = defaultdict(lambda: array("q")), {}, []
     f = open_rows(s.input, ("audio", "prediction") if s.predictions else ("audio",))
+    self.misnamed = f.misnamed()
     for self.rows, row in enumerate(f.rows(broken.append), 1):
         self.other.update(f.ignored(row))
         conversation = self.add_row(row, s)

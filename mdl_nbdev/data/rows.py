@@ -217,6 +217,10 @@ class RowFile:
         "The columns or keys of a row that are ignored"
         return [name for name in self.columns if name not in (*COLUMNS, *segment_names(self.columns))]
 
+    def misnamed(self)->dict[str,str]: # Ignored column -> the column it may be meant as
+        "Ignored columns that look like prompts; records have many names for a prompt, tables have one"
+        return {}
+
     def count(self)->int:
         "Count the rows; raises one `InputError` that names all broken ones"
         bad = []

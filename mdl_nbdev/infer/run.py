@@ -23,7 +23,7 @@ from ..base.processes import DaemonPool, Ranks, silence_libraries
 from ..base.settings import InferSettings
 from ..base.text import plural, same_text
 from ..data.audio import audio_info
-from ..data.sources import open_rows
+from ..data.sources import note_misnamed, open_rows
 from ..data.conversations import Conversation
 from ..data.pictures import clip_html
 from ..data.rows import to_conversation
@@ -304,6 +304,7 @@ def infer(
     with Ranks() as ranks, ExitStack() as stack:
         if not ranks.is_main: silence_libraries()
         out = ranks.agree(open_output, s)
+        if ranks.is_main: note_misnamed(out.source)
         total = ranks.on_main(out.source.count)
         ranks.agree(make_folder, s.output.parent)
         ranks.agree(stack.enter_context, out.lock(ranks.rank))

@@ -21,7 +21,7 @@ from ..base.errors import InputError
 from ..base.settings import DEFAULT_MODEL
 from ..base.text import one_line
 from .families import FAMILIES, builtin_family, family_of, load_chat
-from .hub import damaged_weights, from_hub, model_folder
+from .hub import adapter_as_model, damaged_weights, from_hub, holds_adapter, model_folder
 
 for family in FAMILIES: family.register() # with transformers' Auto classes
 
@@ -185,9 +185,8 @@ def load_model(
     dtype = dtype or pick_dtype(device=device)
     if builtin_family(name):
         return load_built_in(name, torch.float32 if dtype == 'auto' else dtype, quantization, device)
-    if (Path(name)/'adapter_config.json').exists(): # transformers would load its base, and ignore what else is there
-        raise InputError(f"--model-name {name}: this folder holds a LoRA adapter, not a model; "
-                         "give its base model, or merge the two with mdl_merge")
+    if holds_adapter(name): # transformers would load its base, and ignore what else is there
+        raise InputError(f"--model-name {name}: {adapter_as_model(name)}")
     return from_hub(read_weights, name, from_modelscope, dtype=dtype, quantization=quantization, device=device)
 
 # %% ../../nbs/2_model/30_load.ipynb #c27

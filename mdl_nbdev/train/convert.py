@@ -25,7 +25,7 @@ from ..base.text import format_duration, plural
 from ..data.audio import split_segment
 from ..data.conversations import Conversation
 from ..data.rows import BadRow, bad_rows_error, to_conversation
-from ..data.sources import open_rows
+from ..data.sources import note_misnamed, open_rows
 from ..model.chat import Chat, Example
 from ..model.families import load_chat
 
@@ -205,8 +205,9 @@ def read_conversations(
     s:ConvertSettings, # Names the file, the prompts and the base folder
 )->list[Conversation]: # One for each row
     "The conversations of a file; one `InputError` names all its bad rows"
-    good, bad = [], []
-    for row in open_rows(s.input).rows(bad.append):
+    good, bad, source = [], [], open_rows(s.input)
+    note_misnamed(source)
+    for row in source.rows(bad.append):
         try: good.append(to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir))
         except InputError as e: bad.append(bad_row(row, e))
     if bad: raise InputError(f"{bad_rows_error(bad)}\nThe clips have not been checked yet; mdl_check checks them as well")

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..base.command_line import to_dict
 from ..base.settings import TrainSettings
+from ..base.text import plural
 
 # %% ../../nbs/3_train/19_report.ipynb #c5
 @dataclass(repr=False)
@@ -62,7 +63,7 @@ def figures(self:TrainReport)->list[tuple[str, float]]:
 @patch
 def __str__(self:TrainReport):
     losses = ''.join(f", {name} {value:.4f}" for name,value in self.figures())
-    done = f"{self.steps} steps{losses}; {self.trainable:,} of {self.parameters:,} parameters trained"
+    done = f"{plural(self.steps, 'step')}{losses}; {self.trainable:,} of {self.parameters:,} parameters trained"
     if not self.whole:
         kept = f"{self.checkpoint} has everything so far: resume with --resume-from-checkpoint true"
         return f"{done}\nStopped by {self.stopped}. {kept}"
