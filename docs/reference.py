@@ -135,6 +135,15 @@ def methods(cls): # A class of this package
         elif callable(getattr(v, "f", None)): yield name, "classmethod", v.f # added by `@patch(cls_method=True)`
 
 
+def attributes(cls): # A class of this package
+    "The attributes that it declares with a comment, behind them or in the lines before, as (name, value, comment)"
+    comment = []
+    for line in inspect.getsource(cls).splitlines():
+        m = re.match(r"    (\w+) = (.+?)(?: # (.+))?$", line)
+        if m and not m[1].startswith("_") and (m[3] or comment): yield m[1], m[2], " ".join([*comment, *filter(None, [m[3]])])
+        comment = [*comment, line.strip("# ")] if re.match(r"    # ", line) else []
+
+
 def directive(kind, signature, body, module, *options, fence="```"):
     "An object's description in Sphinx's words"
     return "\n".join([f"{fence}{{py:{kind}}} {signature}", *([f":module: {module}"] if module else []), *options, "", body.rstrip(), fence, ""])
@@ -146,6 +155,8 @@ def entry(o, name, module, *options): # A function or class, its name and its mo
     if not inspect.isclass(o): return directive("function", f"{name}{call(o)}", body, module, *options, fence="````")
     bases = [b for b in o.__bases__ if b.__module__.startswith(package) and not b.__name__.startswith("_")]
     if bases: body = "Also has what " + ", ".join(f"[`{b.__name__}`](#{b.__module__}.{b.__name__})" for b in bases) + f" {'has' if len(bases) == 1 else 'have'}.\n\n" + body
+    if not dataclasses.is_dataclass(o):
+        for attribute, value, comment in attributes(o): body += "\n" + directive("attribute", f"{name}.{attribute}", f"{escape(comment)} (default: {code(value)})", module, *options)
     for method, kind, f in methods(o):
         marks = [f":{kind}:"] if kind in ("classmethod", "staticmethod") else []
         if kind == "property": inner = directive("property", f"{name}.{method}", summary(f), module, *options, fence="````")

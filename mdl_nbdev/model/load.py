@@ -166,9 +166,10 @@ def load_built_in(
     "A built-in model; in another type or quantized, it is loaded like any model, from its own weights"
     tokenizer, make_model = builtin_family(name).builtin[name]
     model = make_model()
-    if dtype == torch.float32 and not quantization: return model.to(device)
-    weights = model.state_dict()
-    model = read_weights(None, dtype, quantization, device, type(model), config=model.config, state_dict=weights)
+    if dtype == torch.float32 and not quantization: model = model.to(device)
+    else:
+        weights = model.state_dict()
+        model = read_weights(None, dtype, quantization, device, type(model), config=model.config, state_dict=weights)
     model.name_or_path = model.config.name_or_path = name
     return model
 

@@ -11,6 +11,7 @@ __all__ = ['ROLE_START', 'ROLE_END', 'MARKER', 'RENDERING', 'TEXT_RECORD', 'Temp
 import re
 from dataclasses import dataclass, replace
 from ..base.errors import InputError
+from ..data.conversations import message_text
 from .family import Family
 
 # %% ../../nbs/2_model/02_template.ipynb #c6
@@ -71,7 +72,7 @@ def render_shape(
         return {'type':'audio', 'audio':''} if kind=='audio' else {'type':'text', 'text':MARKER.format(next(numbers))}
     messages = [{'role':role, 'content':[part(t) for t in types]} for role,types in shape]
     if family.clip_token is None:
-        messages = [m | {'content':''.join(p['text'] for p in m['content'])} for m in messages]
+        messages = [m | {'content':message_text(m)} for m in messages]
     try: return tok.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **RENDERING)
     except Exception as e:
         line = template_line(e)
