@@ -21,7 +21,6 @@ from transformers.utils import logging
 from mdl_nbdev import model as M
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import MergeSettings, TrainSettings, TuneSettings
-from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.load import check_trainable, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMModel
@@ -467,7 +466,6 @@ def test_models_that_cannot_be_loaded(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="cannot be loaded"): load(tmp_path)
     M.save_model(adapt(M.tiny_model(), rank=2), M.load_processor("tiny"), tmp_path/"adapter")
     with pytest.raises(InputError, match="LoRA adapter, not a model.*--adapter .*adapter.*mdl_merge"): load(tmp_path/"adapter")
-    with pytest.raises(InputError, match="LoRA adapter, not a model.*--adapter"): load_chat(str(tmp_path/"adapter"))
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(InputError, match="pip install 'mdl_nbdev.modelscope.'"): load("some/model", from_modelscope=True)
     monkeypatch.setattr("mdl_nbdev.model.load.find_spec", lambda name: None)
