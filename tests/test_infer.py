@@ -452,8 +452,9 @@ def test_many_finished_shards():
 def test_interrupted_while_a_server_is_slow():
     "Ctrl-C does not wait for threads that read clips"
     code = """
-import os, sys, time
+import os, signal, sys, time
 from mdl_nbdev.base.processes import DaemonPool
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs ignore it
 def read(i):
     os.write(1, b'reading\\n') # in one piece, whatever the other thread writes
     time.sleep(60)

@@ -302,8 +302,8 @@ def test_a_state_that_does_not_fit():
     state = dict(M.trainable_state(model))
     first, *_, last = sorted(state)
     for wrong in ({k: v for k, v in state.items() if k != first}, state | {"a": torch.zeros(1)}, state | {last: state[last][:1]}, state | {last: state[last].bfloat16()}):
-        with pytest.raises(InputError, match="not of this model with these settings: 1 tensors"): M.load_trainable_state(model, wrong)
-    with pytest.raises(InputError, match="not of this model"): M.load_trainable_state(adapt(text_model(), tuning="full"), state)
+        with pytest.raises(InputError, match="do not match this model and these settings: 1 tensors"): M.load_trainable_state(model, wrong)
+    with pytest.raises(InputError, match="do not match this model"): M.load_trainable_state(adapt(text_model(), tuning="full"), state)
 
 
 def part_of(name):
@@ -630,7 +630,7 @@ def test_merges_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path/"there"/"notes").write_text("mine")
     with pytest.raises(InputError, match="exists already"): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"there"))
     assert (tmp_path/"there"/"notes").read_text() == "mine"
-    with pytest.raises(InputError, match="is not replaced"): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"there", overwrite=True))
+    with pytest.raises(InputError, match="not replaced: this command writes"): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"there", overwrite=True))
     with pytest.raises(InputError, match="is an input"): M.merge_adapter(MergeSettings(adapter=adapter, output=adapter, overwrite=True))
     again = MergeSettings(adapter=adapter, output=tmp_path/"out", overwrite=True)
     M.merge_adapter(again)

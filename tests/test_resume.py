@@ -69,7 +69,7 @@ def test_a_signal_saves_once_and_stops(csv, tmp_path, name):
     number = signal.Signals[name]
     os.kill(process.pid, number)
     text = finish(process, log, 128 + number)
-    assert text.count("saving after this step") == 1 and f"Stopped by {name}" in text and "--resume-from-checkpoint true" in text
+    assert text.count("saving a checkpoint after this step") == 1 and f"Stopped by {name}" in text and "--resume-from-checkpoint true" in text
     assert len(list(run.glob("checkpoint-*"))) == 1 and not (run/"final").exists()
     finish(start([*args, "--output", run, "--resume_from_checkpoint", "true"], log), log)
     finish(start([*args, "--output", tmp_path/"whole"], log), log)
