@@ -20,11 +20,12 @@ from transformers import TrainerCallback
 from mdl_nbdev.base import settings
 from mdl_nbdev.base.command_line import from_args, read_config
 from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.options import required_options
 from mdl_nbdev.base.settings import CheckSettings, InferSettings, TrainSettings
 from mdl_nbdev.cli.background import warnings_noted
 from mdl_nbdev.cli.charts import Curve, chart
 from mdl_nbdev.cli.demo import plot_answer
-from mdl_nbdev.cli.form import SettingsForm, required_options
+from mdl_nbdev.cli.form import SettingsForm
 from mdl_nbdev.cli.inference import start_inference
 from mdl_nbdev.cli.live import Live
 from mdl_nbdev.cli.training import TrainRun, TrainView, start_training, watch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'type_text', 'split_items', 'split_pairs', 'coerce', 'OptionFacts', 'opt', 'option_facts', 'option',
-           'options_where', 'Settings']
+           'options_where', 'required_options', 'default_value', 'Settings']
 
 # %% ../../nbs/0_base/05_options.ipynb #c4
 import dataclasses, json, math, operator, types
@@ -121,6 +121,19 @@ def options_where(
 )->list[str]: # Names of settings, in order
     "The options of a command for which a fact holds"
     return [f.name for f in dataclasses.fields(cls) if getattr(option_facts(f), fact) is value]
+
+def required_options(
+    cls:type, # A settings dataclass
+)->list[str]: # Names of settings
+    "The settings that have no default"
+    return [f.name for f in dataclasses.fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+
+def default_value(
+    f:dataclasses.Field, # A field of a settings dataclass
+)->Any: # `None` for a required setting
+    "The default of a setting"
+    if f.default_factory is not MISSING: return f.default_factory()
+    return None if f.default is MISSING else f.default
 
 # %% ../../nbs/0_base/05_options.ipynb #c16
 BOUNDS = dict(minimum=('at least', operator.ge), above=('more than', operator.gt),

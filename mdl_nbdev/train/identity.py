@@ -9,7 +9,7 @@ __all__ = ['identity', 'leaves', 'differences', 'update_identity']
 import dataclasses, json
 from typing import Any
 from ..base.command_line import to_dict
-from ..base.options import option, options_where
+from ..base.options import option, options_where, required_options
 from ..base.settings import TrainSettings
 
 # %% ../../nbs/3_train/07_identity.ipynb #c5
@@ -49,6 +49,6 @@ def update_identity(
     "An identity in the options and values of this version"
     compared = [f for f in dataclasses.fields(cls) if f.name not in options_where(cls, 'resume')]
     values = {f.name:saved[option(f.name)] for f in compared if option(f.name) in saved}
-    required = {f.name:'-' for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    required = dict.fromkeys(required_options(cls), '-')
     facts = {k:v for k,v in saved.items() if not k.startswith('--')}
     return identity(cls(**required | values), **facts)
