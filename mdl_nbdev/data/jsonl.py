@@ -47,14 +47,13 @@ def find_lost_clip(
 
 def cut_record_clip(
     messages:list[dict], # Of a record; its clip is changed in place
-    raw:dict, # The JSON object, with keys such as `start` and `end`
+    times:dict, # The values that name a part, by `segment_names`
 )->None:
     "Take the part of its clip that a record names"
     parts = [p for m in messages for p in m["content"] if p["type"]=="audio"]
-    names = segment_names(raw)
     if len(parts) > 1:
-        raise InputError(f"{' and '.join(names)} with {len(parts)} clips; name the part in each clip, as in clip.wav#t=1.5,3")
-    for p in parts: p["audio"] = cut_clip(p["audio"], {name:raw[name] for name in names})
+        raise InputError(f"{' and '.join(times)} with {len(parts)} clips; name the part in each clip, as in clip.wav#t=1.5,3")
+    for p in parts: p["audio"] = cut_clip(p["audio"], times)
 
 def make_record(
     raw:dict, # A JSON object
@@ -64,7 +63,8 @@ def make_record(
     "Make the record of an object; raises `InputError` with the reason alone"
     messages, prediction = read_messages(raw), raw.get("prediction")
     lost = None if any(map(message_clips, messages)) else find_lost_clip(raw)
-    if segment_names(raw): cut_record_clip(messages, raw)
+    times = {name:raw[name] for name in segment_names(raw)}
+    if times: cut_record_clip(messages, times)
     if lost: raise InputError(f"the key {lost} names a clip, and only audio is read; rename it to audio")
     if prediction is not None: text_value(prediction, "prediction")
     task = text_value(raw.get("data_name"), "data_name") or None

@@ -215,7 +215,8 @@ class RowFile:
         row, # A row of this file
     )->list[str]: # Names of columns or keys
         "The columns or keys of a row that are ignored"
-        return [name for name in self.columns if name not in (*COLUMNS, *segment_names(self.columns))]
+        meant = (*COLUMNS, *segment_names(self.columns))
+        return [name for name in self.columns if name not in meant]
 
     def misnamed(self)->dict[str,str]: # Ignored column -> the column it may be meant as
         "Ignored columns that look like prompts; records have many names for a prompt, tables have one"

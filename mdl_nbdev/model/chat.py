@@ -14,6 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..data.audio import load_audio, to_int16
+from ..data.conversations import message_text
 from .family import Family
 from .template import ROLE_END, ROLE_START, Segment, segments_of, shape_of
 
@@ -164,7 +165,7 @@ def check(self:Chat,
     "Raise `InputError`, with file and line, if the model cannot be prompted with a conversation"
     try:
         for m in conversation.messages if self.forgeable else ():
-            text = ''.join(p.get('text', '') for p in m['content'])
+            text = message_text(m)
             forged = [mark for mark in self.forgeable if m['role'] != 'text' and mark in text]
             if forged:
                 raise InputError(f"the {m['role']}'s text contains {forged[0]!r}, which marks a turn for this model; remove it")
