@@ -12,6 +12,7 @@ import datetime
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -27,6 +28,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from mdl_nbdev.base.files import append_text, json_lines, read_json_lines, write_text
@@ -43,7 +45,8 @@ from mdl_nbdev.train.losses import loss_weights, weighted_losses
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 16_000
 PROMPT, ANSWER = 24, 8 # text tokens around a clip, and after it
-DETAILS = {"kind", "runs s", "synchronization sites", "traceback"} # in OUT.jsonl, but not in the tables
+PROFILED = 8 # decoded tokens whose kernels are recorded
+DETAILS = {"kind", "runs s", "synchronization sites", "slowest kernels ms", "traceback"} # in OUT.jsonl, but not in the tables
 
 
 # The model
@@ -170,6 +173,32 @@ def synchronizations(f, device):
     return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in seen if "called a synchronizing" in str(w.message))
 
 
+def kernels(f, device):
+    "What runs on the device in one run of `f()`: (name, start, end) in seconds, in order (nothing on a CPU)"
+    if device.type != "cuda": return []
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        f()
+        torch.cuda.synchronize(device)
+    found = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sorted(((e.name, e.time_range.start / 1e6, e.time_range.end / 1e6) for e in found), key=lambda e: e[1])
+
+
+def busy(events):
+    "Seconds in which at least one of these `kernels` runs"
+    total, until = 0.0, -math.inf
+    for _, start, end in events:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def slowest(events, count=15):
+    "Milliseconds of the kernels, or copies, that take the most time together, and how often they run"
+    spent, times = Counter(), Counter(name for name, _, _ in events)
+    for name, start, end in events: spent[name] += 1e3 * (end - start)
+    return {name[:120]: [round(ms, 3), times[name]] for name, ms in spent.most_common(count)}
+
+
 # Rows
 
 def device_row(device, side, repeats):
@@ -210,11 +239,12 @@ def train_row(model, peak, repeats, clips, seconds, padded, checkpointing):
         optimizer.zero_grad()
     try:
         runs, memory = timed(step, device, repeats)
-        waits = synchronizations(step, device)
+        waits, ran = synchronizations(step, device), kernels(step, device)
     finally: optimizer.zero_grad()
     useful, elapsed = training_operations(net.get_base_model(), samples), median(runs)
     return {"padding": padding(rows), "step s": elapsed, "samples/s": clips / elapsed, "peak GB": memory / 1e9,
-            **share_of(peak, useful / elapsed), "synchronizations": waits.total(), "synchronization sites": dict(waits), "runs s": runs}
+            **share_of(peak, useful / elapsed), "kernels": len(ran), "GPU busy": busy(ran) / elapsed, "synchronizations": waits.total(),
+            "synchronization sites": dict(waits), "slowest kernels ms": slowest(ran), "runs s": runs}
 
 
 @torch.inference_mode()
@@ -228,10 +258,13 @@ def generate_row(model, peak, repeats, clips, seconds, padded, new):
     encoder = median(timed(encode, device, repeats, 1)[0])
     first = median(timed(lambda: answer(1), device, repeats, 1)[0])
     runs, memory = timed(lambda: answer(new), device, repeats, 0)
+    short, long = (kernels(lambda n=n: answer(n), device) for n in (1, 1 + PROFILED))
     useful, elapsed = generation_operations(net, samples, new), median(runs)
+    token = (elapsed - first) / (new - 1)
     return {"padding": padding(rows), "batch s": elapsed, "samples/s": clips / elapsed, "new tokens/s": clips * new / elapsed,
             "peak GB": memory / 1e9, **share_of(peak, useful / elapsed), "encoder s": encoder, "first token s": first,
-            "decode s/token": (elapsed - first) / (new - 1), "runs s": runs}
+            "decode s/token": token, "kernels/token": (len(long) - len(short)) / PROFILED,
+            "GPU busy": (busy(long) - busy(short)) / PROFILED / token, "slowest kernels ms": slowest(long), "runs s": runs}
 
 
 def padding(rows):
