@@ -21,6 +21,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -34,9 +35,10 @@ from transformers import AutoModelForCausalLM
 from mdl_nbdev.base.files import append_text, json_lines, read_json_lines, write_text
 from mdl_nbdev.base.settings import TuneSettings
 from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.model.adapters import adapt
+from mdl_nbdev.model.adapters import adapt, without_input_casts
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.engine import RecordedStep
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMConfig
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_config
@@ -238,8 +240,9 @@ def train_row(model, peak, repeats, clips, seconds, padded, checkpointing):
         optimizer.step()
         optimizer.zero_grad()
     try:
-        runs, memory = timed(step, device, repeats)
-        waits, ran = synchronizations(step, device), kernels(step, device)
+        with without_input_casts(net, True):
+            runs, memory = timed(step, device, repeats)
+            waits, ran = synchronizations(step, device), kernels(step, device)
     finally: optimizer.zero_grad()
     useful, elapsed = training_operations(net.get_base_model(), samples), median(runs)
     return {"padding": padding(rows), "step s": elapsed, "samples/s": clips / elapsed, "peak GB": memory / 1e9,
@@ -247,17 +250,21 @@ def train_row(model, peak, repeats, clips, seconds, padded, checkpointing):
             "synchronization sites": dict(waits), "slowest kernels ms": slowest(ran), "runs s": runs}
 
 
-@torch.inference_mode()
-def generate_row(model, peak, repeats, clips, seconds, padded, new):
+@torch.no_grad()
+def generate_row(model, peak, repeats, clips, seconds, padded, new, recorded):
     "Greedy answers of `new` tokens; prompts are padded on the left"
     samples, device, net = lengths(clips, seconds, padded), model.device, model.plain()
     rows = batch(net.config, samples, answer=False)
     inputs = {k: v for k, v in rows.to(device).inputs.items() if k != "labels"}
-    answer = lambda n: net.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    recorded = RecordedStep(net, clips, inputs["input_ids"].shape[1] + new) if recorded and device.type == "cuda" else None
+
+    def answer(n):
+        with recorded.decoding() if recorded else nullcontext({}) as more:
+            return net.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, **more)
     encode = lambda: net.encode_audio(inputs["input_values"], inputs["audio_length"])
     encoder = median(timed(encode, device, repeats, 1)[0])
     first = median(timed(lambda: answer(1), device, repeats, 1)[0])
-    runs, memory = timed(lambda: answer(new), device, repeats, 0)
+    runs, memory = timed(lambda: answer(new), device, repeats, 1)
     short, long = (kernels(lambda n=n: answer(n), device) for n in (1, 1 + PROFILED))
     useful, elapsed = generation_operations(net, samples, new), median(runs)
     token = (elapsed - first) / (new - 1)
@@ -323,14 +330,15 @@ def plan(small):
     "Kind and settings of each row, the most important ones first"
     def row(kind, clips, seconds, padded, **more): return kind, dict(clips=clips, seconds=seconds, padded=padded, **more)
     def train(*shape): return row("training", *shape[:3], checkpointing=shape[3])
-    def generate(*shape): return row("generation", *shape[:3], new=shape[3])
+    def generate(*shape): return row("generation", *shape[:3], new=shape[3], recorded=shape[4])
     commands = [("commands", dict(command=name, rows=16 if small else 64)) for name in ("mdl_train", "mdl_infer")]
     if small: # the same kinds of rows, in seconds
-        return [train(2, 2, True, True), generate(2, 2, True, 8), *commands, train(2, 1, False, False), generate(1, 2, False, 8)]
-    return [train(8, 30, True, True), train(8, 30, False, True), train(8, 10, True, True), train(8, 10, False, True),
-            generate(32, 30, False, 100), generate(1, 30, False, 100), generate(32, 30, True, 100), *commands,
-            train(8, 30, True, False), train(8, 30, False, False), train(8, 10, True, False), train(8, 10, False, False),
-            generate(8, 30, False, 100), generate(128, 30, False, 100), generate(200, 30, False, 100), train(32, 30, True, True)]
+        return [train(2, 2, True, True), generate(2, 2, True, 8, True), *commands, train(2, 1, False, False), generate(1, 2, False, 8, False)]
+    return [train(8, 30, True, True), train(8, 30, True, False), train(8, 10, True, False), generate(32, 30, True, 100, True),
+            generate(32, 30, False, 100, True), generate(1, 30, False, 100, True), generate(32, 30, True, 100, False), *commands,
+            train(8, 30, False, True), train(8, 30, False, False), train(8, 10, True, True), train(8, 10, False, True), train(8, 10, False, False),
+            generate(8, 30, False, 100, True), generate(128, 30, False, 100, True), generate(200, 30, False, 100, True),
+            generate(1, 30, False, 100, False), generate(128, 30, False, 100, False), train(32, 30, True, True)]
 
 
 def free(device):

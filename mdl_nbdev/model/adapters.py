@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['name_pattern', 'target_pattern', 'check_pissa', 'lora_config', 'principal_vectors', 'start_pissa', 'as_plain_lora',
-           'make_savable', 'quiet_peft', 'adapt']
+           'make_savable', 'quiet_peft', 'adapt', 'without_input_casts']
 
 # %% ../../nbs/2_model/32_adapters.ipynb #c4
 import copy, math, re, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Iterable
 import torch
 from torch import nn
@@ -175,3 +175,13 @@ def adapt(
         option = f"--lora-target-modules {s.lora_target_modules}: " if s.lora_target_modules else ''
         raise InputError(option + one_line(e)) from e
     return make_savable(model, start_pissa(model) if s.lora_init == 'pissa' else None)
+
+# %% ../../nbs/2_model/32_adapters.ipynb #c24
+def without_input_casts(
+    model, # From `adapt`
+    autocast:bool, # Does it run under autocast?
+): # A context
+    "Let adapters take inputs of any float type where autocast converts them anyway"
+    if not autocast or not hasattr(model, 'peft_config'): return nullcontext()
+    from peft.helpers import disable_input_dtype_casting
+    return disable_input_dtype_casting(model)

@@ -87,7 +87,7 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
     "What transformers must know about the model"
     config_class = MiDashengLMConfig
     supports_gradient_checkpointing = accepts_loss_kwargs = True
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _can_compile_fullgraph = True
     _no_split_modules = ["MiDashengAudioBlock"]
     _tied_weights_keys = {}  # the decoder has its own; peft looks there only if the whole model has this attribute
     _skip_keys_device_placement = ["past_key_values"]
@@ -177,10 +177,9 @@ class MiDashengLMModel(AudioInputs, MiDashengLMPreTrainedModel, GenerationMixin)
                 num_items_in_batch=None, loss_weights=None, loss_pieces=None, **kwargs):
         "Loss or logits of rows [rows, positions] with clips [clips, samples]; `labelled_loss` explains the last line"
         if inputs_embeds is None:
-            cached = past_key_values is not None and past_key_values.get_seq_length() > 0
-            if cached and input_values is None: inputs_embeds = self.get_input_embeddings()(input_ids)
+            if past_key_values is not None and input_values is None: inputs_embeds = self.get_input_embeddings()(input_ids)
             else: inputs_embeds = self.embed(input_ids, input_values, audio_length)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if position_ids is None and torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1]:]
         if labels is not None: use_cache = False
         out = self.decoder.model(

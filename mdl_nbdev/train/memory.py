@@ -27,7 +27,7 @@ from ..base.options import option
 from ..base.settings import TrainSettings
 from ..base.text import format_bytes, one_line
 from ..model.collate import Batch
-from ..model.adapters import adapt
+from ..model.adapters import adapt, without_input_casts
 from ..model.load import pick_device, pick_dtype, quantization_config, unwrap_model
 from .batches import StepSampler
 from .losses import weighted_losses
@@ -228,7 +228,7 @@ def run_without_data(
     counter = MemoryCounter()
     def found_gradient(p): counter.count(p.grad.meta, 'gradients')
     def dataless(t): return DatalessTensor(torch.empty(t.shape, dtype=t.dtype, device='meta'))
-    with counter, rules:
+    with counter, rules, without_input_casts(model, bf16):
         counter.remove_data(model)
         weights, counter.kind = dict(+counter.bytes), 'batch'
         has_data = lambda t: not t.is_floating_point() and t.dtype != torch.int16 # features and waveforms need none

@@ -1,0 +1,76 @@
+"Generation: the decoding step as one graph"
+import numpy as np
+import pytest
+import torch
+from transformers.generation import CompileConfig
+
+import mdl_nbdev.model.engine as E
+from mdl_nbdev.data.conversations import Conversation
+from mdl_nbdev.model.families import load_chat
+from mdl_nbdev.model.midashenglm import MiDashengLMModel
+from mdl_nbdev.model.midashenglm_family import tiny_config, tiny_model
+from mdl_nbdev.model.text_family import tiny_text_model
+
+
+def qwen3_model():
+    "The tiny model with a Qwen3 decoder"
+    config = tiny_config().to_dict()
+    config["text_config"] |= dict(model_type="qwen3", head_dim=16)
+    return MiDashengLMModel(type(tiny_config())(**config)).eval()
+
+
+MODELS = dict(midashenglm=("tiny", tiny_model), qwen3=("tiny", qwen3_model), text=("tiny-text", tiny_text_model))
+
+
+def requests(chat, clips, limits=(9, 5, 12)):
+    "Prompts of unequal length, with clips of unequal length if the model hears"
+    rng = np.random.default_rng(0)
+    for i, limit in enumerate(limits):
+        parts = [{"type": "text", "text": "Describe " + "this and that "*i}]
+        if clips: parts.insert(0, {"type": "audio", "path": f"{i}.wav"})
+        sounds = [rng.integers(-9000, 9000, 4000 + 3000*i).astype(np.int16)] if clips else []
+        prompt = chat.tokenize([Conversation([{"role": "user", "content": parts}])])[0]
+        yield E.Request(i, prompt.example(sounds), limit)
+
+
+@pytest.fixture(params=MODELS)
+def parts(request):
+    torch.manual_seed(1)
+    name, make = MODELS[request.param]
+    chat = load_chat(name)
+    return make().eval(), chat, list(requests(chat, name == "tiny"))
+
+
+def test_the_decoding_step_is_one_graph(parts):
+    "Nothing in it depends on a number that the device has computed, which CUDA graphs and `torch.compile` rule out"
+    model, chat, asked = parts
+    expected = [c.ids for c in E.TransformersEngine(model, chat).generate(asked)]
+    graphs = []
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+    compiled = CompileConfig(backend=backend, fullgraph=True, dynamic=False, mode=None)
+    compiled._compile_all_devices = True
+    engine = E.TransformersEngine(model, chat)
+    arguments = engine.arguments
+    engine.arguments = lambda batch: arguments(batch) | dict(cache_implementation="static", compile_config=compiled)
+    assert [c.ids for c in engine.generate(asked)] == expected
+    assert len(graphs) == 1
+
+
+def test_only_a_plain_model_on_a_gpu_is_recorded(parts):
+    assert not E.can_record(parts[0])
+    assert not E.can_record(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, dict(do_sample=True, top_p=.9), dict(repetition_penalty=1.3, logprobs=True)])
+def test_a_recorded_step_generates_the_same(parts, options, monkeypatch):
+    model, chat, asked = parts
+    engine = E.TransformersEngine(model.cuda(), chat, E.GenerationOptions(**options), 2)
+    def everything(): return [(c.ids, c.text, c.truncated, np.round(c.logprobs or [], 3).tolist()) for c in engine.generate(asked*2)]
+    recorded = everything()
+    assert engine.step.graph is not None
+    assert everything() == recorded, "the second time, from the same graph"
+    monkeypatch.setattr(E, "can_record", lambda model: False)
+    assert everything() == recorded
