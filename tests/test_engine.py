@@ -58,6 +58,16 @@ def test_the_decoding_step_is_one_graph(parts):
     assert len(graphs) == 1
 
 
+def test_the_memory_of_a_recorded_step_is_known_before_it_is_taken(parts):
+    model, chat, asked = parts
+    step = E.RecordedStep(model, 2, 96)
+    inputs = E.Collator(chat.pad_id, chat.family, "left")([r.example for r in asked[:2]]).inputs
+    del inputs["labels"]
+    model.generate(**inputs, max_new_tokens=2, past_key_values=step.cache)
+    held = sum(t.nbytes for layer in step.cache.layers for t in (layer.keys, layer.values))
+    assert E.cache_bytes(model, 2, 96) == held
+
+
 def test_only_a_plain_model_on_a_gpu_is_recorded(parts):
     assert not E.can_record(parts[0])
     assert not E.can_record(torch.nn.Linear(1, 1))
