@@ -51,7 +51,7 @@ def split_pairs(
 def coerce(
     value:Any, # Text from a command line, or a value from a YAML or JSON file
     tp:Any,    # The declared type: a class, `Literal`, `list` or `dict` of one of them, or a union
-)->Any: # `value` as `tp`; `ValueError` when it is none
+)->Any: # `value` as `tp`; `ValueError` if it cannot be read as one
     "Read a value as a declared type"
     if get_origin(tp) in (Union, types.UnionType):
         for t in sorted(get_args(tp), key=lambda t: t is not type(None)):

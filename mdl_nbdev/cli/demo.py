@@ -111,7 +111,7 @@ def _repr_html_(self:DemoReport):
 def demo_folder(
     s:DemoSettings, # Where to write
 )->Path: # The folder
-    "An empty folder for the demo; `InputError` if it holds anything else than an earlier demo"
+    "An empty folder for the demo; `InputError` if it holds anything but an earlier demo"
     out = Path(s.output)
     mark = out/'demo.json'
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
