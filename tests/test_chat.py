@@ -1,8 +1,10 @@
 "Token ids and labels: for any conversation, templates and tokenizers of many kinds, and against transformers' own tokenization"
+import copy
 import pickle
 import re
 import string
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.data.conversations import Conversation
-from mdl_nbdev.model.chat import Example
+from mdl_nbdev.model.chat import Chat, Example
+from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.label_view import LabelView
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import AUDIO, CHATML, tiny_tokenizer
-from mdl_nbdev.model.text_family import ROLE_MARKERS, tiny_text_tokenizer
+from mdl_nbdev.model.text_family import ROLE_MARKERS, TextFamily, tiny_text_tokenizer
 from mdl_nbdev.model.tokenizers import decode_answer, encode, fingerprint, load_tokenizer, tokenize
 
 TINY = tiny_tokenizer()
@@ -150,7 +153,7 @@ def test_labels_of_text_models(name, case):
     (ids, labels), = tokenize([conv], [[]], tok)
     runs, end = said(ids, labels), tok.convert_tokens_to_ids("<|end|>") if name == "phi" else tok.eos_token_id
     assert [int(r[-1]) for r in runs] == [end] * len(runs)
-    assert [decode_answer(r, tok) for r in runs] == answers(conv)
+    assert [decode_answer(r, tok) for r in runs] == [a.strip() if "| trim" in tok.chat_template else a for a in answers(conv)]
     assert tok.bos_token in (None, tok.eos_token) or int((ids == tok.bos_token_id).sum()) == tok.chat_template.count("bos_token")
 
 
@@ -208,6 +211,67 @@ def test_text_models_see_what_transformers_shows_them(name, said):
     show = lambda **kw: tok.apply_chat_template(plain if not kw else plain[:-1], tokenize=True, return_dict=False, **kw)
     assert tok.convert_ids_to_tokens(ids) == tok.convert_ids_to_tokens(show())
     assert prompt.tolist() == show(add_generation_prompt=True)
+
+
+def turns(*texts): return [{"role": role, "content": [text(t)]} for role, t in zip(["user", "assistant"]*3, texts)]
+
+
+TRIMS = CHATML.replace("{{ part.text }}", "{{ part.text | trim }}")
+LSTRIPS = CHATML.replace("{{ part.text }}", "{{ part.text.lstrip('\\n') if m.role == 'assistant' else part.text }}")
+THOUGHTS = CHATML.replace("{{ part.text }}", "{{ part.text.split('</think>')[-1] if m.role == 'assistant' and not loop.last else part.text }}")
+
+
+@pytest.mark.parametrize("template", [TRIMS, LSTRIPS, THOUGHTS], ids=["trims", "lstrips", "drops earlier thoughts"])
+@settings(max_examples=40, deadline=None)
+@given(said=st.lists(st.text(" \n\tab.*[(\\", min_size=1, max_size=8).filter(str.strip), min_size=2, max_size=4))
+def test_texts_are_trained_as_the_template_shows_them(template, said):
+    tok = bpe_tokenizer(template)
+    messages = turns(*said[:len(said)//2*2])
+    (ids, labels), = tokenize([Conversation(messages, "t.csv", 1)], [[]], tok)
+    assert tok.decode(ids) == tok.apply_chat_template(messages, tokenize=False)
+    (prompt, _), = tokenize([Conversation(messages[:-1], "t.csv", 1)], [[]], tok)
+    assert ids[:len(prompt)].tolist() == prompt.tolist()
+
+
+@pytest.mark.parametrize("change", ["part.text.split('</think>')[-1]", "part.text | upper", "part.text[:5]", "part.text ~ part.text if '<' in part.text else part.text"])
+def test_texts_that_the_template_changes_are_refused(change):
+    tok = bpe_tokenizer(CHATML.replace("part.text }}", "(part.text if '\ue000' in part.text or m.role == 'user' else (" + change + ")) }}"))
+    conv = Conversation(turns("2+2?", "<think>\nhm\n</think>\n\n4"), "t.csv", 7)
+    with pytest.raises(InputError, match=r"t.csv:7: the chat template does not show the text '<think>.* as it is.*--chat-template"): tokenize([conv], [[]], tok)
+
+
+def test_answers_that_are_not_to_be_learned():
+    messages = turns("2+2?", "five", "Sure?", "four")
+    messages[1]["learn"] = False
+    (ids, labels), (whole, _) = tokenize([Conversation(messages, "t.csv", 1), Conversation(turns("2+2?", "five", "Sure?", "four"), "t.csv", 1)], [[], []], BPE)
+    assert ids.tolist() == whole.tolist()
+    assert [BPE.decode(r) for r in said(ids, labels)] == ["four<|im_end|>"]
+
+
+def test_a_begin_token_where_the_tokenizer_adds_one(tmp_path):
+    "Without a chat template, and in texts without turns"
+    llama2(None, "first").save_pretrained(tmp_path)
+    chat = load_chat(str(tmp_path))
+    for messages in (turns("hi", "the dog"), [{"role": "text", "content": [text("the dog")]}]):
+        e = chat.example(Conversation(messages, "t.csv", 1))
+        assert (e.input_ids == chat.tok.bos_token_id).tolist() == [True] + [False]*(len(e.input_ids) - 1)
+        assert said(e.input_ids, e.labels)[-1][-1] == chat.tok.eos_token_id
+
+
+@pytest.mark.parametrize("name, ends", [("phi", ["<|end|>", "<|endoftext|>"]), ("llama 3", ["<|eot_id|>"]), ("neox, zephyr", ["<|endoftext|>"])])
+def test_the_end_token_of_the_template_ends_completions(name, ends):
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    chat = Chat(TEXT[name], TextFamily())
+    assert set(chat.tok.convert_ids_to_tokens(chat.stop_ids(model))) == set(ends)
+    model.generation_config.eos_token_id = [0, 1]
+    assert {0, 1} < set(chat.stop_ids(model))
+
+
+def test_a_tokenizer_in_python_is_refused():
+    tok = copy.deepcopy(BPE)
+    slow = type("Slow", (type(tok),), {"is_fast": property(lambda self: False)})
+    tok.__class__ = slow
+    with pytest.raises(InputError, match="the tokenizer, Slow, is written in Python and has no tokenizer.json"): Chat(tok, TextFamily())
 
 
 def test_clip_tokens_agree_with_the_network():
@@ -352,7 +416,8 @@ def test_turns_that_cannot_be(messages):
 def test_text_records_carry_loss_but_for_their_first_token(case, name):
     tok = TEXT[name]
     (ids, labels), = tokenize([Conversation([{"role": "text", "content": [text(case)]}], "t", 1)], [[]], tok)
-    assert ids.tolist() == [*tok(case, add_special_tokens=False, split_special_tokens=True).input_ids, tok.eos_token_id]
+    begin = tok("a").input_ids[:1] if tok("a").input_ids[0] == tok.bos_token_id else []
+    assert ids.tolist() == [*begin, *tok(case, add_special_tokens=False, split_special_tokens=True).input_ids, tok.eos_token_id]
     assert labels.tolist() == [-100, *ids[1:]]
 
 

@@ -255,6 +255,39 @@ def test_bad_lines(tmp_path, name):
     assert [(b.file, b.line) for b in bad] == [(str(path), 2)]
 
 
+def marked(*marks): # An answer for each, between prompts
+    return {"messages": [m for i, mark in enumerate(marks) for m in ({"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}", **mark})]}
+
+
+@pytest.mark.parametrize("mark, learned", [({"weight": 0}, False), ({"weight": 1}, True), ({"train": False}, False), ({"loss": 0.0}, False), ({"loss": True}, True),
+                                           ({"weight": None}, True), ({"weight": 0, "train": False}, False)], ids=str)
+def test_answers_that_are_not_to_be_learned(tmp_path, mark, learned):
+    "From the file to the labels, in files that are converted and in converted ones"
+    path, chat = jsonl(tmp_path, marked(mark, {})), load_chat("tiny-text")
+    record, = JsonlFile(path)
+    assert [m.get("learn", True) for m in to_conversation(record).messages] == [True, learned, True, True]
+    out = convert(ConvertSettings(input=path, output=tmp_path/"out", model_name="tiny-text", num_workers=1)).path
+    e = open_dataset(out, chat, tmp_path)[0]
+    assert chat.tok.decode(e.labels[e.labels >= 0]) == ("a0<|endoftext|>" if learned else "") + "a1<|endoftext|>"
+
+
+@pytest.mark.parametrize("marks, message", {"half": ([{"weight": 0.5}], "weight of message 2 is 0.5; it must be 0 or 1"),
+    "text": ([{"train": "no"}], 'train of message 2 is "no"; it must be 0 or 1'),
+    "two": ([{"train": True, "weight": 0}], "weight and train of message 2 say different things; keep one"),
+    "nothing": ([{"weight": 0}, {"train": False}], "no answer of this conversation is to be learned")}.values())
+def test_marks_that_make_no_sense(tmp_path, marks, message):
+    path = jsonl(tmp_path, marked(*marks))
+    with pytest.raises(InputError, match=re.escape(message)): convert(ConvertSettings(input=path, output=tmp_path/"out", model_name="tiny-text", num_workers=1))
+
+
+def test_keys_of_messages_that_are_not_used_are_named(tmp_path, capsys):
+    path = jsonl(tmp_path, marked({"tool_calls": [], "reasoning_content": "hm"}), marked({"tool_calls": []}), marked({"name": None}))
+    named = "not used: messages.tool_calls (2 rows), messages.reasoning_content (1 row)"
+    assert named in str(check(CheckSettings(input=path)))
+    convert(ConvertSettings(input=path, output=tmp_path/"out", model_name="tiny-text", num_workers=1))
+    assert f"{path}: {named}" in capsys.readouterr().err
+
+
 def test_all_bad_lines_in_one_error(tmp_path):
     good = b'{"prompt": "Q"}\r\n'
     path = write(tmp_path, b"\xef\xbb\xbf" + good + b"\n".join([data + b"\n" + b" \n" + good[:-2] for data, _ in all_bad.values()]))

@@ -47,6 +47,7 @@ class CheckReport:
     short:list[BadRow]=field(default_factory=list) # Rows with a very short clip, which can be used
     hints:list[str]=field(default_factory=list) # What would repair many rows at once
     other:Counter=field(default_factory=Counter) # Rows for each column or key that is ignored
+    unused:Counter=field(default_factory=Counter) # Rows for each key inside of messages that is not used
     misnamed:dict[str,str]=field(default_factory=dict) # Ignored column -> the column it may be meant as
 
     @property
@@ -112,6 +113,8 @@ def summary(self:CheckReport)->list[str]: # Lines
     def remark(name): return f"; did you mean {self.misnamed[name]}?" if name in self.misnamed else ""
     ignored = [f"{name} ({plural(n, 'row')}{remark(name)})" for name, n in most_frequent(self.other, 10)]
     if ignored: lines.append(f"ignored: {', '.join(ignored)}")
+    unused = [f"{name} ({plural(n, 'row')})" for name, n in most_frequent(self.unused, 10)]
+    if unused: lines.append(f"not used: {', '.join(unused)}")
     return lines + self.hints
 
 # %% ../../nbs/1_data/11_check.ipynb #c14
@@ -192,6 +195,7 @@ def add_rows(self:CheckReport,
     self.misnamed = f.misnamed()
     for self.rows, row in enumerate(f.rows(broken.append), 1):
         self.other.update(f.ignored(row))
+        self.unused.update(f.ignored_inside(row))
         conversation = self.add_row(row, s)
         for clip in conversation.clips: clips[clip].append(row.line)
         has_answer = conversation.reference is not None

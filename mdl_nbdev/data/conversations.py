@@ -45,7 +45,8 @@ class Located:
 @dataclass
 class Conversation(Located):
     "What a model is given, and what it should answer"
-    messages:list[dict] # `{"role", "content"}` each; a content is a list of text and audio parts
+    # `{"role", "content"}` each; a content is a list of text and audio parts. `"learn": False` in one that carries no loss
+    messages:list[dict]
     file:str|None=None # The file it comes from
     line:int|None=None # The line of that file on which it starts, counting from 1
     task:str|None=None # Name of its task

@@ -16,7 +16,7 @@ from ..base.html import as_html
 from ..base.text import shorten
 from .audio import is_sound_file
 from .conversations import Located, message_clips, message_text, messages_html, text_message
-from .messages import KEYS, kind_of, read_messages, text_value
+from .messages import KEYS, kind_of, read_messages, text_value, unused_keys
 from .rows import BadRow, RowFile, cut_clip, line_fault, segment_names
 
 # %% ../../nbs/1_data/08_jsonl.ipynb #c7
@@ -91,6 +91,8 @@ def faults(self:Record,
         ignored = f" (ignored keys: {shorten(others)})" if others else ""
         return [f"the last message is from the user; add the answer as prediction, or remove the record{ignored}"]
     answer = message_text(last)
+    if not any(m.get("learn", True) for m in self.messages if m["role"]=="assistant"):
+        return ["no answer of this conversation is to be learned; give one of them the weight 1, or remove the record"]
     if not answer.strip(): return ["the last answer is empty; write it, or remove the record"]
     if not (self.prediction or "").strip() or self.prediction==answer: return []
     both = f"{shorten(answer, 40)!r} and {shorten(self.prediction, 40)!r}"
@@ -149,6 +151,7 @@ class JsonlFile(RowFile):
     def ignored(self, row):
         meant = KEYS.union(segment_names(row.raw) if row.audio else ())
         return [key for key in row.raw if key not in meant]
+    def ignored_inside(self, row): return unused_keys(row.raw)
 
     def format(self, row, prediction, delimiter=None):
         return json.dumps({**row.raw, "prediction":prediction}, ensure_ascii=False) + "\n"

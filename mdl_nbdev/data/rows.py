@@ -85,7 +85,7 @@ def resolve_message(
     only_clips = all(p["type"]=="audio" for p in parts)
     if message["role"]=="user" and only_clips and user_prompt:
         parts.append({"type":"text", "text":user_prompt})
-    return {"role":message["role"], "content":parts}
+    return {**message, "content":parts}
 
 def to_conversation(
     row, # A `Row` of a table, or a `Record`
@@ -217,6 +217,12 @@ class RowFile:
         "The columns or keys of a row that are ignored"
         meant = (*COLUMNS, *segment_names(self.columns))
         return [name for name in self.columns if name not in meant]
+
+    def ignored_inside(self,
+        row, # A row of this file
+    )->list[str]: # Such as `messages.tool_calls`
+        "Keys inside of a conversation that are ignored"
+        return []
 
     def misnamed(self)->dict[str,str]: # Ignored column -> the column it may be meant as
         "Ignored columns that look like prompts; records have many names for a prompt, tables have one"

@@ -32,6 +32,7 @@ from .output import InferOutput, LoggedProgress, OutputPart, remaining_shards
 from ..model.engine import Engine, GenerationOptions, Request, TransformersEngine
 from ..model.families import load_chat
 from ..model.load import load_model, pick_dtype
+from ..model.probe import check_vocabulary
 from ..model.save import load_adapter, merge
 
 # %% ../../nbs/4_infer/02_run.ipynb #c6
@@ -223,6 +224,7 @@ def load_engine(
     "Load model, adapter and tokenizer"
     chat = load_chat(s.model_name, s.from_modelscope, s.chat_template)
     model = load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization)
+    check_vocabulary(model, chat)
     if s.adapter: model = load_adapter(model, s.adapter)
     if s.adapter and not s.quantization: model = merge(model) # the same numbers, and faster
     options = GenerationOptions(s.do_sample, s.temperature, s.top_p, s.num_beams, s.repetition_penalty, s.seed)

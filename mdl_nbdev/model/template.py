@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROLE_START', 'ROLE_END', 'MARKER', 'RENDERING', 'TEXT_RECORD', 'TemplateError', 'template_error', 'template_line',
-           'shape_of', 'roles_text', 'render_shape', 'check_rendering', 'completion_lead', 'Segment', 'rendered_items',
-           'split_run', 'split_rendering', 'with_brackets', 'segments_of']
+           'shape_of', 'roles_text', 'render', 'render_shape', 'check_rendering', 'completion_lead', 'Segment',
+           'rendered_items', 'split_run', 'split_rendering', 'with_brackets', 'adds_begin_token', 'segments_of']
 
 # %% ../../nbs/2_model/02_template.ipynb #c4
 import re
@@ -58,6 +58,25 @@ def roles_text(
     "A shape in words"
     return f"turns of {', '.join(role for role,_ in shape)}"
 
+def render(
+    tok, # A tokenizer with a chat template
+    family:Family, # The model's family
+    messages:list[dict], # As in a `Conversation`
+    add_generation_prompt:bool=False, # End with the header of an answer
+)->str: # Text
+    "What the chat template writes for messages; `InputError` if it fails"
+    shape = shape_of(messages)
+    if family.clip_token is None and any('audio' in types for _,types in shape):
+        raise InputError("this model takes no audio; remove the clips, or choose an audio model with --model-name")
+    def part(p): return {'type':'audio', 'audio':''} if p['type']=='audio' else p
+    def content(m): return message_text(m) if family.clip_token is None else [part(p) for p in m['content']]
+    turns = [{'role':m['role'], 'content':content(m)} for m in messages]
+    try: return tok.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, **RENDERING)
+    except Exception as e:
+        line = template_line(e)
+        if not line: raise
+        raise template_error(tok, f"fails on {roles_text(shape)}: {e}", [line]) from e
+
 def render_shape(
     tok, # A tokenizer with a chat template
     family:Family, # The model's family
@@ -65,19 +84,10 @@ def render_shape(
     add_generation_prompt:bool=False, # End with the header of an answer
 )->str: # Text with `MARKER`s in place of texts
     "What the chat template writes for a shape; `InputError` if it fails"
-    if family.clip_token is None and any('audio' in types for _,types in shape):
-        raise InputError("this model takes no audio; remove the clips, or choose an audio model with --model-name")
     numbers = iter(range(10**6))
-    def part(kind):
-        return {'type':'audio', 'audio':''} if kind=='audio' else {'type':'text', 'text':MARKER.format(next(numbers))}
+    def part(kind): return {'type':'audio'} if kind=='audio' else {'type':'text', 'text':MARKER.format(next(numbers))}
     messages = [{'role':role, 'content':[part(t) for t in types]} for role,types in shape]
-    if family.clip_token is None:
-        messages = [m | {'content':message_text(m)} for m in messages]
-    try: return tok.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **RENDERING)
-    except Exception as e:
-        line = template_line(e)
-        if not line: raise
-        raise template_error(tok, f"fails on {roles_text(shape)}: {e}", [line]) from e
+    return render(tok, family, messages, add_generation_prompt)
 
 # %% ../../nbs/2_model/02_template.ipynb #c14
 def check_rendering(
@@ -198,13 +208,21 @@ def with_brackets(
 # %% ../../nbs/2_model/02_template.ipynb #c24
 TEXT_RECORD = (('text', ('text',)),) # Shape of a record that is nothing but text
 
+def adds_begin_token(
+    tok, # A tokenizer
+)->bool: # As those of Llama and Gemma do
+    "Whether a tokenizer puts a begin token before a text"
+    return tok.bos_token_id is not None and tok('a').input_ids[:1]==[tok.bos_token_id]
+
 def segments_of(
     tok, # A tokenizer with a chat template
     family:Family, # The model's family
     shape:tuple, # From `shape_of`
 )->list[Segment]: # In order
     "The checked segments of a conversation's shape; without a last turn of the assistant they end with the generation prompt"
-    if shape==TEXT_RECORD: return [Segment('completion', run=(0,)), Segment('control', tok.eos_token_id)]
+    if shape==TEXT_RECORD:
+        begin = [Segment('control', tok.bos_token_id)] if adds_begin_token(tok) else []
+        return [*begin, Segment('completion', run=(0,)), Segment('control', tok.eos_token_id)]
     for role,types in shape:
         if role=='assistant' and 'audio' in types or role=='text':
             raise InputError(f"a turn of role {role} holds {', '.join(types)}; an answer is text only, and a text record one text")

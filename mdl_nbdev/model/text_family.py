@@ -9,7 +9,7 @@ __all__ = ['ROLE_MARKERS', 'tiny_text_tokenizer', 'draw_weights', 'tiny_text_mod
 import math, re
 from .byte_tokenizer import byte_tokenizer
 from .family import Family
-from .template import ROLE_END, ROLE_START
+from .template import ROLE_END, ROLE_START, adds_begin_token
 
 # %% ../../nbs/2_model/15_text_family.ipynb #c6
 ROLE_MARKERS = """{%- set names = {'system':'system', 'user':'human', 'assistant':'bot'} -%}
@@ -65,4 +65,6 @@ class TextFamily(Family):
     "Causal language models without clips"
     name = 'text'
     builtin = {'tiny-text':(tiny_text_tokenizer, tiny_text_model)}
-    def chat_template(self, tok): return super().chat_template(tok) or ROLE_MARKERS
+    def chat_template(self, tok):
+        begin = '{{- bos_token -}}' if adds_begin_token(tok) else ''
+        return super().chat_template(tok) or begin + ROLE_MARKERS

@@ -9,6 +9,7 @@ __all__ = ['MANIFEST', 'RECORD_BATCH', 'row_schema', 'to_columns', 'record_batch
 
 # %% ../../nbs/3_train/00_convert.ipynb #c4
 import hashlib, json, multiprocessing, os, shutil, sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -205,11 +206,14 @@ def read_conversations(
     s:ConvertSettings, # Names the file, the prompts and the base folder
 )->list[Conversation]: # One for each row
     "The conversations of a file; one `InputError` names all its bad rows"
-    good, bad, source = [], [], open_rows(s.input)
+    good, bad, source, unused = [], [], open_rows(s.input), Counter()
     note_misnamed(source)
     for row in source.rows(bad.append):
+        unused.update(source.ignored_inside(row))
         try: good.append(to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir))
         except InputError as e: bad.append(bad_row(row, e))
+    found = ', '.join(f"{key} ({plural(n, 'row')})" for key, n in unused.items())
+    if found: print(f"{s.input}: not used: {found}", file=sys.stderr, flush=True)
     if bad: raise InputError(f"{bad_rows_error(bad)}\nThe clips have not been checked yet; mdl_check checks them as well")
     return good
 

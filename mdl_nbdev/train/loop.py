@@ -280,7 +280,7 @@ class TaskTrainer(SavedState, ValidationProbes, FlooredSchedule, RicherLog):
         self.stop_requested = None # who asked the run to stop
         self.steps_per_epoch = None # known when the loop begins
         self.rows = 0 # seen so far
-        self.size = None # of the model, determined before a launcher shards it
+        self.size = self.stop_ids = None # of the model, determined before a launcher shards it
         self.clear_sums()
 
 # %% ../../nbs/3_train/14_loop.ipynb #c23

@@ -45,7 +45,7 @@ class DryRun:
         return f"the longest batch: {rows} rows of up to {tokens:,} tokens{audio}"
     def __str__(self):
         rows = [f'{view}\n' for view in self.first]
-        head = [str(self.trainable), self.rows, '', 'the first batch:']
+        head = [str(self.trainable), *filter(None, [self.trainable.note]), self.rows, '', 'the first batch:']
         return '\n'.join([*head, *rows, self.longest(), str(self.memory), "Nothing was trained."])
     __repr__ = __str__
     def _repr_html_(self):

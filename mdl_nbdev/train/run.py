@@ -31,6 +31,7 @@ from ..model.chat import Chat, silent_example
 from ..model.collate import Collator
 from ..model.families import load_chat
 from ..model.load import check_trainable, load_model, pick_dtype, unwrap_model
+from ..model.probe import check_lengths, check_packing, check_vocabulary
 from ..model.save import merge, save_model
 from ..model.targets import Trainable, load_trainable_state
 from .batches import padding_waste
@@ -192,6 +193,9 @@ def make_trainer(
 )->TaskTrainer: # Ready to train
     "The trainer of a run"
     model = load_adapted(s)
+    check_vocabulary(model, chat)
+    check_lengths(model, max(int(mix.n_tokens.max()) for mix in (training, evaluation) if mix))
+    if s.packing: check_packing(model, chat)
     processor = chat.family.processor(chat.tok)
     collator = Collator(chat.pad_id, chat.family, silence=silent_example(chat) if ranks.world > 1 else None)
     own = [MetricsFile(s.output/'metrics.jsonl'), SampleAnswers(s, chat)]
@@ -200,7 +204,7 @@ def make_trainer(
     if not any(getattr(c, 'shows_progress', False) for c in callbacks): trainer.add_callback(ProgressBar())
     trainer.add_callback(Flow(trainer))
     trainer.remove_callback(PrinterCallback)
-    trainer.size = Trainable(model)
+    trainer.size, trainer.stop_ids = Trainable(model), chat.stop_ids(model)
     return trainer
 
 # %% ../../nbs/3_train/20_run.ipynb #c16
@@ -237,6 +241,7 @@ def start_run_folder(
     padding = padding_waste(ds.n_tokens, trainer.sampler(ds, s.batch_size).batches(0))
     dtype = str(trainer.model.dtype).removeprefix('torch.')
     device = trainer.args.device
+    if size.note: print(size.note)
     print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {device}; padding {padding:.1%}")
 
 # %% ../../nbs/3_train/20_run.ipynb #c18
@@ -322,6 +327,7 @@ def save_final(
         if checkpoint: trained = load_state(checkpoint, 'trained')
         if trained is not None: load_trainable_state(model, trained)
         if s.tuning=='full' or s.merge_lora: model = merge(model, s.from_modelscope)
+        unwrap_model(model).generation_config.eos_token_id = trainer.stop_ids
         with replacing_folder(report.final) as part:
             save_model(model, trainer.processor, part)
             (part/'README.md').write_text(model_card(s, report, datasets), encoding='utf-8')
@@ -363,9 +369,9 @@ def train(
     with Ranks() as ranks:
         checkpoint = ranks.on_main(open_run_folder, s)
         set_seed(s.seed)
-        chat = load_chat(s.model_name, s.from_modelscope, s.chat_template)
+        chat = ranks.agree(load_chat, s.model_name, s.from_modelscope, s.chat_template)
         training, evaluation = open_datasets(s, chat, ranks)
-        trainer = make_trainer(s, chat, training, evaluation, callbacks, ranks)
+        trainer = ranks.agree(make_trainer, s, chat, training, evaluation, callbacks, ranks)
         if s.dry_run: return dry_run(trainer, chat)
         trainer.identity = training_identity(trainer, chat)
         trainer.resumed_from = checkpoint
