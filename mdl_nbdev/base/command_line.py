@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPILOG', 'OTHER_NAMES', 'option_groups', 'default_text', 'metavar', 'SettingsParser', 'parser', 'unknown_option',
-           'read_config', 'with_dashes', 'from_args', 'to_dict', 'save_config']
+           'is_flat', 'read_config', 'with_dashes', 'from_args', 'to_dict', 'save_config']
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c4
 import argparse, dataclasses, difflib, sys, types
@@ -114,6 +114,14 @@ def unknown_option(
     if near: hint = f"; did you mean {option(near[0]) if kind=='option' else near[0]}?"
     return InputError(f"{where}unknown {kind} {key}{hint}")
 
+# %% ../../nbs/0_base/07_command_line.ipynb #c14
+def is_flat(
+    value:Any, # From a file
+)->bool: # False for lists in lists, which YAML can nest and repeat until they fill the memory
+    "Whether a value is one that a setting may have"
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, set, tuple)) else ()
+    return not any(isinstance(v, (dict, list, set, tuple)) for v in inside)
+
 def read_config(
     path:str|Path, # YAML or JSON file
     cls:type, # The settings dataclass it is for
@@ -125,16 +133,17 @@ def read_config(
     try: values = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot read this configuration file: {e}") from None
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e: # such as a date that is none, or brackets without end
         raise InputError(f"{path}: not valid YAML or JSON: {one_line(e)}") from None
     if not isinstance(values, dict): raise InputError(f"{path}: expected settings as `name: value` lines")
     values = {str(k).replace('-', '_'): v for k,v in values.items()}
     known = [f.name for f in dataclasses.fields(cls)]
     for k in values:
         if k not in known: raise unknown_option(k, known, f"{path}: ", prog)
+        if not is_flat(values[k]): raise InputError(f"{path}: {k}: expected a value, or a list or mapping of values")
     return values
 
-# %% ../../nbs/0_base/07_command_line.ipynb #c15
+# %% ../../nbs/0_base/07_command_line.ipynb #c16
 def with_dashes(
     argv:list[str], # Arguments
 )->list[str]: # The same with `--lora_rank=8` as `--lora-rank=8`
@@ -172,7 +181,7 @@ def _joined(value, tp): # Text, or the list of texts of a repeated option
     if get_origin(tp) is list: return sum((split_items(v, get_args(tp)[0]) for v in value), [])
     return ','.join(value) if get_origin(tp) is dict else value[-1]
 
-# %% ../../nbs/0_base/07_command_line.ipynb #c20
+# %% ../../nbs/0_base/07_command_line.ipynb #c21
 def to_dict(
     settings:Any, # A settings object
 )->dict[str, Any]: # Plain values, ready for JSON or YAML

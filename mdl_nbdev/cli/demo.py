@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from fastcore.basics import patch
 from ..base.errors import InputError
-from ..base.files import make_folder, write_json
+from ..base.files import make_folder, output_lock, write_json
 from ..base.settings import DemoSettings, EvalSettings, InferSettings, TrainSettings
 from ..base.text import same_text
 from ..data.audio import SAMPLE_RATE, load_audio
@@ -111,7 +111,7 @@ def _repr_html_(self:DemoReport):
 def demo_folder(
     s:DemoSettings, # Where to write
 )->Path: # The folder
-    "An empty folder for the demo; `InputError` if it holds anything but an earlier demo"
+    "An empty folder for the demo; `InputError` if it holds anything else than an earlier demo"
     out = Path(s.output)
     mark = out/'demo.json'
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -149,19 +149,21 @@ def demo(
 )->DemoReport: # What it found
     "Generate sounds, train the tiny model on them, answer clips it has not heard"
     from mdl_nbdev.train.run import train
-    start, out = time.perf_counter(), demo_folder(s)
-    announce(1, f"{clips} clips to train on and {held_out} others to test with, of {len(SOUND_LABELS)} kinds: {', '.join(SOUND_LABELS)}.")
-    train_csv = make_sounds(out/'sounds', clips, s.seed, 'train.csv')
-    test_csv = make_sounds(out/'sounds', held_out, s.seed+1, 'test.csv')
-    inference = f"mdl_infer {test_csv} --base-dir {test_csv.parent} --max-new-tokens {ANSWER_TOKENS}"
-    announce(2, "What the model answers before training:", f"{inference} --output {out}/before.csv --model-name tiny")
-    _, before = answer_clips(demo_inference(out, test_csv, 'before', 'tiny'))
-    training = f"mdl_train --train-dataset {train_csv} --base-dir {train_csv.parent} --output {out}/run --model-name tiny"
-    announce(3, "LoRA fine-tuning:", f"{training} ...  (all options: {out}/run/config.json)")
-    trained = train(demo_training(out, train_csv, s.seed, epochs))
-    if not trained.whole: raise InputError(f"training was stopped by {trained.stopped}, so the demo ends here; run mdl_demo again")
-    announce(4, "The test clips again, with the trained model:", f"{inference} --output {out}/after.csv --model-name {trained.final}")
-    answers, after = answer_clips(demo_inference(out, test_csv, 'after', trained.final))
-    report = DemoReport(out, before.scores.exact, after.scores.exact, trained, answers, after, time.perf_counter()-start)
-    report.figure().savefig(out/'demo.png', dpi=100)
-    return report
+    with output_lock(s.output):
+        start, out = time.perf_counter(), demo_folder(s)
+        kinds = f"{len(SOUND_LABELS)} kinds: {', '.join(SOUND_LABELS)}."
+        announce(1, f"{clips} clips to train on and {held_out} others to test with, of {kinds}")
+        train_csv = make_sounds(out/'sounds', clips, s.seed, 'train.csv')
+        test_csv = make_sounds(out/'sounds', held_out, s.seed+1, 'test.csv')
+        inference = f"mdl_infer {test_csv} --base-dir {test_csv.parent} --max-new-tokens {ANSWER_TOKENS}"
+        announce(2, "What the model answers before training:", f"{inference} --output {out}/before.csv --model-name tiny")
+        _, before = answer_clips(demo_inference(out, test_csv, 'before', 'tiny'))
+        training = f"mdl_train --train-dataset {train_csv} --base-dir {train_csv.parent} --output {out}/run --model-name tiny"
+        announce(3, "LoRA fine-tuning:", f"{training} ...  (all options: {out}/run/config.json)")
+        trained = train(demo_training(out, train_csv, s.seed, epochs))
+        if not trained.whole: raise InputError(f"training was stopped by {trained.stopped}, so the demo ends here; run mdl_demo again")
+        announce(4, "The test clips again, with the trained model:", f"{inference} --output {out}/after.csv --model-name {trained.final}")
+        answers, after = answer_clips(demo_inference(out, test_csv, 'after', trained.final))
+        report = DemoReport(out, before.scores.exact, after.scores.exact, trained, answers, after, time.perf_counter()-start)
+        report.figure().savefig(out/'demo.png', dpi=100)
+        return report

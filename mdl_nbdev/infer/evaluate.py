@@ -9,6 +9,7 @@ __all__ = ['read_all', 'prompt_of', 'mismatch', 'excerpt', 'reference_faults', '
 # %% ../../nbs/4_infer/04_evaluate.ipynb #c4
 import os
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 from rapidfuzz.distance import Levenshtein
 from ..base.errors import InputError
-from ..base.files import new_output, write_json
+from ..base.files import new_output, output_lock, write_json
 from ..base.html import Html, as_html, html_bar, html_table
 from ..base.settings import EvalSettings
 from ..base.text import comparable, plural, shorten
@@ -275,12 +276,13 @@ def evaluate(
     s:EvalSettings, # Settings: the two files, where the metrics go
 )->EvalReport: # Metrics, and a table by label or of the worst rows
     "Compare the predictions of one file with those of another"
-    if s.output: new_output(s.output, s.overwrite, inputs=(s.input, s.reference))
-    rows, refs = read_pairs(s.input, s.reference)
-    predictions = [comparable(r.prediction) for r in rows]
-    references = [comparable(r.prediction) for r in refs]
-    lines = [r.line for r in rows]
-    scores = score(references, predictions)
-    report = EvalReport(str(s.input), str(s.reference), scores, references, predictions, lines, s.max_labels)
-    if s.output: write_json(s.output, report.to_dict())
+    with output_lock(s.output) if s.output else nullcontext():
+        if s.output: new_output(s.output, s.overwrite, inputs=(s.input, s.reference))
+        rows, refs = read_pairs(s.input, s.reference)
+        predictions = [comparable(r.prediction) for r in rows]
+        references = [comparable(r.prediction) for r in refs]
+        lines = [r.line for r in rows]
+        scores = score(references, predictions)
+        report = EvalReport(str(s.input), str(s.reference), scores, references, predictions, lines, s.max_labels)
+        if s.output: write_json(s.output, report.to_dict())
     return report

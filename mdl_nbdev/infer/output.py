@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 from fastcore.basics import chunked, patch
 from ..base.errors import InputError
-from ..base.files import append_text, file_lock, replacing, write_json, write_text
+from ..base.files import append_text, check_inputs, file_lock, replacing, write_json, write_text
 from ..data.sources import SUFFIXES
 from ..data.tables import format_row
 from .identity import identity_changes
@@ -161,13 +161,13 @@ def clear(self:InferOutput)->None:
 
 # %% ../../nbs/4_infer/01_output.ipynb #c17
 @patch
-def check_input(self:InferOutput)->None:
+def check_input(self:InferOutput,
+    *others, # Further files that this run reads, or None
+)->None:
     "Raise `InputError` if this run would replace or remove its own input"
     parts = self.path.parent.glob(f'{glob.escape(self.path.name)}.part*')
-    for path in [self.path, self.rejects, Path(f'{self.path}.new'), *parts]:
-        if path.exists() and path.samefile(self.source.path):
-            raise InputError(f"{self.source.path}: this run would replace its own input; "
-                             "rename the input, or choose another --output")
+    ends = [path.name.removeprefix(self.path.name) for path in parts]
+    check_inputs(self.path, [self.source.path, *others], ('.new', '.rejects.csv', '.rejects.csv.new', *ends))
 
 # %% ../../nbs/4_infer/01_output.ipynb #c19
 @patch
@@ -195,7 +195,8 @@ def begin(self:InferOutput,
 )->None:
     "Start a run, or continue one with the same identity; `InputError` if what is here belongs to another one"
     if not overwrite and self.state.exists() and any(next(p.shards(), None) for p in self.parts()):
-        changes = identity_changes(json.loads(self.state.read_text(encoding='utf-8')), identity)
+        try: changes = identity_changes(json.loads(self.state.read_text(encoding='utf-8')), identity)
+        except (ValueError, KeyError, TypeError, AttributeError): changes = [f"{self.state} is damaged"]
         if not changes: return
         raise InputError(f"{self.path}.part: holds an unfinished run that cannot be continued: {'; '.join(changes)}. "
                          "Finish it as it was started, or discard it with --overwrite true")
@@ -224,22 +225,29 @@ def read_shard(
 
 # %% ../../nbs/4_infer/01_output.ipynb #c23
 @patch
-def resume(self:InferOutput,
+def intact_shards(self:InferOutput,
     shard_rows:int, # Rows of a shard
-)->list[int]: # Numbers of the finished shards, ascending
-    "Find the finished shards that are intact and whose rows the input still has; remove everything else"
-    logged, intact = defaultdict(list), {}
+)->tuple[dict, bool]: # Number -> part and shard; whether these are all shards of the input
+    "The finished shards that are undamaged and whose rows the input still has"
+    logged, intact, seen = defaultdict(list), {}, 0
     for part in self.parts():
         for shard in part.shards(): logged[shard.number].append((part, shard))
     with ExitStack() as stack:
         files = self.open_parts(stack)
-        rows_of_shards = islice(chunked(self.source.rows(), shard_rows), max(logged, default=-1) + 1)
-        for number,rows in enumerate(rows_of_shards):
-            if number not in logged: continue
+        rows_of_shards = islice(chunked(self.source.rows(), shard_rows), max(logged, default=-1) + 2)
+        for seen,rows in enumerate(rows_of_shards, 1):
             asked = ''.join(map(self.text, rows))
-            for part,shard in logged[number]:
+            for part,shard in logged[seen - 1]:
                 answered = read_shard(files[part.path], shard)
-                if shard_digest(asked, answered)==shard.digest: intact[number] = (part, shard)
+                if shard_digest(asked, answered)==shard.digest: intact[seen - 1] = (part, shard)
+    return intact, len(intact)==seen
+
+@patch
+def resume(self:InferOutput,
+    shard_rows:int, # Rows of a shard
+)->list[int]: # Numbers of the finished shards, ascending
+    "Find the finished shards that count, and remove everything else"
+    intact, _ = self.intact_shards(shard_rows)
     for part in self.parts(): part.keep(shard for owner,shard in intact.values() if owner==part)
     return sorted(intact)
 
@@ -274,21 +282,38 @@ def write(self:InferOutput,
 REJECT_COLUMNS = ['row', 'line', 'audio', 'reason'] # Of `<output>.rejects.csv`
 
 @patch
-def finish(self:InferOutput
-)->tuple[list, list[int]]: # Rows without an answer, as in `REJECT_COLUMNS`; lines of truncated answers
-    "Put the shards together and remove the parts"
-    shards = {shard.number:(part, shard) for part in self.parts() for shard in part.shards()}
-    rejects, truncated = [], []
-    with replacing(self.path) as new, ExitStack() as stack:
+def joined(self:InferOutput,
+    shards:dict, # Number -> part and shard
+)->Iterator[bytes]: # The header, and the rows of each shard
+    "The text of the output, piece by piece"
+    yield self.header.encode()
+    with ExitStack() as stack:
         files = self.open_parts(stack)
-        out = stack.enter_context(open(new, 'wb'))
-        out.write(self.header.encode())
-        for number in sorted(shards):
-            part, shard = shards[number]
-            out.write(read_shard(files[part.path], shard))
-            rejects += shard.rejects
-            truncated += shard.truncated
-        out.flush()
+        for _,(part,shard) in sorted(shards.items()): yield read_shard(files[part.path], shard)
+
+@patch
+def is_joined(self:InferOutput)->bool:
+    "Whether the output is complete and only its parts have not been removed"
+    shards = {shard.number:(part, shard) for part in self.parts() for shard in part.shards()}
+    if not shards or not self.path.is_file(): return False
+    with open(self.path, 'rb') as f: return all(f.read(len(b))==b for b in self.joined(shards)) and not f.read(1)
+
+@patch
+def finish(self:InferOutput,
+    shard_rows:int, # Rows of a shard
+    rows:int, # Number of rows that the input had at the start
+)->tuple[list, list[int]]: # Rows without an answer, as in `REJECT_COLUMNS`; lines of truncated answers
+    "Put the shards together and remove the parts; `InputError` if they are not exactly those of the input"
+    shards, complete = self.intact_shards(shard_rows)
+    if not complete or sum(shard.rows for _,shard in shards.values()) != rows:
+        raise InputError(f"{self.source.path}: changed while its rows were answered, or {self.path}.part did; "
+                         "run the same command again: rows that are still the same keep their answers")
+    rejects, truncated = [], []
+    for _,(_,shard) in sorted(shards.items()):
+        rejects += shard.rejects
+        truncated += shard.truncated
+    with replacing(self.path) as new:
+        with open(new, 'wb') as out: out.writelines(self.joined(shards))
         if rejects: write_text(self.rejects, ''.join(map(format_row, [REJECT_COLUMNS, *rejects])))
     self.clear()
     return rejects, truncated

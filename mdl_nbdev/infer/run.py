@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_NEW_TOKENS', 'BATCHES_PER_SHARD', 'completion_limit', 'PromptedRow', 'Prompter', 'Pipeline', 'InferReport',
-           'prompt_html', 'reference_mark', 'open_output', 'load_engine', 'join_output', 'stop_at_reject',
-           'rows_of_shards', 'prepare_output', 'InferProgressBar', 'infer']
+           'prompt_html', 'reference_mark', 'open_output', 'check_output', 'lock_output', 'load_engine', 'join_output',
+           'stop_at_reject', 'rows_of_shards', 'prepare_output', 'InferProgressBar', 'infer']
 
 # %% ../../nbs/4_infer/02_run.ipynb #c4
 import os, socket, time
@@ -214,10 +214,34 @@ def open_output(
 )->InferOutput: # With its input opened
     "Check input and output as far as no row has to be read"
     out = InferOutput(s.output, open_rows(s.input, ('audio',)))
-    out.check_input()
-    new_output(s.output, s.overwrite)
+    out.check_input(s.chat_template)
+    check_output(out, s)
     return out
 
+def check_output(
+    out:InferOutput, # The output
+    s:InferSettings, # Settings of the run
+)->None:
+    "Raise `InputError` if there is an output that this run may not replace"
+    if s.overwrite or not out.is_joined(): new_output(s.output, s.overwrite)
+
+# %% ../../nbs/4_infer/02_run.ipynb #c18
+def lock_output(
+    out:InferOutput, # The output
+    s:InferSettings, # Settings of the run
+    ranks:Ranks, # The processes of the run
+    stack:ExitStack, # Holds the locks until the end of the run
+)->None:
+    "Lock the output for the whole run; an earlier run may have finished it in the meantime"
+    def lock_mine(): stack.enter_context(out.lock(ranks.rank))
+    def lock_main():
+        lock_mine()
+        out.check_other_locks(ranks.world)
+        check_output(out, s)
+    ranks.on_main(lock_main)
+    ranks.agree(lambda: None if ranks.is_main else lock_mine())
+
+# %% ../../nbs/4_infer/02_run.ipynb #c19
 def load_engine(
     s:InferSettings, # Settings of the run
 )->TransformersEngine: # Ready to generate
@@ -242,7 +266,7 @@ def join_output(
     part.create(out.header)
     return part
 
-# %% ../../nbs/4_infer/02_run.ipynb #c19
+# %% ../../nbs/4_infer/02_run.ipynb #c21
 def stop_at_reject(
     rows:list[PromptedRow], # Finished rows
     s:InferSettings, # Settings of the run
@@ -263,15 +287,13 @@ def rows_of_shards(
     shards = islice(chunked(source.rows(), shard_rows), max(numbers, default=-1) + 1)
     return (rows for number,rows in enumerate(shards) if number in wanted)
 
-# %% ../../nbs/4_infer/02_run.ipynb #c20
+# %% ../../nbs/4_infer/02_run.ipynb #c22
 def prepare_output(
     out:InferOutput, # The output
     s:InferSettings, # Settings of the run
     shard_rows:int, # Rows of a shard
-    world:int=1, # Number of processes
 )->list[int]: # Numbers of the finished shards
     "Start or continue an output, on the main process"
-    out.check_other_locks(world)
     out.begin(run_identity(s), s.overwrite)
     return out.resume(shard_rows)
 
@@ -296,7 +318,7 @@ class InferProgressBar:
         self.bar.close()
         self.progress.close()
 
-# %% ../../nbs/4_infer/02_run.ipynb #c22
+# %% ../../nbs/4_infer/02_run.ipynb #c24
 def infer(
     s:InferSettings, # What to answer, with what, and where to
     callbacks:Iterable[Callable]=(), # Each gets a shard's `PromptedRow`s, the rows done and the rows in total
@@ -306,13 +328,13 @@ def infer(
     with Ranks() as ranks, ExitStack() as stack:
         if not ranks.is_main: silence_libraries()
         out = ranks.agree(open_output, s)
+        ranks.agree(make_folder, s.output.parent)
+        lock_output(out, s, ranks, stack)
         if ranks.is_main: note_misnamed(out.source)
         total = ranks.on_main(out.source.count)
-        ranks.agree(make_folder, s.output.parent)
-        ranks.agree(stack.enter_context, out.lock(ranks.rank))
         pipeline = Pipeline(ranks.agree(load_engine, s), s)
         shard_rows = pipeline.shard_rows
-        finished = ranks.on_main(prepare_output, out, s, shard_rows, ranks.world)
+        finished = ranks.on_main(prepare_output, out, s, shard_rows)
         part = ranks.agree(join_output, out, ranks.rank)
         report = InferReport(s.output, total, sum(min(shard_rows, total - n*shard_rows) for n in finished))
         numbers = remaining_shards(-(-total//shard_rows), finished, ranks.rank, ranks.world)
@@ -320,7 +342,7 @@ def infer(
         hidden = not ranks.is_main or any(getattr(c, 'shows_progress', False) for c in callbacks)
         bar = stack.enter_context(InferProgressBar(LoggedProgress(out.parts()), report, hidden))
         start = time.perf_counter()
-        for number,rows in zip(numbers, shards, strict=True):
+        for number,rows in zip(numbers, shards):
             stop_at_reject(rows, s)
             out.write(part, number, number*shard_rows, rows)
             report.sample = (report.sample + rows)[:5]
@@ -328,6 +350,6 @@ def infer(
             for callback in callbacks: callback(rows, done, total)
         ranks.wait(bar.update)
         bar.update() # what was written since the last call
-        if ranks.is_main: report.rejected, report.truncated = out.finish()
+        if ranks.is_main: report.rejected, report.truncated = out.finish(shard_rows, total)
         report.seconds = time.perf_counter() - start
     return report

@@ -72,7 +72,9 @@ def load_chat(
     else:
         def load(path):
             family = find_family(path).configured(path)
-            return family, family.load_tokenizer(path)
+            tok = family.load_tokenizer(path)
+            tok('a') # some damage shows only here
+            return family, tok
         family, tok = from_hub(load, name, from_modelscope)
     if tok.eos_token is None:
         raise InputError(f"--model-name {name}: its tokenizer has no end token, "

@@ -61,6 +61,7 @@ def explain_failure(
 )->str: # One line, without the model's name
     "Why a model cannot be loaded"
     folder, why = model_folder(source), one_line(error)
+    if not isinstance(error, (OSError, ValueError)): why = f"one of its files is damaged ({type(error).__name__}: {why})"
     if folder is None:
         said = why if len(why) <= 200 else f"{why[:200].rpartition('. ')[0] or why[:200]}."
         return ("no such folder, and it cannot be fetched from the hub (offline, misspelt, or access not granted). "
@@ -73,7 +74,7 @@ def explain_failure(
     if not config.exists():
         return f"this folder cannot be loaded: it has no config.json, so it holds no model ({why})"
     try: kind = json.loads(config.read_text(encoding='utf-8')).get('model_type')
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         return f"cannot be loaded: its config.json is damaged: {one_line(e)}"
     if kind is None: return "cannot be loaded: its config.json has no model_type"
     if 'does not recognize this architecture' in why:
@@ -107,5 +108,6 @@ def from_hub(
         if download: source = snapshot_download(name)
         return load(source, **kwargs)
     except InputError: raise
-    except (OSError, ValueError) as e:
+    except MemoryError: raise
+    except Exception as e: # libraries raise errors of any kind for damaged files
         raise InputError(f"--model-name {name}: {explain_failure(source, e)}") from e

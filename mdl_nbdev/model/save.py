@@ -10,13 +10,13 @@ import json, warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from ..base.errors import InputError
-from ..base.files import make_folder, new_output, replacing_folder
+from ..base.files import make_folder, new_output, output_lock, replacing_folder
 from ..base.settings import MergeSettings
 from ..base.text import one_line
 from .adapters import BASE_FILE, base_fingerprint, make_savable, quiet_peft, untie_adapted
+from .contents import MODEL_FILES
 from .families import load_chat
 from .load import load_model, no_safetensors, pick_dtype
 from .targets import is_quantized
@@ -40,8 +40,10 @@ def adapter_config(
     "Read the configuration of saved adapters; `InputError` if there are none"
     path = Path(folder)/'adapter_config.json'
     if path.exists():
-        try: return json.loads(path.read_text(encoding='utf-8'))
-        except ValueError as e: raise InputError(f"{path}: not valid JSON: {e}") from None
+        try: config = json.loads(path.read_text(encoding='utf-8'))
+        except (OSError, ValueError, RecursionError) as e: raise InputError(f"{path}: not valid JSON: {e}") from None
+        if isinstance(config, dict) and isinstance(config.get('base_model_name_or_path'), (str, type(None))): return config
+        raise InputError(f"{path}: damaged: expected names and values, with the name of the base model as text")
     missing = path.name if path.parent.is_dir() else 'such folder'
     hint = ''
     if (path.parent/'final'/path.name).exists(): hint = f"; did you mean {path.parent/'final'}?"
@@ -54,14 +56,15 @@ def check_base(
 )->dict: # Its `base_fingerprint`
     "`InputError` if adapters were trained on another model"
     path, found = Path(folder)/BASE_FILE, base_fingerprint(model)
-    try: expected = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    except ValueError as e: raise InputError(f"{path}: not valid JSON: {one_line(e)}") from None
+    try: expected = dict(json.loads(path.read_text(encoding='utf-8'))) if path.exists() else {}
+    except (ValueError, TypeError) as e: raise InputError(f"{path}: not valid JSON: {one_line(e)}") from None
     if any(found[k] != expected[k] for k in found.keys() & expected.keys()):
         trained_on = adapter_config(folder).get('base_model_name_or_path')
         raise InputError(f"{folder}: this adapter was trained on another model than {model.name_or_path}: their weights "
                          f"differ; give the one that it was trained on ({trained_on}) as --model-name")
     return found
 
+# %% ../../nbs/2_model/33_save.ipynb #c10
 def load_adapter(
     model:nn.Module, # The base model, from `load_model`; it is changed
     folder:str|Path, # Where `save_model` put the adapters
@@ -69,17 +72,19 @@ def load_adapter(
     "Put saved adapters on top of their base model"
     from peft import PeftModel
     config, base = adapter_config(folder), check_base(model, folder)
-    untie_adapted(model, config.get('target_modules') or [])
     if not (Path(folder)/'adapter_model.safetensors').exists(): raise no_safetensors(folder)
     try:
+        untie_adapted(model, config.get('target_modules') or [])
         with quiet_peft():
             warnings.filterwarnings('error', 'Found missing adapter keys')
             return make_savable(PeftModel.from_pretrained(model, str(folder)), base)
-    except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as e:
+    except InputError: raise
+    except Exception as e: # peft raises errors of any kind for a damaged configuration
         reason = f"this adapter does not fit {model.name_or_path}, or is damaged"
+        if isinstance(e, (KeyError, TypeError, AttributeError)): reason += f" ({type(e).__name__})"
         raise InputError(f"{folder}: {reason}: {one_line(e)}") from e
 
-# %% ../../nbs/2_model/33_save.ipynb #c13
+# %% ../../nbs/2_model/33_save.ipynb #c14
 def merge(
     model, # From `adapt` or `load_adapter`; do not use it afterwards
     from_modelscope:bool=False, # Is a quantized model's base downloaded from ModelScope?
@@ -114,7 +119,7 @@ def merge_into_base(
                          "32 bits; give the model that they were made from")
     return load_adapter(base, adapter).merge_and_unload(safe_merge=True)
 
-# %% ../../nbs/2_model/33_save.ipynb #c17
+# %% ../../nbs/2_model/33_save.ipynb #c18
 def merge_adapter(
     s:MergeSettings, # Adapter, base model and output
 )->Path: # The output folder
@@ -123,10 +128,11 @@ def merge_adapter(
     name = s.model_name or adapter_config(s.adapter).get('base_model_name_or_path')
     if not name:
         raise InputError(f"{s.adapter}: this adapter does not say what its base model is; give it as --model-name")
-    new_output(out, s.overwrite, 'model*.safetensors', (s.adapter, name))
     dtype = 'auto' if s.bf16 is None else pick_dtype(s.bf16)
-    with replacing_folder(out) as part:
-        merged, chat = merge_into_base(s.adapter, name, s.from_modelscope, dtype), load_chat(name, s.from_modelscope)
-        merged.generation_config.eos_token_id = chat.stop_ids(merged)
-        save_model(merged, chat.family.processor(chat.tok), part)
+    with output_lock(out):
+        new_output(out, s.overwrite, 'model*.safetensors', (s.adapter, name), ('README.md', '*.py', *MODEL_FILES))
+        with replacing_folder(out) as part:
+            merged, chat = merge_into_base(s.adapter, name, s.from_modelscope, dtype), load_chat(name, s.from_modelscope)
+            merged.generation_config.eos_token_id = chat.stop_ids(merged)
+            save_model(merged, chat.family.processor(chat.tok), part)
     return out

@@ -10,6 +10,7 @@ __all__ = ['check_settings', 'find_checkpoint', 'open_run_folder', 'open_mixes',
 
 # %% ../../nbs/3_train/20_run.ipynb #c4
 import signal, sys, threading, time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 import torch
@@ -20,15 +21,16 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from ..base.command_line import save_config
 from ..base.errors import InputError
-from ..base.files import make_folder, replacing_folder
+from ..base.files import file_lock, make_folder, replacing_folder
 from ..base.options import options_where
 from ..base.processes import LostRank, Ranks, is_main_process
 from ..base.settings import TrainSettings
 from ..base.text import one_line
 from ..data.sources import find_tasks
-from ..model.adapters import adapt, without_input_casts
+from ..model.adapters import adapt
 from ..model.chat import Chat, silent_example
 from ..model.collate import Collator
+from ..model.contents import model_digest
 from ..model.families import load_chat
 from ..model.load import check_trainable, load_model, pick_dtype, unwrap_model
 from ..model.probe import check_lengths, check_packing, check_vocabulary
@@ -36,11 +38,11 @@ from ..model.save import merge, save_model
 from ..model.targets import Trainable, load_trainable_state
 from .batches import padding_waste
 from .callbacks import MetricsFile, ProgressBar, read_metrics
-from .checkpoints import check_checkpoint, last_checkpoint, set_aside_later
+from .checkpoints import check_checkpoint, check_run_inputs, last_checkpoint, newest_first, set_aside_later
 from .identity import differences, identity, update_identity
 from .loop import Flow, TaskTrainer
 from .memory import is_out_of_memory, memory_advice
-from .mix import LengthReport, limit_length, open_mix, split
+from .mix import LengthReport, limit_length, open_mix, split, verify_mix
 from .preview import DryRun, dry_run, memory_of_longest
 from .report import TrainReport, model_card
 from .samples import SampleAnswers
@@ -73,21 +75,30 @@ def find_checkpoint(
     s:TrainSettings, # The run's settings
 )->Path|None: # None for a new run
     "The checkpoint that settings ask to resume from"
-    if s.resume_from_checkpoint is True: return last_checkpoint(s.output)
+    if s.resume_from_checkpoint is True:
+        checkpoint, lost = last_checkpoint(s.output), 'none of its checkpoints can be used'
+        if checkpoint or not newest_first(s.output) and not (s.output/'final').exists(): return checkpoint
+        if not newest_first(s.output): lost = 'it has a final model and no checkpoint'
+        raise InputError(f"{s.output}: cannot be resumed: {lost}, and it is not started again from step 0; "
+                         "restore a checkpoint, or choose another --output for a new run")
     if not s.resume_from_checkpoint: return None
     checkpoint = s.resume_from_checkpoint
     why = check_checkpoint(checkpoint)
     if why: raise InputError(f"--resume-from-checkpoint {checkpoint}: {why}; give a checkpoint-N folder of a run, or true")
     return checkpoint
 
+# %% ../../nbs/3_train/20_run.ipynb #c8
 def open_run_folder(
     s:TrainSettings, # The run's settings
+    stack:ExitStack, # Holds the lock of the run until its end
 )->Path|None: # The checkpoint to resume from; None for a new run
-    "Check the settings and make the run folder; refuse one that holds another run"
+    "Check the settings, make the run folder and lock it; refuse one that holds another run"
     check_settings(s)
     check_trainable(s.model_name, s.from_modelscope)
-    checkpoint = find_checkpoint(s)
+    check_run_inputs(s.output, [*s.train_dataset, *s.eval_dataset, s.model_name, s.chat_template])
     make_folder(s.output)
+    stack.enter_context(file_lock(s.output/'.lock', s.output)) # inside: a container may mount nothing else
+    checkpoint = find_checkpoint(s)
     left = [n for n in ('metrics.jsonl', 'final') if (s.output/n).exists()]
     left += sorted(p.name for p in s.output.glob('checkpoint-*'))
     if left and not checkpoint and s.resume_from_checkpoint is not True:
@@ -95,7 +106,7 @@ def open_run_folder(
                          "resume it with --resume-from-checkpoint true, or choose another --output")
     return checkpoint
 
-# %% ../../nbs/3_train/20_run.ipynb #c9
+# %% ../../nbs/3_train/20_run.ipynb #c10
 def open_mixes(
     s:TrainSettings, # The run's settings
     chat:Chat, # Of the model
@@ -130,7 +141,7 @@ def limit_mixes(
         print(f"{report}; they are listed in {s.output/'too_long.csv'}")
     return training, evaluation
 
-# %% ../../nbs/3_train/20_run.ipynb #c10
+# %% ../../nbs/3_train/20_run.ipynb #c11
 def open_datasets(
     s:TrainSettings, # The run's settings
     chat:Chat, # Of the model
@@ -139,6 +150,7 @@ def open_datasets(
     "The rows that the run trains and evaluates on"
     if ranks.world > 1: ranks.on_main(convert_datasets, s, chat)
     training, evaluation = ranks.agree(open_mixes, s, chat)
+    for mix in [training, evaluation] if not s.resume_from_checkpoint else []: ranks.on_main(verify_mix, mix)
     if s.validation_split: training, evaluation = split(training, s.validation_split, s.seed)
     if s.loss_mode=='coba':
         lacking = [t for i,t in enumerate(training.task_names) if not (evaluation.task_ids==i).any()]
@@ -147,7 +159,7 @@ def open_datasets(
                              "whose convergence it needs to measure; add some, or choose another --loss-mode")
     return limit_mixes(s, chat, training, evaluation)
 
-# %% ../../nbs/3_train/20_run.ipynb #c12
+# %% ../../nbs/3_train/20_run.ipynb #c13
 def training_arguments(
     s:TrainSettings, # The run's settings
     model, # On its device
@@ -172,7 +184,7 @@ def training_arguments(
     args._n_gpu = min(args._n_gpu, 1) # without a launcher: one GPU, not torch's DataParallel over all
     return args
 
-# %% ../../nbs/3_train/20_run.ipynb #c13
+# %% ../../nbs/3_train/20_run.ipynb #c14
 def load_adapted(
     s:TrainSettings, # The run's settings
     device=None, # Where to load it; None: the best there is
@@ -182,7 +194,7 @@ def load_adapted(
     if s.gradient_checkpointing: unwrap_model(model).activation_checkpointing_enable({'use_reentrant':False})
     return model
 
-# %% ../../nbs/3_train/20_run.ipynb #c14
+# %% ../../nbs/3_train/20_run.ipynb #c15
 def make_trainer(
     s:TrainSettings, # The run's settings
     chat:Chat, # Of the model
@@ -207,15 +219,18 @@ def make_trainer(
     trainer.size, trainer.stop_ids = Trainable(model), chat.stop_ids(model)
     return trainer
 
-# %% ../../nbs/3_train/20_run.ipynb #c16
+# %% ../../nbs/3_train/20_run.ipynb #c17
 def training_identity(
     trainer:TaskTrainer, # Ready to train
     chat:Chat, # Of the model
 )->dict: # As checkpoints record it
     "What the numbers of a run depend on"
-    rows = {'training rows':trainer.train_dataset.fingerprint()}
-    if trainer.coba: rows['evaluation rows'] = trainer.eval_dataset.fingerprint()
-    return identity(trainer.s, processes=trainer.args.world_size, tokenizer=chat.fingerprint, **rows)
+    s, ds = trainer.s, trainer.train_dataset
+    facts = {'training rows':ds.fingerprint()}
+    if trainer.coba: facts['evaluation rows'] = trainer.eval_dataset.fingerprint()
+    if ds.audio_digest(): facts['training clips'] = ds.audio_digest()
+    facts['contents of --model-name'] = trainer.ranks.on_main(model_digest, s.model_name, s.from_modelscope)
+    return identity(s, processes=trainer.args.world_size, tokenizer=chat.fingerprint, **facts)
 
 def check_identity(
     trainer:TaskTrainer, # With its identity and the checkpoint that it resumes from
@@ -223,7 +238,8 @@ def check_identity(
     "Refuse to resume from the checkpoint of another run"
     checkpoint = trainer.resumed_from
     saved = update_identity(load_state(checkpoint, 'run')['identity'])
-    changes = '; '.join(differences(saved, trainer.identity))
+    later = {'training clips', 'contents of --model-name'} - saved.keys() # earlier versions did not record these
+    changes = '; '.join(differences(saved, {k:v for k,v in trainer.identity.items() if k not in later}))
     if changes and not trainer.s.allow_changes:
         raise InputError(f"{checkpoint}: belongs to a run with other data or settings ({changes}); "
                          "repeat the old ones, or add --allow-changes true")
@@ -244,7 +260,7 @@ def start_run_folder(
     if size.note: print(size.note)
     print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {device}; padding {padding:.1%}")
 
-# %% ../../nbs/3_train/20_run.ipynb #c18
+# %% ../../nbs/3_train/20_run.ipynb #c19
 class StopSignals:
     "Lets the first SIGTERM or SIGINT ask a trainer for a checkpoint and the end; a context manager"
     def __init__(self,
@@ -270,7 +286,7 @@ class StopSignals:
         message = f"\n{t.stop_requested}: saving a checkpoint after this step; a second signal stops immediately, without saving"
         if t.is_world_process_zero(): print(message, file=sys.stderr, flush=True)
 
-# %% ../../nbs/3_train/20_run.ipynb #c20
+# %% ../../nbs/3_train/20_run.ipynb #c21
 def is_lost_connection(
     e:Exception, # What ended the loop
 )->bool: # Of several processes
@@ -299,8 +315,7 @@ def run_loop(
     checkpoint = trainer.resumed_from
     if checkpoint and trainer.restore_end(): return # nothing is left to do
     try:
-        with StopSignals(trainer), without_input_casts(trainer.model, trainer.args.bf16):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with StopSignals(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as e:
         message = explain_error(trainer, e)
         if message: raise message from e
@@ -309,7 +324,7 @@ def run_loop(
         for c in trainer.callback_handler.callbacks:
             if isinstance(c, ProgressBar): c.close() # before a message is printed
 
-# %% ../../nbs/3_train/20_run.ipynb #c22
+# %% ../../nbs/3_train/20_run.ipynb #c23
 def save_final(
     trainer:TaskTrainer, # After the loop
     report:TrainReport, # For the model card
@@ -333,7 +348,7 @@ def save_final(
             (part/'README.md').write_text(model_card(s, report, datasets), encoding='utf-8')
     trainer.wait_for_ranks()
 
-# %% ../../nbs/3_train/20_run.ipynb #c23
+# %% ../../nbs/3_train/20_run.ipynb #c24
 def why_stopped(
     trainer:TaskTrainer, # After the loop
 )->str|None: # None if the run came to its end
@@ -359,15 +374,15 @@ def finish_run(
     if report.whole: save_final(trainer, report, datasets, source)
     return report
 
-# %% ../../nbs/3_train/20_run.ipynb #c25
+# %% ../../nbs/3_train/20_run.ipynb #c26
 def train(
     s:TrainSettings, # What to train, on what, and how
     callbacks:list[TrainerCallback]=(), # Further callbacks
 )->'TrainReport|DryRun': # What was done and where the results are
     "Fine-tune a model; writes checkpoints and `final/` into `s.output`"
     PartialState(cpu=not torch.cuda.is_available()) # joins the processes of a launcher
-    with Ranks() as ranks:
-        checkpoint = ranks.on_main(open_run_folder, s)
+    with Ranks() as ranks, ExitStack() as stack:
+        checkpoint = ranks.on_main(open_run_folder, s, stack)
         set_seed(s.seed)
         chat = ranks.agree(load_chat, s.model_name, s.from_modelscope, s.chat_template)
         training, evaluation = open_datasets(s, chat, ranks)

@@ -1,0 +1,328 @@
+"Double starts, inputs in the way of outputs, damage, and things that change between two starts of a run"
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile as sf
+from transformers import TrainerCallback
+
+import mdl_nbdev
+from mdl_nbdev import ConvertSettings, DemoSettings, EvalSettings, InferSettings, MergeSettings, TrainSettings, convert, infer, train
+from mdl_nbdev.base import files
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.files import file_lock
+from mdl_nbdev.cli import commands
+from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.infer.output import InferOutput
+from mdl_nbdev.model.save import merge_adapter
+from mdl_nbdev.train.dataset import AudioDataset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A folder with sounds, a model in full, an adapter of `tiny`, and a converted dataset"
+    folder = tmp_path_factory.mktemp("made")
+    csv = make_sounds(folder, 12, seed=1)
+    s = settings(csv, folder/"run", base_dir=folder)
+    train(s)
+    train(dataclasses.replace(s, output=folder/"adapted", merge_lora=False))
+    convert(ConvertSettings(input=csv, output=folder/"converted", model_name="tiny", base_dir=folder, num_workers=1))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, made, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0)
+    shutil.copytree(made/"sounds", "sounds")
+    shutil.copy(made/"sounds.csv", "sounds.csv")
+
+
+def settings(csv, output, **options):
+    base = dict(model_name="tiny", max_steps=4, save_steps=2, batch_size=4, num_workers=1, gradient_checkpointing=False)
+    return TrainSettings(train_dataset=csv, output=output, **base | options)
+
+def asked(**options):
+    base = dict(input="sounds.csv", output="out.csv", model_name="tiny", max_new_tokens=2, batch_size=1, num_workers=1)
+    return InferSettings(**base | options)
+
+def everything(folder="."): return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob("*"))}
+
+
+# One run at a time
+
+def each_command(made):
+    "Settings of each command, and the lock of its output"
+    return {
+        "infer": (asked(), "out.csv.part.lock"),
+        "convert": (ConvertSettings(input="sounds.csv", output="set", model_name="tiny", num_workers=1), "set.lock"),
+        "train": (settings("sounds.csv", "run"), "run/.lock"),
+        "merge_adapter": (MergeSettings(adapter=made/"adapted"/"final", output="merged"), "merged.lock"),
+        "evaluate": (EvalSettings(input="sounds.csv", reference=made/"sounds.csv", output="m.json"), "m.json.lock"),
+        "demo": (DemoSettings(output="demo"), "demo.lock")}
+
+@pytest.mark.parametrize("name", ["infer", "convert", "train", "merge_adapter", "evaluate", "demo"])
+def test_a_second_start_is_refused_before_it_writes(made, name):
+    s, lock = each_command(made)[name]
+    Path(lock).parent.mkdir(exist_ok=True)
+    with file_lock(lock):
+        before = everything()
+        with pytest.raises(InputError, match=rf"another process is writing this \(process {os.getpid()} on \S+, since .*\); wait"):
+            getattr(mdl_nbdev, name)(s)
+        assert everything() == before
+    assert not Path(lock).exists()
+
+
+def test_a_lock_outlives_its_killed_process_only_by_its_workers(monkeypatch):
+    "A restart right after a kill waits for the workers of the killed process, which may still write"
+    code = ("import os, sys, time; from mdl_nbdev.base.files import lock_file; f = lock_file('x.lock')\n"
+            "if os.fork()==0: time.sleep(1.5); os._exit(0)\nprint('locked', flush=True); time.sleep(60)")
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    p.stdout.readline()
+    p.kill()
+    p.wait()
+    with pytest.raises(InputError, match=f"process {p.pid} on"): files.lock_file("x.lock")
+    monkeypatch.setattr(files, "LOCK_SECONDS", 10)
+    files.lock_file("x.lock").close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["mdl_infer sounds.csv --model-name tiny --max-new-tokens 2 --batch-size 1 --output out.csv",
+    "mdl_convert sounds.csv --model-name tiny --num-workers 1 --output out",
+    "mdl_train --train-dataset sounds.csv --output out --model-name tiny --max-steps 4 --batch-size 4 --gradient-checkpointing false",
+    "mdl_merge ADAPTER --output out", "mdl_demo --output out"])
+def test_twenty_double_starts(made, command, monkeypatch):
+    "Exactly one of two runs, whichever of them is first"
+    script = "import sys; from mdl_nbdev.cli import commands; getattr(commands, sys.argv[1])(sys.argv[2:])"
+    argv = [sys.executable, "-c", script, *command.replace("ADAPTER", str(made/"adapted"/"final")).split()]
+    for _n in range(4 if "demo" in command else 20):
+        both = [subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
+        errors = [p.communicate()[1] for p in both]
+        if "demo" in command: assert sorted(p.returncode for p in both) in ([0, 0], [0, 2]) # one after the other
+        else: assert sorted(p.returncode for p in both) == [0, 2], errors
+        assert not any("Traceback" in e for e in errors), errors
+        left = {p.name for p in Path().iterdir()} - {"sounds", "sounds.csv", "out", "out.csv"}
+        assert not left
+        for p in Path().glob("out*"): shutil.rmtree(p) if p.is_dir() else p.unlink()
+
+
+# Inputs stay
+
+def test_no_output_takes_an_input_with_it(made):
+    "Wherever the input lies, and whatever it is called"
+    shutil.copytree(made/"adapted"/"final", "adapter")
+    shutil.copytree(made/"run"/"final", "model")
+    shutil.copytree(made/"converted", "set")
+    shutil.copy("sounds.csv", "set/rows.csv")
+    Path("set.part").mkdir()
+    for name in ("set.part/rows.csv", "o.csv.part-3", "o.csv.new", "o.csv.rejects.csv", "o.csv.rejects.csv.new", "o.csv.part.json.new"):
+        shutil.copy("sounds.csv", name)
+    os.symlink("o.csv.part-3", "link.csv")
+    os.link("o.csv.part-3", "hard.csv")
+    shutil.copy("sounds.csv", "m.json.new")
+    def template(name): return Path(name).write_text("{{ messages[0].content }}") and name
+    refused = [
+        *(lambda n=n: convert(ConvertSettings(input=n, output="set", model_name="tiny", overwrite=True)) for n in ("set/rows.csv", "set.part/rows.csv")),
+        lambda: convert(ConvertSettings(input="sounds.csv", output="set", model_name="tiny", base_dir="set", overwrite=True)),
+        *(lambda n=n: infer(asked(input=n, output="o.csv", overwrite=True)) for n in [*map(str, Path().glob("o.csv.*")), "link.csv", "hard.csv"]),
+        lambda: infer(asked(output="o.csv", chat_template=template("o.csv.part.jinja"), overwrite=True)),
+        lambda: merge_adapter(MergeSettings(adapter="adapter", model_name="model", output="model", overwrite=True)),
+        lambda: mdl_nbdev.evaluate(EvalSettings(input="m.json.new", reference="sounds.csv", output="m.json"))]
+    Path("set/sounds").mkdir() # clips inside the output
+    for p in Path("sounds").iterdir(): shutil.copy(p, "set/sounds")
+    before = everything() | {"o.csv.part.jinja": b"{{ messages[0].content }}"}
+    for n,f in enumerate(refused):
+        with pytest.raises(InputError, match="own input|did not write it|not a kind of file"): f()
+        assert everything() | {"o.csv.part.jinja": before["o.csv.part.jinja"]} == before, n
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "too_long.csv", "final/rows.csv", "checkpoint-2/rows.csv"])
+def test_a_run_does_not_replace_its_own_rows(name):
+    Path("run", name).parent.mkdir(parents=True)
+    shutil.copy("sounds.csv", Path("run", name))
+    before = everything()
+    with pytest.raises(InputError, match="own input"): train(settings(Path("run", name), "run", resume_from_checkpoint=True))
+    assert everything() == before
+
+
+def test_a_model_in_the_run_folder_is_not_replaced(made):
+    shutil.copytree(made/"run", "run")
+    with pytest.raises(InputError, match="own input"): train(settings("sounds.csv", "run", model_name="run/final", resume_from_checkpoint=True))
+
+
+def test_overwriting_removes_only_what_the_command_wrote(made):
+    merge = MergeSettings(adapter=made/"adapted"/"final", output="merged")
+    merge_adapter(merge)
+    Path("merged/notes.docx").write_text("mine")
+    with pytest.raises(InputError, match="merged/notes.docx: not removed"): merge_adapter(dataclasses.replace(merge, overwrite=True))
+    Path("merged/notes.docx").unlink()
+    merge_adapter(dataclasses.replace(merge, overwrite=True))
+
+
+# What changes while a run is under way, and between two starts
+
+def interrupted(s, shards=1):
+    "Leave a run after some shards"
+    def stop(rows, done, total):
+        if done >= 8*shards: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): infer(s, [stop])
+
+@pytest.mark.parametrize("change", ["more", "fewer", "another"])
+def test_the_input_changes_during_a_run(change):
+    "Found at the end; the rerun has exactly the rows that are there now"
+    rows = Path("sounds.csv").read_text().splitlines()
+    now = dict(more=[*rows, rows[1]], fewer=rows[:-1], another=[*rows[:3], rows[1], *rows[4:]])[change]
+    def edit(answered, done, total): Path("sounds.csv").write_text("\n".join(now) + "\n")
+    s = asked()
+    with pytest.raises(InputError, match="sounds.csv: changed while its rows were answered"): infer(s, [edit])
+    assert not Path("out.csv").exists()
+    assert infer(s).rows == len(now) - 1
+    infer(dataclasses.replace(s, output="whole.csv"))
+    assert Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()
+
+
+def test_a_lost_shard_is_noticed():
+    s, write = asked(), InferOutput.write
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(InferOutput, "write", lambda self, part, number, *a: write(self, part, number, *a) if number else None)
+        with pytest.raises(InputError, match="run the same command again"): infer(s)
+    assert infer(s).rows == 12 and len(Path("out.csv").read_text().splitlines()) == 13
+
+
+def test_killed_after_the_output_got_its_name():
+    "The rerun ends well and leaves nothing"
+    def killed(self):
+        if self.path.exists(): raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(InferOutput, "clear", killed)
+        with pytest.raises(KeyboardInterrupt): infer(asked())
+    assert Path("out.csv.part").exists()
+    before = Path("out.csv").read_bytes()
+    assert infer(asked()).resumed == 12
+    assert Path("out.csv").read_bytes() == before and not list(Path().glob("out.csv.*"))
+    with pytest.raises(InputError, match="exists already"): infer(asked())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
+def test_a_damaged_identity_of_a_run(text):
+    interrupted(asked())
+    Path("out.csv.part.json").write_text(text)
+    with pytest.raises(InputError, match="cannot be continued: .*; *|discard it with --overwrite true"): infer(asked())
+    assert infer(asked(overwrite=True)).rows == 12
+
+
+# Converted folders
+
+def damage(name):
+    "A copy of the converted folder, with one kind of damage"
+    state = json.loads(Path("set/state.json").read_text())
+    if name == "a lost shard": Path("set/state.json").write_text(json.dumps(state | {"_data_files": []}))
+    elif name == "a flipped bit":
+        shard = Path("set")/state["_data_files"][0]["filename"]
+        data = bytearray(shard.read_bytes())
+        data[len(data)//2] ^= 1
+        shard.write_bytes(data)
+    else: Path("set/mdl_nbdev.json").write_text(name)
+
+@pytest.mark.parametrize("name", ["", "{", "[]", "5", '{"tokenizer":"x"}', '{"rows":"x","sample_rate":1}', "a lost shard", "a flipped bit"])
+def test_a_damaged_dataset(made, name):
+    shutil.copytree(made/"converted", "set")
+    damage(name)
+    with pytest.raises(InputError, match="set.*(convert the file again|no rows)"): train(settings("set", "run"))
+    assert not Path("run/metrics.jsonl").exists()
+
+
+def test_rows_are_counted(made):
+    shutil.copytree(made/"converted", "set")
+    manifest = Path("set/mdl_nbdev.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"rows": 13}))
+    with pytest.raises(InputError, match="set: has 12 of the 13 rows that were converted"): AudioDataset("set")
+
+
+# Checkpoints
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(made, capsys):
+    shutil.copytree(made/"run", "run")
+    for p in Path("run").glob("checkpoint-*"): os.truncate(p/"trained.safetensors", 100)
+    before = everything("run")
+    with pytest.raises(InputError, match="run: cannot be resumed: none of its checkpoints"): train(settings("sounds.csv", "run", resume_from_checkpoint=True))
+    assert everything("run") == before
+    for p in Path("run").glob("checkpoint-*"): shutil.rmtree(p)
+    with pytest.raises(InputError, match="it has a final model and no checkpoint"): train(settings("sounds.csv", "run", resume_from_checkpoint=True))
+
+
+class Poison(TrainerCallback):
+    "Makes a value of the weights, or of the optimizer, infinite after the third step"
+    def __init__(self, optimizer=False): self.of_optimizer = optimizer
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step != 3: return
+        p = next(p for p in model.parameters() if p.requires_grad)
+        tensor = optimizer.state[p]["exp_avg"] if self.of_optimizer else p.data
+        tensor.view(-1)[0] = float("inf")
+
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_a_checkpoint_that_is_not_finite_is_not_written(optimizer):
+    s = settings("sounds.csv", "run", save_steps=1, save_total_limit=1, logging_steps=100)
+    with pytest.raises(InputError, match="has diverged: at step 3, .* not finite. This checkpoint is not written; the last good one is run/checkpoint-2. Lower --lr"):
+        train(s, [Poison(optimizer)])
+    assert [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_clips_or_base_model_change_before_a_resume(made):
+    shutil.copytree(made/"run"/"final", "model")
+    s = settings("sounds.csv", "run", model_name="model")
+    train(s)
+    shutil.rmtree("run/checkpoint-4")
+    again = dataclasses.replace(s, resume_from_checkpoint=True)
+    for p in Path("sounds").glob("*.wav"):
+        samples, rate = sf.read(p, dtype="int16")
+        sf.write(p, samples[::-1].copy(), rate)
+    with pytest.raises(InputError, match="checkpoint-2: belongs to a run with other data or settings.*training clips: was"): train(again)
+    for p in Path("sounds").glob("*.wav"): shutil.copy(made/p, p)
+    config = json.loads(Path("model/generation_config.json").read_text())
+    Path("model/generation_config.json").write_text(json.dumps(config | {"temperature": .5}))
+    with pytest.raises(InputError, match="contents of --model-name: was"): train(again)
+    Path("model/generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.copytree(made/"run"/"final", "model", dirs_exist_ok=True)
+    assert train(again).whole
+
+
+# One message instead of a traceback
+
+def message(command, *argv, capsys):
+    with pytest.raises(SystemExit) as e: getattr(commands, command)(list(map(str, argv)))
+    err = capsys.readouterr().err
+    assert e.value.code == 2, err
+    return err.splitlines()[-1]
+
+BOMB = "output: &a [x, x]\n" + "".join(f"x{n}: &{c} [*{b}, *{b}]\n" for n,(b,c) in enumerate(zip("abcdefgh", "bcdefghi")))
+
+@pytest.mark.parametrize("text", ["output: 2026-02-30", "output: " + "["*3000, "output: " + "9"*5000, "output: [[a, b]]", BOMB], ids=range(5))
+def test_yaml_that_is_none(text, capsys):
+    Path("a.yaml").write_text(text)
+    said = message("mdl_convert", "sounds.csv", "--config", "a.yaml", capsys=capsys)
+    assert said.startswith("mdl_convert: a.yaml: ") and len(said) < 500
+
+@pytest.mark.parametrize("change", [dict(peft_type="NOPE"), dict(target_modules="["), dict(lora_alpha=None), dict(r="x"), dict(base_model_name_or_path=5), "[]", "5", "", "["*3000], ids=str)
+def test_a_damaged_adapter(made, change, capsys):
+    shutil.copytree(made/"adapted"/"final", "adapter")
+    path = Path("adapter/adapter_config.json")
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    assert message("mdl_merge", "adapter", "--output", "merged", capsys=capsys).startswith("mdl_merge: adapter")
+    assert not Path("merged").exists() and not Path("merged.part").exists()
+
+@pytest.mark.parametrize("name,text", [("config.json", "[]"), ("config.json", "null"), ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{}"),
+    ("tokenizer.json", "[]"), ("tokenizer.json", "{}"), ("generation_config.json", "[]"), ("config.json", dict(text_config=5)), ("config.json", dict(dtype="nope")),
+    ("tokenizer_config.json", dict(tokenizer_class="NoSuch")), ("tokenizer_config.json", dict(tokenizer_class="pipeline")), ("tokenizer_config.json", dict(model_max_length="x"))], ids=str)
+def test_a_damaged_model(made, name, text, capsys):
+    shutil.copytree(made/"run"/"final", "model")
+    path = Path("model", name)
+    path.write_text(text if isinstance(text, str) else json.dumps(json.loads(path.read_text()) | text))
+    assert message("mdl_infer", "sounds.csv", "--model-name", "model", "--output", "out.csv", capsys=capsys).startswith("mdl_infer: --model-name model: ")
