@@ -671,7 +671,7 @@ def test_merges_that_cannot_be_made(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="exists already"): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"there"))
     assert (tmp_path/"there"/"notes").read_text() == "mine"
     with pytest.raises(InputError, match="not replaced: this command writes"): M.merge_adapter(MergeSettings(adapter=adapter, output=tmp_path/"there", overwrite=True))
-    with pytest.raises(InputError, match="is an input"): M.merge_adapter(MergeSettings(adapter=adapter, output=adapter, overwrite=True))
+    with pytest.raises(InputError, match="would replace its own input"): M.merge_adapter(MergeSettings(adapter=adapter, output=adapter, overwrite=True))
     again = MergeSettings(adapter=adapter, output=tmp_path/"out", overwrite=True)
     M.merge_adapter(again)
     (tmp_path/"out"/"old").touch()
