@@ -1,10 +1,15 @@
 "Double starts, inputs in the way of outputs, damage, and things that change between two starts of a run"
 import dataclasses
+import gzip
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,7 @@ from mdl_nbdev.base import files
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.files import file_lock
 from mdl_nbdev.cli import commands
+from mdl_nbdev.data.remote import fetch
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.infer.output import InferOutput
 from mdl_nbdev.model.save import merge_adapter
@@ -326,3 +332,59 @@ def test_a_damaged_model(made, name, text, capsys):
     path = Path("model", name)
     path.write_text(text if isinstance(text, str) else json.dumps(json.loads(path.read_text()) | text))
     assert message("mdl_infer", "sounds.csv", "--model-name", "model", "--output", "out.csv", capsys=capsys).startswith("mdl_infer: --model-name model: ")
+
+
+class KillReader(TrainerCallback):
+    "Kills the processes that read the data, as a machine without memory does"
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step != 1: return
+        for p in multiprocessing.active_children(): os.kill(p.pid, signal.SIGKILL)
+
+def test_a_killed_reader_ends_in_a_message():
+    with pytest.raises(InputError, match="a process that reads the data was killed.*fewer --num-workers"):
+        train(settings("sounds.csv", "run", max_steps=30, num_workers=2, batch_size=1), [KillReader()])
+
+
+# Downloads are bounded
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    "A web server whose answer the test sets: headers and body"
+    answer = {}
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(answer.get("status", 200))
+            for name, value in answer["headers"].items(): self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer["body"])
+        def log_message(self, *args): pass
+    web = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
+    answer["url"] = f"http://127.0.0.1:{web.server_port}/a.wav"
+    yield answer
+    web.shutdown()
+
+def test_a_packed_answer_is_unpacked_piece_by_piece(server):
+    sound = Path("sounds/0000.wav").read_bytes()
+    server |= dict(headers={"Content-Encoding": "gzip"}, body=gzip.compress(sound))
+    assert fetch(server["url"]).read_bytes() == sound
+    server |= dict(body=gzip.compress(bytes(2**26)))
+    with pytest.raises(InputError, match="larger than the limit of 1,048,576"): fetch(server["url"] + "?2", max_bytes=2**20)
+    for body in (gzip.compress(sound)[:-9], b"no gzip"):
+        server |= dict(body=body)
+        with pytest.raises(InputError, match="the packed body is"): fetch(server["url"] + "?3", retries=0)
+    for encoding in ("gzip, gzip", "br", "x"*5000):
+        server |= dict(headers={"Content-Encoding": encoding})
+        with pytest.raises(InputError, match="packs this file in a way that is not read") as e: fetch(server["url"] + "?4")
+        assert len(str(e.value)) < 300
+
+def test_redirects_end(server):
+    server |= dict(status=302, headers={"Location": server["url"]}, body=b"")
+    with pytest.raises(InputError, match="TooManyRedirects"): fetch(server["url"])
+
+@pytest.mark.parametrize("url", ["http://www..example.com/a.wav", "http://./a.wav", f"http://{'a'*70}.com/a.wav", "http://xn--a/a.wav", "http://", "http:///a.wav",
+    "http://[::1/a.wav", "http://a:99999/a.wav", "http://a:x/a.wav", "http://\ud800.com/a.wav", "http://a b/a.wav", "https://" + "a."*200 + "com/a.wav"], ids=range(12))
+def test_an_address_that_cannot_be_one_is_a_bad_row(url, monkeypatch, tmp_path):
+    monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
+    with pytest.raises(InputError): fetch(url, retries=0, timeout=2, deadline=5)

@@ -303,6 +303,9 @@ def explain_error(
         try: advice = memory_advice(trainer.s, partial(memory_of_longest, trainer))
         except InputError as no_estimate: advice = str(no_estimate)
         return InputError(f"out of memory after {trainer.state.global_step} steps. {advice}")
+    if isinstance(e, RuntimeError) and 'DataLoader worker' in str(e):
+        return InputError("a process that reads the data was killed, most likely because memory, or shared memory in /dev/shm, "
+                          "ran out; use fewer --num-workers, then resume with --resume-from-checkpoint true")
     if trainer.args.world_size > 1 and is_lost_connection(e):
         return InputError(f"rank {trainer.args.process_index}: another process of this run has ended or cannot be reached "
                           f"({one_line(e, 160)}); its own messages say why. "
