@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from mdl_nbdev.base import files as base_files
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.options import options_where
 from mdl_nbdev.base.settings import TrainSettings
@@ -257,7 +258,7 @@ def killed_in(stage, run, step):
     if stage == "a file half written": S.save_file = lambda tensors, path: (path.write_bytes(b"half"), die())
     if stage == "between files": before(Path, "mkdir", 2)
     if stage == "the first sync": before(os, "fsync")
-    if stage == "hashing": before(C, "file_digest", 2)
+    if stage == "hashing": before(base_files, "file_digest", 2)
     if stage == "the manifest": before(Path, "write_text", 2)
     if stage == "the manifest's sync": before(os, "fsync", 4)
     if stage == "the new name": before(os, "rename")
