@@ -27,7 +27,7 @@ from ..base.processes import LostRank, Ranks, is_main_process
 from ..base.settings import TrainSettings
 from ..base.text import one_line
 from ..data.sources import find_tasks
-from ..model.adapters import adapt
+from ..model.adapters import adapt, without_input_casts
 from ..model.chat import Chat, silent_example
 from ..model.collate import Collator
 from ..model.contents import model_digest
@@ -318,7 +318,8 @@ def run_loop(
     checkpoint = trainer.resumed_from
     if checkpoint and trainer.restore_end(): return # nothing is left to do
     try:
-        with StopSignals(trainer): trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with StopSignals(trainer), without_input_casts(trainer.model, trainer.args.bf16):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as e:
         message = explain_error(trainer, e)
         if message: raise message from e
