@@ -105,7 +105,22 @@ CONFIGS = {
     "boolean": ("bf16: 1", "--bf16: got 1, expected true|false or null"),
     "syntax": ("a: [", "not valid YAML or JSON"),
     "shape": ("- lora_rank", "expected settings"),
+    "twice": ("lr: 1e-3\nmax_steps: 2\nlr: 1e-2", "the key lr occurs twice, the second time in line 3; keep one"),
+    "twice inside": ("task_weights: {a: 1, a: 2}", "the key a occurs twice"),
+    "twice in JSON": ('{"lr": 1, "lr": 2}', "the key lr occurs twice"),
+    "list as a key": ("? [1, 2]\n: 3", "a key that is not a text, in line 1"),
+    "no such day": ("lr: 2024-99-99", "not valid YAML or JSON: month must be"),
+    "long number": (f"lr: {'9'*6000}", "not valid YAML or JSON"),
+    "deep": ("["*3000, "not valid YAML or JSON"),
+    "aliases": ("lr: &a 1\nmin_lr: *a", "aliases (*name) are not supported"),
 }
+
+
+def test_keys_of_yaml_are_what_is_written(tmp_path):
+    "Names of tasks that YAML would read as booleans, numbers and null"
+    (tmp_path/"c.yaml").write_text("task_weights: {no: 1, 2024: 2, 1.50: 3, null: 4, y: 5}\nmerge_lora: no\ntrain_dataset: [t]\noutput: o")
+    s = from_args(TrainSettings, ["--config", str(tmp_path/"c.yaml")])
+    assert s.task_weights == {"no": 1, "2024": 2, "1.50": 3, "null": 4, "y": 5} and s.merge_lora is False
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from mdl_nbdev import model as M
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import MergeSettings, TrainSettings, TuneSettings
+from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.load import check_trainable, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMModel
@@ -495,6 +496,22 @@ def test_a_bfloat16_model_keeps_its_statistics_in_float32():
     model = M.load_model("tiny", dtype=torch.bfloat16, device="cpu")
     assert model.decoder.lm_head.weight.dtype == torch.bfloat16 and model.audio_encoder.init_bn.running_mean.dtype == torch.float32
     assert logits(model, batch()).isfinite().all() and model.name_or_path == "tiny"
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_folder_is_neither_run_nor_asked_about(where, tmp_path, monkeypatch):
+    M.save_model(text_model(), tok, tmp_path/"own")
+    path, ran = tmp_path/"own"/where, tmp_path/"RAN"
+    (tmp_path/"own"/"code.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass")
+    config = json.loads(path.read_text()) | dict(auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C", "AutoTokenizer": ["code.C", "code.C"]})
+    path.write_text(json.dumps(config | (dict(model_type="mynet") if where == "config.json" else dict(tokenizer_class="Mine"))))
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("it asked"))
+    try: load_chat(str(tmp_path/"own"))
+    except InputError as e: assert where == "tokenizer_config.json" and "own" in str(e)
+    if where == "config.json":
+        message = "own: its architecture, mynet, is not part of transformers: it needs Python code from its folder"
+        with pytest.raises(InputError, match=message): M.load_model(str(tmp_path/"own"))
+    assert not ran.exists()
 
 
 def test_models_that_cannot_be_loaded(tmp_path, monkeypatch):

@@ -1,17 +1,20 @@
 "Runs over several tasks: the mix, the weights, the losses of each, the schedule, and when to stop"
 import json
 import math
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import SchedulerType, TrainerCallback, TrainingArguments
 
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import TrainSettings
 from mdl_nbdev.model.load import load_model
 from mdl_nbdev.model.save import load_adapter, merge
-from mdl_nbdev.train.run import train
+from mdl_nbdev.train.loop import FlooredSchedule
+from mdl_nbdev.train.run import check_settings, train
 
 ROLE = "<|role_start|>{}<|role_end|>"
 
@@ -106,6 +109,50 @@ def test_the_floor_of_the_learning_rate(tasks, tmp_path, shape):
     free, floored = learning_rates(train(s)), learning_rates(train(replace(s, output=tmp_path/"b", min_lr=4e-4)))
     assert floored[:3] == free[:3] and floored[3:] == [max(4e-4, x) for x in free[3:]]
     assert s.lr == max(floored)
+
+
+@pytest.mark.parametrize("more", [{}, dict(min_lr=1e-4)], ids=["free", "floor"])
+@pytest.mark.parametrize("kind", [t.value for t in SchedulerType])
+def test_every_schedule_that_is_offered_works(kind, more, tmp_path):
+    "It starts at the peak, never leaves the interval from the floor to the peak, and does not know an argument of no schedule"
+    def schedule(**kw):
+        trainer = object.__new__(FlooredSchedule) # its part that makes the schedule, without a model
+        trainer.s, trainer.lr_scheduler = TrainSettings(train_dataset=["t"], output=tmp_path, lr=1e-3, lr_scheduler_type=kind, **kw), None
+        trainer.args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        trainer.args.lr_scheduler_type = SchedulerType(kind)
+        trainer.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
+        return trainer.create_scheduler(40, trainer.optimizer), trainer.optimizer
+    steps, optimizer = schedule(**more)
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        steps.step(*[1.0]*(kind in FOLLOWING))
+    assert rates[0] > .95e-3 and max(rates) <= 1e-3 and min(rates) >= more.get("min_lr", 0)*.999
+    if not kind.startswith("constant"):
+        with pytest.raises(InputError, match="--scheduler-args .*nonsense.*do not fit the schedule"): schedule(scheduler_args={"nonsense": 1})
+
+
+FOLLOWING = ("reduce_lr_on_plateau", "greedy")
+
+
+@pytest.mark.parametrize("option, message", [(dict(lr_scheduler_type="greedy"), "--lr-scheduler-type greedy: needs evaluation data"),
+    (dict(lr_scheduler_type="reduce_lr_on_plateau", warmup_steps=3, validation_split=.2), "--warmup-steps: the schedule reduce_lr_on_plateau has no warm-up"),
+    (dict(lr_scheduler_type="constant", warmup_steps=3), "--warmup-steps: the schedule constant has no warm-up; leave it out, or use constant_with_warmup"),
+    (dict(lr_scheduler_type="constant", scheduler_args={"power": 2}), "--scheduler-args: the schedule constant takes none")])
+def test_options_that_a_schedule_would_ignore(tasks, tmp_path, option, message):
+    with pytest.raises(InputError, match=re.escape(message)): check_settings(settings(tasks, tmp_path, **dict(validation_split=0) | option))
+
+
+@pytest.mark.parametrize("change", [dict(max_steps=8), dict(max_steps=4, lr=5e-4)], ids=str)
+def test_a_resumed_run_follows_its_own_schedule_from_its_first_step(tasks, tmp_path, change):
+    s = settings(tasks, tmp_path/"r", max_steps=3, save_steps=2, validation_split=0)
+    train(s)
+    shutil.rmtree(s.output/"final")
+    shutil.rmtree(s.output/"checkpoint-3")
+    r = train(replace(s, resume_from_checkpoint=True, allow_changes=True, **change))
+    lr, n = change.get("lr", 1e-3), change["max_steps"]
+    assert learning_rates(r)[2:] == pytest.approx([lr*(n - step)/n for step in range(2, n)])
 
 
 def test_evaluation_by_steps_and_epochs(tasks, tmp_path):

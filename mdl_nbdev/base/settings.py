@@ -163,6 +163,8 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     warmup_steps:int|float=opt(0, minimum=0)
     min_lr:float=opt(0., minimum=0) # Floor of the learning rate after warm-up
     lr_scheduler_type:str='linear' # Learning rate schedule, by its name in transformers
+    # Arguments of the schedule, as name=number, such as num_decay_steps=100 of warmup_stable_decay
+    scheduler_args:dict[str,float]=opt(dict)
     weight_decay:float=opt(0., minimum=0) # Weight decay of AdamW
     max_grad_norm:float=opt(1., minimum=0) # Clip gradients to this norm; 0: no clipping
     batch_size:int=opt(8, minimum=1) # Rows per batch, on each device

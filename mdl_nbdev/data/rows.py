@@ -218,12 +218,6 @@ class RowFile:
         meant = (*COLUMNS, *segment_names(self.columns))
         return [name for name in self.columns if name not in meant]
 
-    def ignored_inside(self,
-        row, # A row of this file
-    )->list[str]: # Such as `messages.tool_calls`
-        "Keys inside of a conversation that are ignored"
-        return []
-
     def misnamed(self)->dict[str,str]: # Ignored column -> the column it may be meant as
         "Ignored columns that look like prompts; records have many names for a prompt, tables have one"
         return {}
@@ -240,6 +234,14 @@ class RowFile:
         raise NotImplementedError
 
 # %% ../../nbs/1_data/05_rows.ipynb #c28
+@patch
+def ignored_inside(self:RowFile,
+    row, # A row of this file
+)->list[str]: # Such as `messages.tool_calls`
+    "Keys inside of a conversation that are ignored"
+    return []
+
+# %% ../../nbs/1_data/05_rows.ipynb #c29
 @patch
 def reject(self:RowFile,
     line:int, # Line on which a row starts

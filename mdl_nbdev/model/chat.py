@@ -71,8 +71,6 @@ def silent_example(
     return Example(ids, np.full_like(ids, -100), [np.zeros(samples, np.int16)])
 
 # %% ../../nbs/2_model/03_chat.ipynb #c10
-ANSWERED = (('user', ('text',)), ('assistant', ('text',))) # Shape of a prompt with its answer
-
 class Chat:
     "A tokenizer with the family of its model: everything that turns conversations into tokens and tokens into answers"
     def __init__(self,
@@ -84,8 +82,7 @@ class Chat:
         if tok.eos_token is None:
             raise InputError("this tokenizer has no end token, so the model could not learn when to stop; choose another --model-name")
         if not tok.is_fast:
-            raise InputError(f"{family.name}: the tokenizer, {type(tok).__name__}, is written in Python and has no tokenizer.json, "
-                             "which is needed here; choose another --model-name")
+            raise InputError(f"{family.name}: the tokenizer, {type(tok).__name__}, is written in Python and has no tokenizer.json")
         if family.clip_token and family.clip_token not in tok.added_tokens_encoder:
             raise InputError(f"{family.name}: the tokenizer has no added token {family.clip_token!r}, which stands for a clip; "
                              "use the tokenizer of the model")
@@ -93,12 +90,12 @@ class Chat:
         if not tok.chat_template:
             raise InputError(f"{family.name}: the tokenizer has no chat template; give one with --chat-template")
         if template_file: tok.chat_template_file = template_file
-        if tok.pad_token is None: tok.pad_token = tok.eos_token
+        tok.pad_token = tok.pad_token or tok.eos_token
         self.tok, self.family, self.plans, self.renderings = tok, family, {}, {}
         self.inner_tok, self.inner_after_control = inner_tokenizer(tok)
         control = {t.content for t in tok.added_tokens_decoder.values() if t.special}
         self.forgeable = [m for m in (ROLE_START, ROLE_END) if m in tok.chat_template and m not in control]
-        self._fingerprint = None # known once it is asked for
+        self._fingerprint = None # until it is asked for
         if chat_template: self.segments(ANSWERED) # better now than after the data is read
 
     @property
@@ -110,13 +107,13 @@ class Chat:
     def clip_id(self)->int|None:
         "Id of the token that stands for a clip"
         return None if self.family.clip_token is None else self.tok.convert_tokens_to_ids(self.family.clip_token)
-
     @property
-    def bracket_ids(self)->tuple:
-        "Ids of the tokens before and after a clip; None where there are none"
+    def bracket_ids(self)->tuple: # None where there are none
+        "Ids of the tokens before and after a clip"
         return tuple(self.tok.get_vocab().get(t) for t in self.family.brackets or (None, None))
 
 # %% ../../nbs/2_model/03_chat.ipynb #c12
+ANSWERED = (('user', ('text',)), ('assistant', ('text',))) # Shape of a prompt with its answer
 # Step of a tokenizer -> its setting, and the value that adds no space
 SPACE_RULES = {'Metaspace':('prepend_scheme', 'never'), 'ByteLevel':('add_prefix_space', False), 'Prepend':('prepend', '')}
 

@@ -80,7 +80,7 @@ def load_tokenizer(self:Family,
 ): # A transformers tokenizer
     "The tokenizer of a model, loaded without running code from its folder"
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 @patch
 def chat_template(self:Family,

@@ -23,9 +23,10 @@ def check_vocabulary(
     written = {s.token for s in chat.segments(ANSWERED) if s.token is not None}
     last = max({*tok.get_vocab().values()} - special | written | {tok.eos_token_id, tok.pad_token_id})
     if last < rows: return
-    raise InputError(f"--model-name {unwrap_model(model).name_or_path}: its tokenizer has tokens that the model has no embeddings for, such as "
-                     f"{tok.convert_ids_to_tokens(last)!r}, which is number {last} where {rows} are known; resize the model to its tokenizer, with "
-                     "transformers' model.resize_token_embeddings(len(tokenizer)), and save both")
+    name, token = unwrap_model(model).name_or_path, tok.convert_ids_to_tokens(last)
+    raise InputError(f"--model-name {name}: its tokenizer has tokens that the model has no embeddings for, "
+                     f"such as {token!r}, which is number {last} where {rows} are known; resize the model to its "
+                     "tokenizer, with transformers' model.resize_token_embeddings(len(tokenizer)), and save both")
 
 # %% ../../nbs/2_model/34_probe.ipynb #c9
 def position_limit(
@@ -43,7 +44,8 @@ def check_lengths(
     "`InputError` if a row has more tokens than the model has positions"
     limit = position_limit(model)
     if limit and longest > limit:
-        raise InputError(f"the longest row has {longest:,} tokens, but {unwrap_model(model).name_or_path} has positions for {limit:,}; add "
+        name = unwrap_model(model).name_or_path
+        raise InputError(f"the longest row has {longest:,} tokens, but {name} has positions for {limit:,}; add "
                          f"--seq-length {limit}, which leaves out longer rows, or truncates them with --too-long truncate")
 
 # %% ../../nbs/2_model/34_probe.ipynb #c12
@@ -72,5 +74,5 @@ def check_packing(
     "`InputError` if packed samples would see each other"
     if sees_neighbours(model, chat):
         kind = unwrap_model(model).config.model_type
-        raise InputError(f"--packing true: the attention of this architecture, {kind}, does not keep packed samples apart, so they would see each "
-                         "other; leave --packing out")
+        raise InputError(f"--packing true: the attention of this architecture, {kind}, does not keep packed samples "
+                         "apart, so they would see each other; leave --packing out")

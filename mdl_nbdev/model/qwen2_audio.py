@@ -50,14 +50,14 @@ class Qwen2AudioFamily(Family):
 @patch
 def configured(self:Qwen2AudioFamily, path):
     from transformers import AutoFeatureExtractor
-    family = type(self)(AutoFeatureExtractor.from_pretrained(path))
+    family = type(self)(AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False))
     family.max_clip_seconds = family.extractor.n_samples/self.sample_rate
     return family
 
 @patch
 def load_tokenizer(self:Qwen2AudioFamily, path):
     from transformers import AutoProcessor
-    processor = AutoProcessor.from_pretrained(path)
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     processor.tokenizer.chat_template = processor.chat_template
     return processor.tokenizer
 

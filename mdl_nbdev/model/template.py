@@ -77,6 +77,7 @@ def render(
         if not line: raise
         raise template_error(tok, f"fails on {roles_text(shape)}: {e}", [line]) from e
 
+# %% ../../nbs/2_model/02_template.ipynb #c13
 def render_shape(
     tok, # A tokenizer with a chat template
     family:Family, # The model's family
@@ -89,7 +90,7 @@ def render_shape(
     messages = [{'role':role, 'content':[part(t) for t in types]} for role,types in shape]
     return render(tok, family, messages, add_generation_prompt)
 
-# %% ../../nbs/2_model/02_template.ipynb #c14
+# %% ../../nbs/2_model/02_template.ipynb #c16
 def check_rendering(
     tok, # A tokenizer with a chat template
     family:Family, # The model's family
@@ -109,7 +110,7 @@ def check_rendering(
             raise template_error(tok, f"{'repeats' if times else 'leaves out'} the {role}'s text in {roles_text(shape)}")
     if n_clips and used != sorted(used): raise template_error(tok, f"reorders the texts in {roles_text(shape)}")
 
-# %% ../../nbs/2_model/02_template.ipynb #c16
+# %% ../../nbs/2_model/02_template.ipynb #c18
 def completion_lead(
     tok, # A tokenizer with a chat template
     family:Family, # The model's family
@@ -123,7 +124,7 @@ def completion_lead(
         "so training would not match inference; "
         f"prompt: {prompt[-60:]!r}, trained: {text[:len(prompt)+20][-80:]!r}")
 
-# %% ../../nbs/2_model/02_template.ipynb #c18
+# %% ../../nbs/2_model/02_template.ipynb #c20
 @dataclass(frozen=True)
 class Segment:
     "A part of a rendered conversation that is tokenized by itself"
@@ -133,7 +134,7 @@ class Segment:
     inner:bool=False # A run tokenized without the space that some tokenizers put before a text
     turns:tuple[int, ...]=() # Turns of the conversation whose texts or clip it holds
 
-# %% ../../nbs/2_model/02_template.ipynb #c19
+# %% ../../nbs/2_model/02_template.ipynb #c21
 def rendered_items(
     tok, # A tokenizer
     family:Family, # The model's family
@@ -153,7 +154,7 @@ def rendered_items(
         else: yield Segment('clip' if m[name]==family.clip_token else 'control', int(name[1:]))
     if end < len(text): yield text[end:]
 
-# %% ../../nbs/2_model/02_template.ipynb #c20
+# %% ../../nbs/2_model/02_template.ipynb #c22
 def split_run(
     tok, # A tokenizer with a chat template
     run:list, # Template text (str) and numbers of texts (int) between two control tokens
@@ -190,7 +191,7 @@ def split_rendering(
         run = []
     return segments + split_run(tok, run, completions, lead, ends=False)
 
-# %% ../../nbs/2_model/02_template.ipynb #c22
+# %% ../../nbs/2_model/02_template.ipynb #c24
 def with_brackets(
     tok, # A tokenizer
     family:Family, # The model's family
@@ -205,7 +206,7 @@ def with_brackets(
         out += [Segment('control', opening), s, Segment('control', closing)] if bare else [s]
     return out
 
-# %% ../../nbs/2_model/02_template.ipynb #c24
+# %% ../../nbs/2_model/02_template.ipynb #c26
 TEXT_RECORD = (('text', ('text',)),) # Shape of a record that is nothing but text
 
 def adds_begin_token(

@@ -93,13 +93,25 @@ class RestoredState(CheckpointReader):
     def _load_optimizer_and_scheduler(self, checkpoint):
         "Restore the optimizer and the schedule"
         if checkpoint is None: return
+        peaks = getattr(self.lr_scheduler, 'base_lrs', None)
         self.lr_scheduler.load_state_dict(load_state(checkpoint, 'schedule'))
         if self.is_deepspeed_enabled: return # its engine has read its own files already
         state = self.read_once(checkpoint, 'optimizer')
-        if not self.is_fsdp_enabled: return self.optimizer.load_state_dict(state)
-        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
-        options = whole_tensors(broadcast_from_rank0=True)
-        set_optimizer_state_dict(self.model_wrapped, self.optimizer.optimizer, state, options=options)
+        if self.is_fsdp_enabled:
+            from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+            options = whole_tensors(broadcast_from_rank0=True)
+            set_optimizer_state_dict(self.model_wrapped, self.optimizer.optimizer, state, options=options)
+        else: self.optimizer.load_state_dict(state)
+        if hasattr(self.lr_scheduler, 'lr_lambdas'): self.restore_rates(peaks)
+
+    def restore_rates(self,
+        peaks:list[float], # Of the parameter groups, by the settings of this run
+    )->None:
+        "Set the learning rates of the next step by the schedule of this run, which may have other settings"
+        schedule = self.lr_scheduler
+        schedule.base_lrs = peaks
+        schedule._last_lr = [lr*factor(schedule.last_epoch) for lr,factor in zip(peaks, schedule.lr_lambdas)]
+        for group,peak,lr in zip(self.optimizer.param_groups, peaks, schedule._last_lr): group.update(initial_lr=peak, lr=lr)
 
     def _load_rng_state(self, checkpoint):
         "Restore this rank's random generators"

@@ -40,7 +40,7 @@ from .batches import padding_waste
 from .callbacks import MetricsFile, ProgressBar, read_metrics
 from .checkpoints import check_checkpoint, check_run_inputs, last_checkpoint, newest_first, set_aside_later
 from .identity import differences, identity, update_identity
-from .loop import Flow, TaskTrainer
+from .loop import FOLLOWING, Flow, TaskTrainer, check_schedule
 from .memory import is_out_of_memory, memory_advice
 from .mix import LengthReport, limit_length, open_mix, split, verify_mix
 from .preview import DryRun, dry_run, memory_of_longest
@@ -53,9 +53,7 @@ def check_settings(
     s:TrainSettings, # As they were given
 )->None:
     "Raise `InputError` for what is wrong with settings before anything is read or loaded"
-    schedules = [t.value for t in SchedulerType]
-    if s.lr_scheduler_type not in schedules:
-        raise InputError(f"--lr-scheduler-type {s.lr_scheduler_type}: no such schedule; there are {', '.join(schedules)}")
+    check_schedule(s)
     trackers = get_available_reporting_integrations()
     unknown = set(s.report_to) - {'all', 'none', *trackers}
     if unknown:
@@ -65,7 +63,8 @@ def check_settings(
     if s.validation_split and s.eval_dataset:
         raise InputError("--validation-split: there is an --eval-dataset already; give one of the two")
     evaluates = s.eval_dataset or s.validation_split
-    needs = {'--early-stopping-patience':s.early_stopping_patience, '--loss-mode coba':s.loss_mode=='coba'}
+    needs = {'--early-stopping-patience':s.early_stopping_patience, '--loss-mode coba':s.loss_mode=='coba',
+             f'--lr-scheduler-type {s.lr_scheduler_type}':s.lr_scheduler_type in FOLLOWING}
     for name,given in needs.items():
         if given and not evaluates: raise InputError(f"{name}: needs evaluation data: --eval-dataset, or --validation-split")
     for paths in (s.train_dataset, s.eval_dataset): find_tasks(paths)
@@ -172,7 +171,7 @@ def training_arguments(
         per_device_eval_batch_size=s.eval_batch_size or s.batch_size,
         gradient_accumulation_steps=s.gradient_accumulation_steps, eval_accumulation_steps=s.eval_accumulation_steps,
         learning_rate=s.lr, num_train_epochs=s.num_epochs, max_steps=s.max_steps or -1, warmup_steps=s.warmup_steps,
-        lr_scheduler_type=s.lr_scheduler_type, weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
+        weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
         metric_for_best_model='loss' if evaluated else None, greater_is_better=False,
         eval_strategy='steps' if evaluated and 'steps' in s.eval_strategy else 'no', eval_steps=s.eval_steps,
         save_steps=s.save_steps, logging_steps=s.logging_steps, report_to=s.report_to or 'none', seed=s.seed,
@@ -180,6 +179,7 @@ def training_arguments(
         dataloader_num_workers=s.num_workers if cuda or s.num_workers > 1 else 0, dataloader_pin_memory=cuda,
         disable_tqdm=True, logging_nan_inf_filter=False, prediction_loss_only=True, remove_unused_columns=False,
         ddp_find_unused_parameters=False)
+    args.lr_scheduler_type = SchedulerType(s.lr_scheduler_type) # later, as it wants no evaluations after epochs for some
     args.device # sets the number of GPUs
     args._n_gpu = min(args._n_gpu, 1) # without a launcher: one GPU, not torch's DataParallel over all
     return args
