@@ -154,7 +154,7 @@ def job(tmp_path):
         except ProcessLookupError: pass
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
