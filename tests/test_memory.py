@@ -28,7 +28,7 @@ from transformers import (
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import TrainSettings
-from mdl_nbdev.model.adapters import adapt
+from mdl_nbdev.model.adapters import adapt, without_input_casts
 from mdl_nbdev.model.collate import Batch
 from mdl_nbdev.model.load import load_model, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
@@ -122,12 +122,13 @@ def measure(kind, pad=True, accumulated=True, **kwargs):
     m, x = ready(kind, s), batch(kind, pad)
     def forward():
         with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16): return weighted_losses(m, x.inputs, torch.ones(2, rows, tokens))[0]
-    forward().backward() # gradients are there, as from the second batch of a step on
-    gradients = sum(p.grad.nbytes for p in m.parameters() if p.grad is not None)
-    e = M.estimate_memory(plain(kind), x, s)
-    if accumulated: assert gradients == e.gradients
-    else: m.zero_grad()
-    return e, kept(m, forward), peak(lambda: forward().backward())
+    with without_input_casts(m, s.bf16):
+        forward().backward() # gradients are there, as from the second batch of a step on
+        gradients = sum(p.grad.nbytes for p in m.parameters() if p.grad is not None)
+        e = M.estimate_memory(plain(kind), x, s)
+        if accumulated: assert gradients == e.gradients
+        else: m.zero_grad()
+        return e, kept(m, forward), peak(lambda: forward().backward())
 
 
 lora = [dict(), dict(bf16=True)]
@@ -201,11 +202,11 @@ def test_by_hand():
     norms, heads = 2*(3584*4 + 4), 28*4
     attention = (3584 + 512 + 512 + 3584)*2
     mlp = 3*18944*2
-    adapters = (3*3584 + 3584 + 2*3584 + 18944 + 7*32)*2
+    adapters = (3584 + 3584 + 18944 + 7*32)*2 # what q, k and v get, what gate and up get, what down gets; what o gets is attention's
     casts = 2*32*(2*(3584 + 3584) + 2*(3584 + 512) + 3*(3584 + 18944)) # the adapters' weights in bfloat16
     assert activations(layers=4) - fewer == 128*(norms + heads + attention + mlp + adapters) + casts
     norms, heads, attention, mlp = 2*(1280*4 + 8), 16*4, 4*1280*2, 5120*2
-    adapters = (1280 + 1280 + 1280 + 5120 + 4*32)*2
+    adapters = (1280 + 1280 + 5120 + 4*32)*2
     casts = 2*32*(1280 + 3840 + 2*1280 + 2*(1280 + 5120)) + 4*4*1280 # and those of the norms in float32
     assert activations(depth=3) - fewer == 250*(norms + heads + attention + mlp + adapters) + casts
 
@@ -233,7 +234,7 @@ def test_all_grows_with_the_batch(layers):
     m = plain("audio", hidden_size=384, intermediate_size=1536, num_hidden_layers=layers)
     e = lambda rows, tokens, seconds, **k: M.estimate_memory(m, batch("audio", True, rows, tokens, seconds), settings(bf16=True, **k)).total
     assert e(1, 150, 10) < e(2, 150, 10) < e(2, 300, 10) < e(2, 300, 20)
-    assert e(8, 150, 10) < e(8, 150, 10, gradient_checkpointing=False)
+    if layers > 1: assert e(8, 150, 10) < e(8, 150, 10, gradient_checkpointing=False)
     assert e(1, 150, 1, quantization="4bit") < e(1, 150, 1, quantization="8bit") < e(1, 150, 1)
     if layers > 1: assert e(1, 3100, 600) > e(1, 3100, 60), "ten minutes of audio"
 
