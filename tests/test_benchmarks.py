@@ -117,7 +117,7 @@ def test_gpu_runs_a_command(tmp_path, gpu):
 
 def test_gpu_keeps_finished_rows_when_a_row_fails_or_the_script_dies(tmp_path, monkeypatch, gpu):
     train = ("training", dict(clips=2, seconds=1, padded=True, checkpointing=True))
-    generate = ("generation", dict(clips=1, seconds=1, padded=False, new=2))
+    generate = ("generation", dict(clips=1, seconds=1, padded=False, new=2, recorded=False))
     monkeypatch.setattr(gpu, "plan", lambda small: [generate, train, train, ("training", {}), train])
     train_row, asked = gpu.train_row, []
 

@@ -193,8 +193,8 @@ def test_llama_with_a_beginning_token(tmp_path):
                  "<|start_header_id|> u s e r <|end_header_id|> ĊĊ 1 <|eot_id|> <|start_header_id|> a s s i s t a n t <|end_header_id|> ĊĊ", ["2 <|eot_id|>"])
 
 
-def test_a_base_model_that_would_add_a_beginning_token_gets_role_markers_without_it(tmp_path):
+def test_a_base_model_that_adds_a_beginning_token_gets_it_before_role_markers_and_texts(tmp_path):
     tok = loaded(bpe(["h i"], None, "<s>", bos_token="<s>", eos_token="</s>"), tmp_path)
     check_tokens(tok, line(tmp_path, {"prompt": "hi", "answer": "hi"}),
-                 "< | r o l e _ s t a r t | > h u m a n < | r o l e _ e n d | > hi < | r o l e _ s t a r t | > b o t < | r o l e _ e n d | >", ["hi </s>"])
-    check_tokens(tok, line(tmp_path, {"text": "hi hi"}), "hi", ["Ġ hi </s>"])
+                 "<s> < | r o l e _ s t a r t | > h u m a n < | r o l e _ e n d | > hi < | r o l e _ s t a r t | > b o t < | r o l e _ e n d | >", ["hi </s>"])
+    check_tokens(tok, line(tmp_path, {"text": "hi hi"}), "<s>", ["hi Ġ hi </s>"])

@@ -691,9 +691,9 @@ def test_merges_that_cannot_be_made(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="would replace its own input"): M.merge_adapter(MergeSettings(adapter=adapter, output=adapter, overwrite=True))
     again = MergeSettings(adapter=adapter, output=tmp_path/"out", overwrite=True)
     M.merge_adapter(again)
-    (tmp_path/"out"/"old").touch()
+    (tmp_path/"out"/"old.safetensors").touch()
     M.merge_adapter(again)
-    assert (tmp_path/"out"/"config.json").exists() and not (tmp_path/"out"/"old").exists()
+    assert (tmp_path/"out"/"config.json").exists() and not (tmp_path/"out"/"old.safetensors").exists()
     def full_disk(model, processor, folder): raise OSError(28, "No space left on device", (folder/"half").touch())
     with monkeypatch.context() as m:
         m.setattr("mdl_nbdev.model.save.save_model", full_disk)
