@@ -163,8 +163,8 @@ class FiniteState(Progress):
     "The part of the trainer that refuses to save a run that has diverged"
     def check_finite(self)->None:
         "Raise `InputError` if this rank's weights or its optimizer have values that are not finite: they would replace good ones"
-        trained = {id(p):name for name,p in self.model.named_parameters() if p.requires_grad}
         values = [(name, p) for name,p in self.model.named_parameters() if p.requires_grad]
+        trained = {id(p):name for name,p in values}
         for p,state in ({} if self.is_deepspeed_enabled else self.optimizer.state).items():
             values += [(f'the optimizer for {trained.get(id(p), "a weight")}', v) for v in state.values()]
         bad = next((name for name,v in values if not is_finite(v)), None)
