@@ -50,7 +50,7 @@ class Completion:
     logprobs:list[float]|None=None # For each token, if asked for
 
 class Engine:
-    "What generates; subclasses know how"
+    "Generates completions; subclasses define how"
     max_tokens:int=sys.maxsize # Of prompt and completion together
     def generate(self,
         requests:Iterable[Request], # In any order; read as they are needed
@@ -75,7 +75,7 @@ def cache_bytes(
     rows:int, # Of a batch
     length:int, # Positions of each
 )->int: # Bytes
-    "What the keys and values of all positions take"
+    "The memory that the keys and values of all positions take"
     c = model.config.get_text_config()
     heads = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
     width = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
@@ -84,7 +84,7 @@ def cache_bytes(
 def free_memory(
     device:torch.device, # A GPU
 )->int: # Bytes
-    "What this process can still take, with what torch keeps for it"
+    "The memory that this process can still use, including what torch has reserved"
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 # %% ../../nbs/2_model/40_engine.ipynb #c14
@@ -172,7 +172,7 @@ def batches(self:TransformersEngine,
 def arguments(self:TransformersEngine,
     batch:list[Request], # Generated together
 )->dict: # Of the model's `generate`
-    "The options of a batch"
+    "The options of a batch, as `generate` takes them"
     o = self.options
     args = dict(do_sample=o.do_sample, num_beams=o.num_beams, repetition_penalty=o.repetition_penalty,
         max_new_tokens=max(r.max_new_tokens for r in batch))
