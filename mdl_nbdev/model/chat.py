@@ -119,8 +119,8 @@ SPACE_RULES = {'Metaspace':('prepend_scheme', 'never'), 'ByteLevel':('add_prefix
 
 def inner_tokenizer(
     tok, # A transformers tokenizer
-)->tuple: # A tokenizer that adds no space; whether it is also for runs that follow a control token
-    "The tokenizer for text that stands inside a text"
+)->tuple: # A tokenizer that adds no space; whether runs after a control token need it too
+    "The tokenizer for text that continues a text"
     from tokenizers import Tokenizer
     backend = json.loads(tok.backend_tokenizer.to_str())
     tops = [backend[k] for k in ('normalizer', 'pre_tokenizer') if backend[k]]

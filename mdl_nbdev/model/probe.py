@@ -31,7 +31,7 @@ def check_vocabulary(
 # %% ../../nbs/2_model/34_probe.ipynb #c9
 def position_limit(
     model:nn.Module, # Any causal language model
-)->int|None: # None: there is none
+)->int|None: # None: there is no such number
     "The number of tokens beyond which a model fails"
     config = model.config.get_text_config()
     if getattr(config, 'alibi', False) or any('Rotary' in type(m).__name__ for m in model.modules()): return None
