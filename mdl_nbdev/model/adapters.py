@@ -27,7 +27,7 @@ from .targets import linear_layers, train_in_full, untie
 def name_pattern(
     names:Iterable[str], # Full names of modules
 )->str: # A regular expression
-    "A pattern for module names, with any layer number in the place of theirs"
+    "A pattern that matches these modules, and those of the same names in other layers"
     return '|'.join(dict.fromkeys(re.sub(r'\\\.\d+(?=\\\.)', r'\\.\\d+', re.escape(n)) for n in names))
 
 # %% ../../nbs/2_model/32_adapters.ipynb #c8
@@ -189,7 +189,7 @@ def under_all_names(
     model, # A `PeftModel`
     state:dict[str, torch.Tensor], # Trained tensors, each under its first name
 )->dict[str, torch.Tensor]: # Shared ones under each of their names
-    "Tensors as `state_dict` has them"
+    "Tensors under all names that they have in `state_dict`"
     names = {}
     for name, p in model.named_parameters(remove_duplicate=False): names.setdefault(id(p), []).append(name)
     return state | {name: state[own[0]] for own in names.values() for name in own if own[0] in state}
