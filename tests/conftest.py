@@ -1,5 +1,10 @@
 "`@pytest.mark.slow` tests run with `--slow` only (`make test-slow`); modules that ask for `one_thread` compute with one"
+import gc
+import os
+
 import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1") # before the hub's client is imported: no test needs the network
 
 
 def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run the slow tests too")
@@ -12,6 +17,13 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"): return
     for item in items:
         if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow: make test-slow"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    "What a module has imported is out of reach of the garbage collector, which each training run calls"
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

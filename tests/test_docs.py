@@ -131,6 +131,7 @@ def site(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_site_has_no_broken_link(site): assert not list(broken(site))
 
 
@@ -140,6 +141,7 @@ def test_broken_links_are_found(tmp_path):
     assert [ref for _, ref in broken(tmp_path)] == ["b.html#y", "c.html", "d.png", "https://cdn/e.js"]
 
 
+@pytest.mark.slow
 def test_site_has_every_page(site):
     notebooks = [p.relative_to(root/"nbs").with_suffix(".html") for p in [*(root/"nbs").glob("*.ipynb"), *(root/"nbs").glob("[0-9t]*/*.ipynb")]]
     assert not [p for p in notebooks if not (site/p).exists()]

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 import soundfile as sf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from training_runs import ranks, start
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mdl_nbdev.base.errors import InputError
@@ -488,7 +488,7 @@ def launch(launcher, *args, code=0):
     return p.stdout, p.stderr
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", pytest.param("accelerate on the CPU", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["torchrun", *(pytest.param(a, marks=pytest.mark.slow) for a in ("accelerate", "accelerate on the CPU"))])
 def test_launchers(launcher, whole):
     "The output of two processes is that of one, and one of them prints; on a CPU accelerate starts only one unless configured otherwise"
     tiny_model().save_pretrained("model")
@@ -501,41 +501,37 @@ def test_launchers(launcher, whole):
     assert len(re.findall(r"answering:.*70/70", err)) >= 1 and "8 without an answer" in err
 
 
-def test_bad_input_under_a_launcher():
+def by_hand(*args, prepare=None):
+    "Two processes of one run, started by nobody who would end one when the other dies; each with what it printed and its exit code"
+    runs = [start([*command[1:], *args], f"log{env['RANK']}", "mdl_infer", env=env, prepare=prepare) for env in ranks(2)]
+    for run in runs: run.join(300)
+    return [(Path(f"log{i}").read_text(), run.exitcode) for i, run in enumerate(runs)]
+
+
+def test_bad_input_in_two_processes():
     "Reported once"
     make_sounds(".", 3)
-    _, err = launch("torchrun", "sounds.csv", "--output", "out.csv", "--model-name", "tiny", "--adapter", "nowhere", code=1)
-    assert err.count("mdl_infer: ") == 1 and "no LoRA adapter here" in err
-    assert "another process" not in err
+    (first, code), (second, other) = by_hand("sounds.csv", "--output", "out.csv", "--model-name", "tiny", "--adapter", "nowhere")
+    assert first.count("mdl_infer: ") == 1 and "no LoRA adapter here" in first and second == "" and code == other == 2
     assert not list(Path().glob("out*"))
 
 
-def by_hand(rank, *args):
-    "One of two processes, started by nobody who would end it when the other dies"
-    code = """
-import os, sys
-from mdl_nbdev.cli.commands import mdl_infer
-from mdl_nbdev.infer.output import InferOutput
-if os.environ["RANK"] == os.environ.get("DIES"):
+def dies_after_a_shard():
+    "The second process is killed when it has written its first shard"
+    if os.environ["RANK"] != "1": return
     write = InferOutput.write
     def once(*args):
         write(*args)
         os.kill(os.getpid(), 9)
     InferOutput.write = once
-mdl_infer()"""
-    return subprocess.Popen([sys.executable, "-c", code, *command[1:], *map(str, args)], env={**env, **rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_lost_process_ends_the_others(whole):
     "Without a launcher that would do it, and with a message; the rest is answered by one process alone"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     args = [whole/"sounds.csv", "--base-dir", whole, "--output", "out.csv", "--model-name", "tiny"]
-    ranks = [by_hand({"RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DIES": "1"}, *args) for r in range(2)]
-    (_, err), _ = [p.communicate(timeout=300) for p in ranks]
-    assert [p.returncode for p in ranks] == [2, -9]
-    assert err.splitlines()[-1] == ("mdl_infer: another process of this run ended before its work was done; finished work is kept: run the same command again to continue")
+    (printed, code), (_, other) = by_hand(*args, prepare=dies_after_a_shard)
+    assert (code, other) == (2, -9)
+    assert printed.splitlines()[-1] == ("mdl_infer: another process of this run ended before its work was done; finished work is kept: run the same command again to continue")
     report = infer(settings(whole/"sounds.csv", "out.csv", base_dir=whole))
     assert report.resumed == 3*16 + 6, "shards 0, 2 and 4 are those of the first process, the other one had finished shard 1"
     assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()

@@ -4,7 +4,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -119,10 +118,7 @@ def launch(folder, *args):
 
 def by_hand(folder, world, *args):
     "mdl_infer as so many processes that nobody ends when one of them dies"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        place = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-    return [start(folder, "mdl_infer", *args, RANK=str(r), **place) for r in range(world)]
+    return [start(folder, "mdl_infer", *args, **env) for env in training_runs.ranks(world)]
 
 
 def rank(process, number):

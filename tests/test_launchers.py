@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import history
+from training_runs import finish, history, ranks, start
 
+from mdl_nbdev.base.settings import InferSettings
 from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.infer.run import infer
 
 BIN = Path(sys.executable).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -37,6 +39,12 @@ def run(command, code=0, **kw):
     return done
 
 
+def together(argv, folder, world=1):
+    "mdl_train as so many processes without a launcher; gives what they printed"
+    runs = [start(argv, folder/f"log{i}", env=env) for i, env in enumerate(ranks(world) if world > 1 else [{}])]
+    return "".join(finish(process, folder/f"log{i}") for i, process in enumerate(runs))
+
+
 @pytest.fixture(scope="module")
 def csv(tmp_path_factory): return make_sounds(tmp_path_factory.mktemp("sounds"), 60, seed=4)
 
@@ -51,12 +59,12 @@ def arguments(csv, **kw):
 def whole(csv, tmp_path_factory):
     "The run in one process, and its answers"
     folder = tmp_path_factory.mktemp("whole")
-    run([BIN/"mdl_train", *arguments(csv), "--output", folder/"run"])
+    together([*arguments(csv), "--output", folder/"run"], folder)
     return folder/"run", answers(csv, folder/"run")
 
 
 def answers(csv, out):
-    run([BIN/"mdl_infer", csv, "--base-dir", csv.parent, "--model-name", out/"final", "--output", out/"answers.csv", "--max-new-tokens", 16])
+    infer(InferSettings(input=csv, base_dir=csv.parent, model_name=str(out/"final"), output=out/"answers.csv", max_new_tokens=16))
     return (out/"answers.csv").read_text()
 
 
@@ -66,10 +74,12 @@ def near(a, b, *names):
             if name in x: assert y[name] == pytest.approx(x[name], rel=2e-3), (x, y)
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS)])
 def test_two_processes_are_one(csv, whole, tmp_path, launcher):
-    done = run([*LAUNCHERS[launcher](), BIN/"mdl_train", *arguments(csv, batch_size=4), "--output", tmp_path/"run"])
-    assert done.stdout.count("the model is in") == 1, "one process speaks for all"
+    "Each gets half of every batch; started by a launcher, or with the environment that one sets"
+    command = [*arguments(csv, batch_size=4), "--output", tmp_path/"run"]
+    printed = together(command, tmp_path, 2) if launcher == "none" else run([*LAUNCHERS[launcher](), BIN/"mdl_train", *command]).stdout
+    assert printed.count("the model is in") == 1, "one process speaks for all"
     near(whole[0], tmp_path/"run", "loss", "eval_loss", "grad_norm")
     assert answers(csv, tmp_path/"run") == whole[1]
 

@@ -1,24 +1,26 @@
 "The loss modes against loops that are written out from their formulas, whatever a step is cut into; coba against a slow reference"
 import json
 import math
-import os
 import random
-import subprocess
-import sys
+from contextlib import nullcontext
 from copy import deepcopy
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import training_runs
 from peft import LoraConfig, get_peft_model
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import LOSS_MODES
+from mdl_nbdev.base.settings import LOSS_MODES, TuneSettings
+from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
-from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily
+from mdl_nbdev.model.midashenglm_family import AUDIO, MiDashengLMFamily, tiny_model, tiny_tokenizer
 from mdl_nbdev.train.coba import CoBa
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
@@ -209,22 +211,6 @@ def test_an_unknown_mode_is_an_error():
 
 # Two processes
 
-RANKS = """
-import sys, json, torch, numpy as np
-import torch.distributed as dist
-from datetime import timedelta
-sys.path.insert(0, sys.argv[1])
-from test_losses import *
-from mdl_nbdev.model.midashenglm_family import AUDIO, tiny_tokenizer
-from mdl_nbdev.base.settings import TuneSettings
-from mdl_nbdev.model.adapters import adapt
-from mdl_nbdev.model.midashenglm_family import tiny_model
-torch.set_num_threads(1)
-rank, world, file = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-if world > 1: dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-def reduce(t):
-    if world > 1: dist.all_reduce(t)
-    return t
 def audio_samples():
     "Eight samples of three tasks, each about one clip"
     tok, rng, out = tiny_tokenizer(), np.random.default_rng(0), []
@@ -235,37 +221,47 @@ def audio_samples():
         labels = np.where(np.arange(len(ids)) >= len(ids)-answer, ids, -100).astype(np.int32)
         out.append(Example(ids, labels, [rng.normal(0, 3000, 3200*n).astype(np.int16)], task_id=i % 3))
     return out
-def text():
+
+
+def text_model():
     torch.manual_seed(0)
     return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)), samples("three tasks")
-def audio():
+
+
+def audio_model():
     torch.manual_seed(0)
     model = adapt(tiny_model(), TuneSettings(lora_rank=4))
     for k, p in model.named_parameters():
         if "lora_B" in k: torch.nn.init.normal_(p, std=0.05) # at zero, as they begin, they would give lora_A no gradient
     return model, audio_samples()
-for name, make in dict(text=text, audio=audio).items():
-    for mode in MODES:
-        model, examples = make()
-        run = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        batches = [Collator(0, MiDashengLMFamily())(g) for g in cut(examples, 2 if world > 1 else 8)[rank::world]]
-        maps, _ = loss_weights(batches, mode, WEIGHTS, 3, reduce)
-        for i, (b, p) in enumerate(zip(batches, maps)):
-            if world > 1 and i < len(batches)-1:
-                with run.no_sync(): (weighted_losses(run, b.inputs, p)[0]*world).backward()
-            else: (weighted_losses(run, b.inputs, p)[0]*world).backward()
-        if rank == 0: torch.save({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, f"{file}-{name}-{mode}-{world}")
-"""
+
+
+def write_gradients(rank, world, file):
+    "What one process of a run does: gradients of both models in each mode, written by the first"
+    torch.set_num_threads(1)
+    if world > 1: dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    def reduce(t):
+        if world > 1: dist.all_reduce(t)
+        return t
+    for name, make in dict(text=text_model, audio=audio_model).items():
+        for mode in MODES:
+            model, examples = make()
+            run = torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+            batches = [Collator(0, MiDashengLMFamily())(g) for g in cut(examples, 2 if world > 1 else 8)[rank::world]]
+            maps, _ = loss_weights(batches, mode, WEIGHTS, 3, reduce)
+            for i, (b, p) in enumerate(zip(batches, maps)):
+                with run.no_sync() if world > 1 and i < len(batches)-1 else nullcontext():
+                    (weighted_losses(run, b.inputs, p)[0]*world).backward()
+            if rank == 0: torch.save({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, f"{file}-{name}-{mode}-{world}")
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     "The same global batch of eight: in one process at once, and in two with two batches of two each"
-    def start(rank, world):
-        args = [sys.executable, "-c", RANKS, os.path.dirname(__file__), str(rank), str(world), str(tmp_path/"g")]
-        return subprocess.Popen(args, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-    for process in [start(0, 1), start(0, 2), start(1, 2)]:
-        _, err = process.communicate(timeout=200)
-        assert process.returncode == 0, err[-3000:]
+    processes = [training_runs.context.Process(target=write_gradients, args=(rank, world, str(tmp_path/"g"))) for rank, world in ((0, 1), (0, 2), (1, 2))]
+    for process in processes: process.start()
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0
     for name in ("text", "audio"):
         for mode in MODES:
             one, two = (torch.load(f"{tmp_path}/g-{name}-{mode}-{world}", weights_only=True) for world in (1, 2))

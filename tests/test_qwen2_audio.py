@@ -10,7 +10,7 @@ import soundfile as sf
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_launchers import BIN, LAUNCHERS, near, run
+from test_launchers import near, together
 from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from mdl_nbdev import InferSettings, TrainSettings, infer, train
@@ -177,8 +177,8 @@ def test_processes_that_have_no_clips(folder, tmp_path, name):
     for i in range(6): sf.write(tmp_path / f"{i}.wav", rng.normal(0, .1, 8000), 16000)
     rows = [{"audio": f"{tmp_path}/{i}.wav", "prompt": "what", "answer": "noise"} for i in range(6)] + [{"prompt": f"say {i}", "answer": f"{i}" * 20} for i in range(18)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    command = [BIN / "mdl_train", "--train-dataset", tmp_path / "rows.jsonl", "--model-name", folder if name == "qwen2-audio" else name, "--train-target", "encoder,projector,decoder",
+    command = ["--train-dataset", tmp_path / "rows.jsonl", "--model-name", folder if name == "qwen2-audio" else name, "--train-target", "encoder,projector,decoder",
                "--lr", 1e-4, "--max-steps", 8, "--logging-steps", 1, "--sample-answers", 0]
-    run([*command, "--batch-size", 2, "--output", tmp_path / "one"])
-    run([*LAUNCHERS["torchrun"](), *command, "--batch-size", 1, "--output", tmp_path / "two"])
+    together([*command, "--batch-size", 2, "--output", tmp_path / "one"], tmp_path)
+    together([*command, "--batch-size", 1, "--output", tmp_path / "two"], tmp_path, 2)
     near(tmp_path / "one", tmp_path / "two", "loss", "grad_norm")

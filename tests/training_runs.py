@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ context = multiprocessing.get_context("forkserver") # forks of a process that ha
 context.set_forkserver_preload(["mdl_nbdev.train.run", "mdl_nbdev.infer.run"])
 
 
-def _run(command, argv, log, folder, env):
+def _run(command, argv, log, folder, env, prepare):
     import sys
 
     import torch
@@ -20,14 +21,24 @@ def _run(command, argv, log, folder, env):
     os.environ.update(env)
     os.chdir(folder)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True) # a command's own workers start as they would without this server
+    if prepare: prepare()
     getattr(commands, command)(argv)
 
 
-def start(argv, log, command="mdl_train", folder=".", env=()):
-    "A command with some arguments, in a folder and with variables of its environment; what it prints goes to the file `log`"
-    process = context.Process(target=_run, args=(command, [str(a) for a in argv], log, folder, dict(env)))
+def start(argv, log, command="mdl_train", folder=".", env=(), prepare=None):
+    "A command with some arguments, in a folder and with variables of its environment, after a call of `prepare`; what it prints goes to the file `log`"
+    process = context.Process(target=_run, args=(command, [str(a) for a in argv], log, folder, dict(env), prepare))
     process.start()
     return process
+
+
+def ranks(world):
+    "The environment of each process of one run, as a launcher sets it"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        together = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    return [dict(RANK=str(r), LOCAL_RANK=str(r), **together) for r in range(world)]
 
 
 def finish(process, log, code=0):
