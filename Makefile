@@ -32,7 +32,7 @@ docs: install  ## Build the documentation site into docs/_site
 	$(VENV)/bin/python docs/build.py
 
 # No step needs the network. Two notebooks at a time, then two files of tests at a time, with one thread each. A test sees to it
-# that index_zh.ipynb has the code and outputs of index.ipynb. Cells marked `long` run in test-slow, which runs every notebook in a kernel
+# that index_zh.ipynb has the code and outputs of index.ipynb. Cells marked `slow` run in test-slow, which runs every notebook in a kernel
 test test-slow: export HF_HUB_OFFLINE := 1
 test test-slow: export TOKENIZERS_PARALLELISM := false
 test test-slow: export OMP_NUM_THREADS := 1
@@ -41,7 +41,7 @@ PYTEST := python -m pytest tests -q -n 2 --dist loadfile
 test: install  ## Run every check: sync, lint, notebooks, pytest
 	tests/in_sync.sh
 	ruff check tests benchmarks docs setup.py
-	nbdev_test --flags slow --n_workers 2 --do_print --timing --skip_file_glob index_zh.ipynb
+	nbdev_test --n_workers 2 --do_print --timing --skip_file_glob index_zh.ipynb
 	$(PYTEST) --durations=10
 
 test-slow: install  ## Run the tests that take long
