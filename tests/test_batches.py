@@ -303,6 +303,7 @@ def test_a_change_in_a_sample_changes_no_other():
     assert same[:22].all() and not same[22:29].any() and same[29:].all()
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     script = Path(__file__).parent.parent / "benchmarks" / "packing.py"
     subprocess.run([sys.executable, script, "--small", "--device", "cpu", "--out", tmp_path / "r"], check=True)

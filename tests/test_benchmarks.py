@@ -91,7 +91,8 @@ def command_here(name, arguments, folder, small, seconds):
     return {"s": 1.}
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one process", "processes"])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["one process", "processes"])
 def test_gpu(tmp_path, monkeypatch, gpu, whole):
     "All kinds of rows; the commands in this process, or all as processes of their own"
     if whole: subprocess.run([sys.executable, benchmarks/"gpu.py", "--small", "--out", tmp_path/"r"], check=True)

@@ -162,7 +162,7 @@ def wait_for(condition, seconds=300):
         time.sleep(.05)
 
 
-@pytest.mark.parametrize("script", ["slurm_one_node.sh", "slurm_many_nodes.sh"])
+@pytest.mark.parametrize("script", ["slurm_one_node.sh", pytest.param("slurm_many_nodes.sh", marks=pytest.mark.slow)])
 def test_time_is_up(script, job, tmp_path):
     "All ranks save, the job is queued again, and its next start runs to the end"
     run = job(script, "examples/lora_audio.yaml", "--seed", "1")
@@ -199,6 +199,7 @@ def test_time_is_up_in_training(script, job, tmp_path):
     assert (tmp_path/"queued").read_text() == "requeue 7\n"
 
 
+@pytest.mark.slow
 def test_answering_under_slurm(job, tmp_path):
     csv = make_sounds(tmp_path, 24)
     options = ["--base-dir", tmp_path, "--batch-size", "1", "--max-new-tokens", "4"]

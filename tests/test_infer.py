@@ -305,12 +305,22 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def three_shards(whole, tmp_path_factory):
+    "A folder with what a run left that was stopped after three shards"
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        stopped(3, whole/"sounds.csv", base_dir=whole)
+    return folder
+
+
 @pytest.mark.parametrize("name", damage)
-def test_what_remains_of_a_run(name, whole):
+def test_what_remains_of_a_run(name, whole, three_shards):
     "Finished shards that are intact count, all else is computed again, and the result is the same"
     shards, harm = damage[name]
-    part, log = stopped(3, whole/"sounds.csv", base_dir=whole)
-    harm(part, log)
+    shutil.copytree(three_shards, ".", dirs_exist_ok=True)
+    harm(Path("out.csv.part"), Path("out.csv.part.log"))
     report = infer(settings(whole/"sounds.csv", "out.csv", base_dir=whole))
     assert report.resumed == 16*shards
     assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()

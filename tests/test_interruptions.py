@@ -129,6 +129,7 @@ def rank(process, number):
         if f"RANK={number}".encode() in environment: return int(pid)
 
 
+@pytest.mark.slow
 def test_inference_of_several_processes(tmp_path):
     "One of them is killed at any moment, first under a launcher, then without; then the run goes on with another number of them"
     n, rng = 120, random.Random(os.urandom(8))

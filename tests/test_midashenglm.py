@@ -347,6 +347,7 @@ for loss, labels in (ours, answers), (ours, everywhere), (weighted, everywhere),
 """
 
 
+@pytest.mark.slow
 def test_loss_memory_at_a_large_vocabulary():
     "Peak of a process's resident memory in MiB, forward and backward; it can only rise, so the small cases come first"
     r = subprocess.run([sys.executable, "-c", memory], capture_output=True, text=True, check=True)
@@ -735,6 +736,7 @@ print(type(model).__module__, new[0].tolist(), repr(tokenizer.batch_decode(new, 
 """
 
 
+@pytest.mark.slow
 def test_saved_folder_runs_without_the_package(processor, wav, tmp_path):
     tokenizer = processor.tokenizer
     text = {**qwen2, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -102,7 +102,7 @@ def test_variants_of_lora_train_and_merge(tasks, tmp_path, option):
 def learning_rates(r): return [m["learning_rate"] for m in r.metrics if "learning_rate" in m]
 
 
-@pytest.mark.parametrize("shape", ["linear", "cosine", "polynomial", "inverse_sqrt", "constant_with_warmup"])
+@pytest.mark.parametrize("shape", ["cosine", *(pytest.param(s, marks=pytest.mark.slow) for s in ("linear", "polynomial", "inverse_sqrt", "constant_with_warmup"))])
 def test_the_floor_of_the_learning_rate(tasks, tmp_path, shape):
     "Below the floor only in the warm-up; elsewhere as without it"
     s = settings(tasks, tmp_path/"a", lr_scheduler_type=shape, warmup_steps=.25, max_steps=12, validation_split=0)

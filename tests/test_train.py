@@ -116,7 +116,7 @@ def test_adapter_only(csv, tmp_path, run):
     assert not torch.equal(load_file(merged.final / "model.safetensors")["decoder.lm_head.weight"], tiny_model().state_dict()["decoder.lm_head.weight"])
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_a_quantized_run_goes_on_after_an_evaluation(csv, tmp_path, bits):
     "The same steps with and without an evaluation between them; the result is merged into the float base"
     s = settings(csv, tmp_path / "with", quantization=bits, eval_dataset=csv, eval_steps=1, max_steps=4)
