@@ -1,5 +1,6 @@
 "Token ids and labels: for any conversation, templates and tokenizers of many kinds, and against transformers' own tokenization"
 import copy
+import itertools
 import pickle
 import re
 import string
@@ -20,6 +21,7 @@ from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.label_view import LabelView
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import AUDIO, CHATML, tiny_tokenizer
+from mdl_nbdev.model.template import find_premises, render, render_shape
 from mdl_nbdev.model.text_family import ROLE_MARKERS, TextFamily, tiny_text_tokenizer
 from mdl_nbdev.model.tokenizers import decode_answer, encode, fingerprint, load_tokenizer, tokenize
 
@@ -218,7 +220,7 @@ def turns(*texts): return [{"role": role, "content": [text(t)]} for role, t in z
 
 TRIMS = CHATML.replace("{{ part.text }}", "{{ part.text | trim }}")
 LSTRIPS = CHATML.replace("{{ part.text }}", "{{ part.text.lstrip('\\n') if m.role == 'assistant' else part.text }}")
-THOUGHTS = CHATML.replace("{{ part.text }}", "{{ part.text.split('</think>')[-1] if m.role == 'assistant' and not loop.last else part.text }}")
+THOUGHTS = CHATML.replace("{{ part.text }}", "{{ part.text.split('</think>')[-1] if m.role == 'assistant' and m != messages[-1] else part.text }}")
 
 
 @pytest.mark.parametrize("template", [TRIMS, LSTRIPS, THOUGHTS], ids=["trims", "lstrips", "drops earlier thoughts"])
@@ -238,6 +240,58 @@ def test_texts_that_the_template_changes_are_refused(change):
     tok = bpe_tokenizer(CHATML.replace("part.text }}", "(part.text if '\ue000' in part.text or m.role == 'user' else (" + change + ")) }}"))
     conv = Conversation(turns("2+2?", "<think>\nhm\n</think>\n\n4"), "t.csv", 7)
     with pytest.raises(InputError, match=r"t.csv:7: the chat template does not show the text '<think>.* as it is.*--chat-template"): tokenize([conv], [[]], tok)
+
+
+@pytest.mark.parametrize("expression, proven", [
+    ("m.content", True), ("m.content | trim", True), ("m.content.lstrip('\n')", True), ("' ' + m.content + 'a'", True), ("m.content if m.content else '-'", True),
+    ("m.content + ('!' if m.content == 'a' or m.content in ['b', '</think>'] else '')", True), ("m.content + ('!' if m.content.startswith('a') or '</think>' in m.content else '')", True),
+    ("m.content if m.content is string and m.content is not none else '-'", True), ("m.content | default('-', true)", True), ("(m.content | trim) + ('b' if m.role == 'user' else '')", True),
+    ("m.content | upper", False), ("m.content[:5]", False), ("m.content if m.content | length else 'b'", False), ("m.content if m.content | int == 0 else 'b'", False),
+    ("m.content ~ ''", False), ("m.content if {'a': 'b'}[m.content] is undefined else 'b'", False), ("m.content + ('b' if messages[0].content == m.content else '')", False), ("'%s' % m.content", False),
+    ("m.content.split('a') | join('a')", False), ("(' ' + m.content) | trim", False), ("m.content + (m | tojson)", False), ("m.content if m.content is lower else 'b'", False),
+    ("m.content.strip('a')", False), ("m.content.removeprefix('a')", False), ("[m.content] | join", False)])
+def test_a_proof_that_a_template_prints_texts_as_they_are(expression, proven):
+    tok = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(BPE.backend_tokenizer), eos_token="<|im_end|>")
+    tok.chat_template = "{% for m in messages %}{{ " + expression + " }}{{ eos_token }}{% endfor %}"
+    shape, family = (("user", ("text",)), ("assistant", ("text",))), TextFamily()
+    rendered = render_shape(tok, family, shape)
+    premises = find_premises(tok, family, shape, False, rendered)
+    assert (premises is not None) == proven
+    held = 0
+    for said in itertools.product(["", "a", "b", " a", "b\n", "</think>", "0", "c a", "&"], repeat=2):
+        if not premises or not premises.hold(list(said)): continue
+        held += 1
+        shown = re.sub("\ue000(.)\ue001", lambda found: said[int(found[1])], rendered)
+        assert shown == render(tok, family, [{"role": role, "content": [text(t)]} for (role, _), t in zip(shape, said)]), said
+    assert bool(held) == proven
+
+
+@pytest.mark.parametrize("statements", ["{% set x %}{{ m.content }}{% endset %}{{ x | upper }}", "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(m.content) | upper }}",
+                                        "{% filter upper %}{{ m.content }}{% endfilter %}", "{% autoescape true %}{{ m.content }}{% endautoescape %}"])
+def test_what_is_printed_into_a_variable_proves_nothing(statements):
+    tok = copy.deepcopy(BPE)
+    tok.chat_template = "{% for m in messages %}" + statements + "{{ eos_token }}{% endfor %}"
+    shape = (("user", ("text",)), ("assistant", ("text",)))
+    assert find_premises(tok, TextFamily(), shape, False, render_shape(tok, TextFamily(), shape)) is None
+
+
+def test_earlier_answers_that_are_not_learned_are_what_the_template_makes_of_them():
+    tok, said_twice = bpe_tokenizer(THOUGHTS), turns("2+2?", "<think>hm</think>4", "Sure?", "<think>hm</think>yes")
+    def show(messages, **options): return tok.apply_chat_template(messages, tokenize=False, **options)
+    with pytest.raises(InputError, match="does not show the text '<think>hm</think>4'"): tokenize([Conversation(said_twice, "t.csv", 1)], [[]], tok)
+    conv = Conversation(said_twice, "t.csv", 1).learning_last()
+    (ids, labels), (prompt, _) = tokenize([conv, Conversation(said_twice[:-1], "t.csv", 1)], [[], []], tok)
+    assert tok.decode(ids) == show(said_twice) and "<think>hm</think>4" not in tok.decode(ids)
+    assert tok.decode(prompt) == show(said_twice[:-1], add_generation_prompt=True)
+    assert [tok.decode(r) for r in said(ids, labels)] == ["<think>hm</think>yes<|im_end|>"]
+
+
+def test_the_last_answer_alone_is_learned():
+    conv = Conversation(turns("a", "b", "a", "b"), "t.csv", 3)
+    assert [m.get("learn") for m in conv.learning_last().messages] == [None, False, None, None]
+    assert conv.learning_last().learning_last() == conv.learning_last() != conv
+    conv.messages[-1]["learn"] = False
+    with pytest.raises(InputError, match="t.csv:3: the last answer has the weight 0"): conv.learning_last()
 
 
 def test_answers_that_are_not_to_be_learned():

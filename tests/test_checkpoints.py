@@ -28,7 +28,7 @@ from mdl_nbdev.base.options import options_where
 from mdl_nbdev.base.settings import TrainSettings
 from mdl_nbdev.train import checkpoints as C
 from mdl_nbdev.train import state as S
-from mdl_nbdev.train.identity import differences, identity, update_identity
+from mdl_nbdev.train.identity import check_identity, differences, identity, update_identity
 from mdl_nbdev.train.stopping import EarlyStopping
 
 fork = multiprocessing.get_context("fork")
@@ -654,10 +654,10 @@ def test_best_of_an_epoch_takes_no_place(run):
 def test_settings_that_matter():
     "Every setting either makes the run another one or is known not to"
     base = dict(train_dataset="a.csv", output="o")
-    free = dict(output="p", train_dataset="b.csv", logging_steps=1, save_steps=7, save_total_limit=3, report_to="all", num_workers=1, resume_from_checkpoint=True, allow_changes=True,
+    free = dict(output="p", train_dataset="b.csv", logging_steps=1, save_steps=7, save_total_limit=3, report_to="all", num_workers=1, resume_from_checkpoint=True, allow_changes=True, adapter="a",
                 gradient_checkpointing=False, early_stopping_patience=2, eval_steps=3)
     change = dict(lr=1.0, batch_size=1, seed=1, num_epochs=2, lora_rank=4, loss_mode="case1", packing=True, task_weights="a=2", warmup_steps=3, min_lr=0.1, model_name="tiny",
-                  tuning="full", lora_dropout=0.5, quantization="4bit", max_grad_norm=2, weight_decay=1, validation_split=0.5, seq_length=7, gradient_accumulation_steps=2)
+                  tuning="full", lora_dropout=0.5, quantization="4bit", max_grad_norm=2, weight_decay=1, validation_split=0.5, seq_length=7, gradient_accumulation_steps=2, learn_answers="last")
     old = identity(TrainSettings(**base))
     for k, v in free.items(): assert differences(old, identity(TrainSettings(**base | {k: v}))) == [], k
     for k, v in change.items():
@@ -665,6 +665,17 @@ def test_settings_that_matter():
         assert found and found[0].startswith("--" + k.replace("_", "-")) and ": was " in found[0], k
     kept = {"--" + name.replace("_", "-") for name in vars(TrainSettings(**base)) if name not in options_where(TrainSettings, "resume")}
     assert set(old) == kept and len(kept) > 25
+
+
+def test_allowed_changes_are_printed(tmp_path, capsys):
+    now = identity(TrainSettings(train_dataset="a.csv", output="o"), processes=1)
+    S.save_state(tmp_path, "run", dict(identity=now))
+    check_identity(tmp_path, now, False)
+    for change, skips in (({"--lr": 1.0}, False), ({"--batch-size": 4}, True)):
+        with pytest.raises(InputError, match="other data or settings"): check_identity(tmp_path, now | change, False)
+        check_identity(tmp_path, now | change, True)
+        printed = capsys.readouterr().out
+        assert f"resumed with other data or settings: {[*change][0]}: was" in printed and ("left out, or seen twice" in printed) == skips
 
 
 def test_identities_of_earlier_versions():

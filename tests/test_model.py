@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -14,19 +15,20 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PhimoeConfig, PhimoeForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
 from mdl_nbdev import model as M
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import MergeSettings, TrainSettings, TuneSettings
+from mdl_nbdev.base.settings import InferSettings, MergeSettings, TrainSettings, TuneSettings
+from mdl_nbdev.infer.run import load_engine
 from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.load import check_trainable, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_tokenizer
-from mdl_nbdev.model.targets import is_quantized, trainable_state
+from mdl_nbdev.model.targets import is_quantized, trainable_state, unreached_weights
 from mdl_nbdev.train.run import train
 
 logging.disable_progress_bar()
@@ -194,6 +196,52 @@ def test_an_adapter_of_another_base_of_the_same_shape(dtype, tmp_path):
         other = M.tiny_text_model()
         other.gpt_neox.get_parameter(change).data += .1
         with pytest.raises(InputError, match="trained on another model than tiny-text: their weights differ"): M.load_adapter(other, tmp_path/"adapter")
+
+
+def test_an_adapter_keeps_the_chat_template_that_it_was_trained_with(tmp_path):
+    chat = load_chat("tiny-text")
+    own = chat.tok.chat_template.replace("human", "person")
+    chat.tok.chat_template = own
+    M.save_model(adapt(M.tiny_text_model(), ["decoder"], rank=2), chat.tok, tmp_path/"adapter")
+    merged = M.merge_adapter(MergeSettings(adapter=tmp_path/"adapter", output=tmp_path/"merged"))
+    assert load_chat(str(merged)).tok.chat_template == own
+    s = InferSettings(input="a.csv", output="b.csv", model_name="tiny-text", adapter=tmp_path/"adapter")
+    assert load_engine(s).chat.tok.chat_template == own
+    (tmp_path/"other.jinja").write_text(own.replace("person", "reader"))
+    assert "reader" in load_engine(replace(s, chat_template=tmp_path/"other.jinja")).chat.tok.chat_template
+
+
+def test_training_goes_on_from_an_adapter(tmp_path):
+    "With its own rank and layers; every option that would set them is refused, and so is another base"
+    rows = tmp_path/"rows.jsonl"
+    rows.write_text("".join(json.dumps(dict(prompt=a, answer=b)) + "\n" for a, b in ("ab", "cd", "ef", "gh")))
+    s = TrainSettings(model_name="tiny-text", train_dataset=[rows], output=tmp_path/"a", max_steps=4, batch_size=4, lr=1e-2, lora_rank=2, lora_alpha=6,
+                      lora_target_modules=".*dense", merge_lora=False, num_workers=1, logging_steps=1, lr_scheduler_type="constant")
+    first = train(s)
+    with pytest.raises(InputError, match="--adapter .*leave --lora-rank out"): train(replace(s, adapter=first.final, output=tmp_path/"b"))
+    more = replace(s, adapter=first.final, output=tmp_path/"b", lora_rank=32, lora_alpha=32, lora_target_modules=None)
+    with pytest.raises(InputError, match="--adapter and --tuning full"): train(replace(more, tuning="full", adapter=first.final))
+    dry = train(replace(more, dry_run=True))
+    assert dry.trainable.trainable == first.trainable and dry.memory.optimizer == 8*first.trainable
+    second = train(more)
+    assert second.metrics[0]["loss"] < first.metrics[-1]["loss"] < first.metrics[0]["loss"]
+    config = json.loads((second.final/"adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 6, ".*dense")
+    both, model = load_file(second.final/"adapter_model.safetensors"), M.load_adapter(M.tiny_text_model(), second.final)
+    assert both.keys() == load_file(first.final/"adapter_model.safetensors").keys() and not model.training
+    with pytest.raises(InputError, match="trained on another model"):
+        other = M.tiny_text_model(seed=1)
+        M.save_model(other, load_chat("tiny-text").tok, tmp_path/"other")
+        train(replace(more, model_name=str(tmp_path/"other"), output=tmp_path/"c"))
+
+
+def test_what_is_a_linear_layer():
+    "Falcon's own class is one; routers that choose experts are not, and LoRA says that it does not reach them"
+    falcon = FalconForCausalLM(FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    assert len(M.linear_layers(falcon)["decoder"]) == 4
+    phimoe = PhimoeForCausalLM(PhimoeConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4))
+    assert not [name for name in M.linear_layers(phimoe)["decoder"] if "router" in name]
+    assert "model.layers.*.mlp.router.weight" in unreached_weights(adapt(phimoe, ["decoder"]))
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'TARGETS', 'LOSS_MODES', 'half_the_cores', 'DataSettings', 'ModelSettings', 'TokenizeSettings',
-           'LoadSettings', 'TuneSettings', 'TaskSettings', 'EvaluationSettings', 'CheckSettings', 'ConvertSettings',
-           'TrainSettings', 'InferSettings', 'MergeSettings', 'EvalSettings', 'DemoSettings']
+           'LearnSettings', 'LoadSettings', 'TuneSettings', 'TaskSettings', 'EvaluationSettings', 'CheckSettings',
+           'ConvertSettings', 'TrainSettings', 'InferSettings', 'MergeSettings', 'EvalSettings', 'DemoSettings']
 
 # %% ../../nbs/0_base/06_settings.ipynb #c4
 from dataclasses import dataclass
@@ -51,6 +51,12 @@ class TokenizeSettings(Settings):
     chat_template:Path|None=opt(None, resume=True, convert=True, location=True)
 
 @dataclass(kw_only=True)
+class LearnSettings(Settings):
+    "What of a conversation is learned"
+    # Learn all answers of a conversation, or the last one only
+    learn_answers:Literal['all', 'last']=opt('all', convert=True)
+
+@dataclass(kw_only=True)
 class LoadSettings(ModelSettings):
     "The model in memory"
     bf16:bool|None=None # Load in bfloat16; null: where the device supports it
@@ -63,6 +69,8 @@ TARGETS = ('encoder', 'projector', 'decoder', 'embed_tokens', 'lm_head') # Parts
 class TuneSettings(Settings):
     "What is trained"
     tuning:Literal['lora', 'full']='lora' # Train low-rank adapters, or the weights themselves
+    # Folder of a LoRA adapter to continue training from; its rank, scaling and layers stay
+    adapter:Path|None=opt(None, resume=True, adapter=True, location=True)
     # Parts to train; LoRA adapts every linear layer of encoder, projector and decoder, and trains
     # embed_tokens and lm_head in full
     train_target:list[Literal[TARGETS]]=opt(lambda: ['encoder', 'projector', 'decoder'])
@@ -143,7 +151,7 @@ class CheckSettings(DataSettings):
     decode:bool=True # Decode every clip, which finds truncated files; false: read the headers only
 
 @dataclass(kw_only=True)
-class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings):
+class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings, LearnSettings):
     "Convert rows into a dataset that training opens immediately"
     input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to convert
     output:Path=opt(location=True) # Folder of the converted dataset
@@ -152,7 +160,7 @@ class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings):
 
 # %% ../../nbs/0_base/06_settings.ipynb #c14
 @dataclass(kw_only=True)
-class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, TaskSettings, EvaluationSettings):
+class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, LearnSettings, TaskSettings, EvaluationSettings):
     "Fine-tune a model"
     # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/
     output:Path=opt(result=False, location=True)

@@ -7,8 +7,9 @@ __all__ = ['text_message', 'message_text', 'message_clips', 'Located', 'Conversa
 
 # %% ../../nbs/1_data/04_conversations.ipynb #c4
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fastcore.basics import patch
+from ..base.errors import InputError
 from ..base.html import Html, as_html, html_table
 from .pictures import clip_html
 
@@ -90,6 +91,15 @@ def from_json(cls:Conversation,
 )->Conversation: # Equal to the one that was written
     "Read a conversation from its JSON object"
     return cls(**json.loads(text))
+
+@patch
+def learning_last(self:Conversation)->Conversation: # A copy
+    "The same, with no answer to be learned but the last; `InputError` if that is not to be learned either"
+    answers = [i for i,m in enumerate(self.messages) if m["role"]=="assistant"]
+    if answers and not self.messages[answers[-1]].get("learn", True):
+        raise InputError(f"{self.where}: the last answer has the weight 0, and --learn-answers last learns no other; "
+                         "remove one of the two")
+    return replace(self, messages=[{**m, "learn":False} if i in answers[:-1] else m for i,m in enumerate(self.messages)])
 
 # %% ../../nbs/1_data/04_conversations.ipynb #c18
 def messages_html(

@@ -8,7 +8,7 @@ __all__ = ['DEFAULT_NEW_TOKENS', 'BATCHES_PER_SHARD', 'completion_limit', 'Promp
            'stop_at_reject', 'rows_of_shards', 'prepare_output', 'InferProgressBar', 'infer']
 
 # %% ../../nbs/4_infer/02_run.ipynb #c4
-import os, socket, time
+import os, socket, sys, time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..base.errors import InputError
 from ..base.files import make_folder, new_output
 from ..base.html import Html, as_html, html_table
-from ..base.processes import DaemonPool, Ranks, silence_libraries
+from ..base.processes import DaemonPool, Ranks, is_main_process, silence_libraries
 from ..base.settings import InferSettings
 from ..base.text import plural, same_text
 from ..data.audio import audio_info
@@ -31,9 +31,9 @@ from .identity import run_identity
 from .output import InferOutput, LoggedProgress, OutputPart, remaining_shards
 from ..model.engine import Engine, GenerationOptions, Request, TransformersEngine
 from ..model.families import load_chat
-from ..model.load import load_model, pick_dtype
+from ..model.load import device_note, load_model, pick_dtype
 from ..model.probe import check_vocabulary
-from ..model.save import load_adapter, merge
+from ..model.save import load_adapter, merge, template_of
 
 # %% ../../nbs/4_infer/02_run.ipynb #c6
 DEFAULT_NEW_TOKENS = 256 # Maximum tokens of a completion where neither `--max-new-tokens` nor `--max-length` is given
@@ -140,7 +140,7 @@ class Pipeline:
         rows = {p.row.line:p for p,_ in by_length}
         for completion in self.engine.generate(requests):
             row = rows[completion.key]
-            row.prediction, row.truncated = completion.text, completion.truncated
+            row.prediction, row.truncated = completion.text.replace('\0', '\ufffd'), completion.truncated # no text file can hold NUL
 
     def run(self,
         shards:Iterable[list], # The rows of each shard
@@ -246,9 +246,11 @@ def load_engine(
     s:InferSettings, # Settings of the run
 )->TransformersEngine: # Ready to generate
     "Load model, adapter and tokenizer"
-    chat = load_chat(s.model_name, s.from_modelscope, s.chat_template)
+    chat = load_chat(s.model_name, s.from_modelscope, template_of(s.adapter, s.chat_template))
     model = load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization)
     check_vocabulary(model, chat)
+    note = device_note(model.device, model.dtype)
+    if note and is_main_process(): print(note, file=sys.stderr, flush=True)
     if s.adapter: model = load_adapter(model, s.adapter)
     if s.adapter and not s.quantization: model = merge(model) # the same numbers, and faster
     options = GenerationOptions(s.do_sample, s.temperature, s.top_p, s.num_beams, s.repetition_penalty, s.seed)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASE_FILE', 'name_pattern', 'target_pattern', 'untie_adapted', 'check_pissa', 'lora_config', 'principal_vectors',
-           'start_pissa', 'as_plain_lora', 'base_fingerprint', 'make_savable', 'under_all_names', 'quiet_peft', 'adapt',
-           'without_input_casts']
+           'start_pissa', 'as_plain_lora', 'base_fingerprint', 'make_savable', 'under_all_names', 'quiet_peft',
+           'keep_trainable', 'adapt', 'without_input_casts']
 
 # %% ../../nbs/2_model/32_adapters.ipynb #c4
 import copy, hashlib, math, re, warnings
@@ -203,6 +203,13 @@ def quiet_peft():
         yield
 
 # %% ../../nbs/2_model/32_adapters.ipynb #c26
+def keep_trainable(
+    model:nn.Module, # Perhaps quantized; it is changed
+)->None:
+    "Keep an evaluation from repacking 4-bit weights into a form that cannot be trained"
+    for m in model.modules():
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
+
 def adapt(
     model:nn.Module, # From `load_model`; it is changed
     s:TuneSettings, # What to train, and how
@@ -211,8 +218,7 @@ def adapt(
     check_trainable(model.name_or_path, config=model.config)
     if s.tuning == 'full': return train_in_full(model, s)
     from peft import get_peft_model
-    for m in model.modules(): # an evaluation would repack 4-bit weights into a form that cannot be trained
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
+    keep_trainable(model)
     base = None if model.device.type == 'meta' else base_fingerprint(model)
     config = lora_config(model, s)
     try:

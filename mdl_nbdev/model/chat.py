@@ -17,7 +17,8 @@ from ..data.audio import load_audio, to_int16
 from ..data.conversations import message_text
 from .family import Family
 from ..base.text import shorten
-from .template import ROLE_END, ROLE_START, TEXT_RECORD, Segment, adds_begin_token, render, render_shape, segments_of, shape_of
+from .template import ROLE_END, ROLE_START, TEXT_RECORD, Segment, adds_begin_token, find_premises
+from .template import render, render_shape, segments_of, shape_of
 
 # %% ../../nbs/2_model/03_chat.ipynb #c6
 @dataclass(slots=True)
@@ -166,24 +167,30 @@ def shown_texts(self:Chat,
     messages:list[dict], # Of a conversation
 )->list[str]: # All texts of it, in order
     "Texts as the chat template shows them, which may trim them; `InputError` if it changes them in another way"
-    shape, texts = shape_of(messages), [p for m in messages for p in m['content'] if p['type']=='text']
-    texts = [p['text'] for p in texts]
+    shape, parts = shape_of(messages), [(m, p['text']) for m in messages for p in m['content'] if p['type']=='text']
+    texts, is_prompt = [text for _,text in parts], shape[-1][0] != 'assistant'
     if shape==TEXT_RECORD: return texts
-    is_prompt = shape[-1][0] != 'assistant'
-    def marked(): return re.split('\ue000(\\d+)\ue001', render_shape(self.tok, self.family, shape, is_prompt))
-    if shape not in self.renderings: self.renderings[shape] = marked()
-    shown, parts = render(self.tok, self.family, messages, is_prompt), self.renderings[shape]
-    if shown==''.join(texts[int(p)] if i % 2 else p for i,p in enumerate(parts)): return texts
-    parts = marked() # some templates show the date
-    trimmed = [rf'(\s*{re.escape(texts[int(p)].strip())}\s*)' if i % 2 else re.escape(p) for i,p in enumerate(parts)]
-    found = re.fullmatch(''.join(trimmed), shown)
-    if found: return [found[1 + parts[1::2].index(str(n))] for n in range(len(texts))]
+    def marked(): return render_shape(self.tok, self.family, shape, is_prompt)
+    def split(marked): return re.split('\ue000(\\d+)\ue001', marked)
+    if shape not in self.renderings:
+        self.renderings[shape] = marked(), find_premises(self.tok, self.family, shape, is_prompt, marked())
+    known, premises = self.renderings[shape]
+    if premises and premises.hold(texts): return texts
+    shown = render(self.tok, self.family, messages, is_prompt)
+    if shown==''.join(texts[int(p)] if i % 2 else p for i,p in enumerate(split(known))): return texts
+    def pattern(message, text): # the template may do anything with an answer that carries no loss
+        free = message['role']=='assistant' and (is_prompt or not message.get('learn', True))
+        return '(.*?)' if free else rf'(\s*{re.escape(text.strip())}\s*)'
+    pieces = split(marked()) # anew, as some templates show the date
+    patterns = [pattern(*parts[int(p)]) if i % 2 else re.escape(p) for i,p in enumerate(pieces)]
+    found = re.fullmatch(''.join(patterns), shown, re.DOTALL)
+    if found: return [found[1 + pieces[1::2].index(str(n))] for n in range(len(texts))]
     lost = next((t for t in texts if t.strip() not in shown), texts[-1])
     raise InputError(f"the chat template does not show the text {shorten(lost, 80)!r} as it is, so it would be trained in another form "
                      "than the model is used in; leave out what the template changes, such as <think>…</think>, "
                      "or give another one with --chat-template")
 
-# %% ../../nbs/2_model/03_chat.ipynb #c20
+# %% ../../nbs/2_model/03_chat.ipynb #c21
 @patch
 def check(self:Chat,
     conversation, # A `Conversation`
@@ -206,7 +213,7 @@ def plan(self:Chat,
     except InputError as e:
         raise InputError(f"{conversation.where}: {e}" if conversation.file else str(e)) from e.__cause__
 
-# %% ../../nbs/2_model/03_chat.ipynb #c22
+# %% ../../nbs/2_model/03_chat.ipynb #c23
 @dataclass(slots=True)
 class TokenizedConversation:
     "The tokens of a conversation, with a gap for each clip"
@@ -222,7 +229,7 @@ class TokenizedConversation:
         text = sum(len(ids) for s,ids in zip(self.segments, self.ids) if s.kind != 'clip')
         return text + sum(self.family.clip_tokens(n) for n in n_samples)
 
-# %% ../../nbs/2_model/03_chat.ipynb #c23
+# %% ../../nbs/2_model/03_chat.ipynb #c24
 @patch
 def example(self:TokenizedConversation,
     clips:list, # Waveforms [samples], int16 or float32, at the family's sample rate
@@ -257,7 +264,7 @@ def turn_spans(
             stops[turn] = stop
     return np.array([(starts.get(turn, 0), stops.get(turn, 0)) for turn in range(n_turns)], np.int32)
 
-# %% ../../nbs/2_model/03_chat.ipynb #c25
+# %% ../../nbs/2_model/03_chat.ipynb #c26
 @patch
 def tokenize(self:Chat,
     conversations:list, # `Conversation`s
@@ -279,7 +286,7 @@ def run_ids(
     "Tokenize plain text: no special token is added or recognised"
     return tok(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids if texts else []
 
-# %% ../../nbs/2_model/03_chat.ipynb #c32
+# %% ../../nbs/2_model/03_chat.ipynb #c34
 @patch
 def example(self:Chat,
     conversation, # A `Conversation`
@@ -302,7 +309,7 @@ def load_clips(self:Chat,
     clips = [load_audio(p, sample_rate=family.sample_rate, **limits) for p in conversation.clips]
     return [to_int16(c) for c in clips] if dtype=='int16' else clips
 
-# %% ../../nbs/2_model/03_chat.ipynb #c34
+# %% ../../nbs/2_model/03_chat.ipynb #c36
 @patch
 def decode_inner(self:Chat,
     ids:list[int], # Token ids
@@ -335,7 +342,7 @@ def decode_completion(self:Chat,
     if isinstance(last, str): text = text.removesuffix(last)
     return text
 
-# %% ../../nbs/2_model/03_chat.ipynb #c37
+# %% ../../nbs/2_model/03_chat.ipynb #c40
 @patch(as_prop=True)
 def fingerprint(self:Chat)->str: # 16 hexadecimal digits
     "A digest of everything that decides token ids: vocabulary, merges, control tokens, chat template"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from .chat import Chat, Example
 from .collate import Collator
+from .probe import position_limit
 from .tokenizers import chat_of
 
 # %% ../../nbs/2_model/40_engine.ipynb #c6
@@ -145,7 +146,7 @@ class TransformersEngine(Engine):
         self.model, self.chat, self.options, self.batch_size = model, chat, options, batch_size
         self.collate, self.stops = Collator(chat.pad_id, chat.family, 'left'), chat.stop_ids(model)
         self.step = None # a `RecordedStep`, once there is one
-        limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
+        limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or position_limit(model)
         if limit: self.max_tokens = limit
 
     def generate(self, requests):

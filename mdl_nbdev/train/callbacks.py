@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from ..base.errors import InputError
 from ..base.files import json_lines, read_json_lines, write_text
+from .checkpoints import newest_first
 
 # %% ../../nbs/3_train/18_callbacks.ipynb #c5
 class ProgressBar(TrainerCallback):
@@ -47,8 +48,10 @@ class MetricsFile(TrainerCallback):
             with open(self.path, 'a', encoding='utf-8') as f: f.write(json_lines([line]))
         loss = logs.get('loss', 0.)
         if not math.isfinite(loss):
+            saved = next(iter(newest_first(args.output_dir)), None)
+            remains = f"The last checkpoint is {saved}" if saved else "No checkpoint has been written"
             raise InputError(f"the loss is {loss} at step {step}: the run has diverged; lower --lr, or raise --warmup-steps. "
-                             f"The last checkpoint is in {args.output_dir}")
+                             f"{remains}")
 
 def read_metrics(
     path:str|Path, # The metrics.jsonl of a run

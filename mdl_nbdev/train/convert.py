@@ -221,7 +221,9 @@ def read_conversations(
     note_misnamed(source)
     for row in source.rows(bad.append):
         unused.update(source.ignored_inside(row))
-        try: good.append(to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir))
+        try:
+            c = to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir)
+            good.append(c.learning_last() if s.learn_answers=='last' else c)
         except InputError as e: bad.append(bad_row(row, e))
     found = ', '.join(f"{key} ({plural(n, 'row')})" for key, n in unused.items())
     if found: print(f"{s.input}: not used: {found}", file=sys.stderr, flush=True)
@@ -272,7 +274,8 @@ def write_small_files(
     write_json(folder/MANIFEST, dict(
         format=2, source=str(s.input), rows=sum(shard.rows for shard in shards), audio_seconds=round(seconds, 3),
         sample_rate=rate, tokenizer=chat.fingerprint, model_name=s.model_name,
-        system_prompt=s.system_prompt, user_prompt=s.user_prompt, shards={shard.path.name:shard.digests for shard in shards}))
+        system_prompt=s.system_prompt, user_prompt=s.user_prompt, learn_answers=s.learn_answers,
+        shards={shard.path.name:shard.digests for shard in shards}))
 
 # %% ../../nbs/3_train/00_convert.ipynb #c19
 @dataclass

@@ -245,14 +245,15 @@ def open_dataset(
 def check_conversion(
     ds:AudioDataset, # A converted dataset
     chat:Chat, # Of the model
-    settings:dict, # May name a system_prompt and a user_prompt
+    settings:dict, # May name a system_prompt, a user_prompt, and which answers are learned
 )->AudioDataset: # The same
     "Raise `InputError` if a dataset was converted with other prompts or for another sample rate"
     if ds.sample_rate != chat.family.sample_rate:
         raise InputError(f"{ds.path}: its clips have {ds.sample_rate:,} samples per second, and the model takes "
                          f"{chat.family.sample_rate:,}; convert the file again for this model")
-    for name in ('system_prompt', 'user_prompt'):
+    for name in ('system_prompt', 'user_prompt', 'learn_answers'):
         wanted, present = settings.get(name), ds.manifest.get(name)
+        if name=='learn_answers' and wanted=='all': continue # what a dataset says itself
         if not wanted or wanted == present: continue
         had = f'with {option(name)} {present!r}' if present else f'without {option(name)}'
         raise InputError(f"{ds.path}: was converted {had}, and its rows cannot be changed now; "

@@ -28,7 +28,7 @@ from ..base.settings import TrainSettings
 from ..base.text import format_bytes, one_line
 from ..model.collate import Batch
 from ..model.adapters import adapt, without_input_casts
-from ..model.load import pick_device, pick_dtype, quantization_config, unwrap_model
+from ..model.load import pick_device, pick_dtype, quantization_config, recompute_activations, unwrap_model
 from .batches import StepSampler
 from .losses import weighted_losses
 
@@ -110,6 +110,7 @@ def model_without_data(
     settings:TrainSettings, # Of the run
 )->nn.Module: # On the meta device, ready for training
     "Build the model that a run would train, without its weights"
+    from peft import get_peft_model
     base, dtype = unwrap_model(model), pick_dtype(settings.bf16)
     config, stored = copy.deepcopy(base.config), getattr(base.config, 'quantization_config', None)
     kind = settings.quantization or next((k for k in ('4bit', '8bit') if getattr(stored, f'load_in_{k}', False)), None)
@@ -118,10 +119,10 @@ def model_without_data(
     with torch.device('meta'):
         new = type(base)._from_config(config, dtype=dtype)
         if kind: new = with_bitsandbytes(new, kind, dtype)
-        new = adapt(new, replace(settings, lora_init='default')).train() # the matrices of PiSSA are of the same size
-    if settings.gradient_checkpointing:
-        unwrap_model(new).activation_checkpointing_enable({'use_reentrant':False})
-    return new
+        if settings.adapter: new = get_peft_model(new, copy.deepcopy(model.peft_config['default']))
+        else: new = adapt(new, replace(settings, lora_init='default')) # the matrices of PiSSA are of the same size
+    if settings.gradient_checkpointing: recompute_activations(new)
+    return new.train()
 
 def with_bitsandbytes(
     model:nn.Module, # On the meta device; it is changed
@@ -259,13 +260,13 @@ def estimate_memory(
     optimizer = 2*sum(p.nbytes for p in new.parameters() if p.requires_grad)
     rules = CudaRules(bf16) if (device or here.type)=='cuda' else nullcontext()
     try: weights, peak, kept = run_without_data(new, batch, settings, bf16, rules)
-    except (NotImplementedError, RuntimeError) as e:
+    except Exception as e: # an architecture may do anything with its tensors
         raise InputError(f"no estimate of the memory: the step of this model cannot run without data ({one_line(e)})") from e
     activations = min(kept, peak['forward'])
     working = peak['forward'] - activations + peak['backward']
     capacity = torch.cuda.get_device_properties(here).total_memory if here.type=='cuda' else None
-    return MemoryEstimate(*batch['labels'].shape, settings.gradient_checkpointing, weights, peak['gradients'], optimizer, activations,
-                          working, capacity)
+    recomputed = settings.gradient_checkpointing and unwrap_model(new).supports_gradient_checkpointing
+    return MemoryEstimate(*batch['labels'].shape, recomputed, weights, peak['gradients'], optimizer, activations, working, capacity)
 
 # %% ../../nbs/3_train/10_memory.ipynb #c23
 @patch
@@ -320,7 +321,7 @@ def smaller_steps(
         (not s.gradient_checkpointing, f"the same steps, about {again} as much time again", dict(gradient_checkpointing=True)),
         (not lora, "trains adapters only", dict(tuning='lora')),
         (lora and targets != s.train_target, "leaves embed_tokens and lm_head as they are", dict(train_target=targets)),
-        (lora and s.lora_rank > 1, "smaller adapters", dict(lora_rank=s.lora_rank//2)),
+        (lora and s.lora_rank > 1 and not s.adapter, "smaller adapters", dict(lora_rank=s.lora_rank//2)),
         (lora and s.lora_init=='default' and not s.use_dora and s.quantization != '4bit',
          "slightly coarser frozen weights, slower", dict(quantization='4bit'))]
     return [(price, changed) for useful,price,changed in ways if useful]

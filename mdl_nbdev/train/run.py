@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_settings', 'find_checkpoint', 'open_run_folder', 'open_mixes', 'convert_datasets', 'limit_mixes',
-           'open_datasets', 'training_arguments', 'load_adapted', 'make_trainer', 'training_identity', 'check_identity',
+           'open_datasets', 'training_arguments', 'load_adapted', 'make_trainer', 'training_identity',
            'start_run_folder', 'StopSignals', 'is_lost_connection', 'explain_error', 'run_loop', 'save_final',
            'why_stopped', 'finish_run', 'train']
 
@@ -30,16 +30,16 @@ from ..data.sources import find_tasks
 from ..model.adapters import adapt, without_input_casts
 from ..model.chat import Chat, silent_example
 from ..model.collate import Collator
-from ..model.contents import model_digest
+from ..model.contents import content_digest, model_digest, model_files
 from ..model.families import load_chat
-from ..model.load import check_trainable, load_model, pick_dtype, unwrap_model
+from ..model.load import check_trainable, device_note, load_model, pick_dtype, recompute_activations, unwrap_model
 from ..model.probe import check_lengths, check_packing, check_vocabulary
-from ..model.save import merge, save_model
+from ..model.save import check_continued, load_adapter, merge, save_model, template_of
 from ..model.targets import Trainable, load_trainable_state
 from .batches import padding_waste
 from .callbacks import MetricsFile, ProgressBar, read_metrics
 from .checkpoints import check_checkpoint, check_run_inputs, last_checkpoint, newest_first, set_aside_later
-from .identity import differences, identity, update_identity
+from .identity import check_identity, identity
 from .loop import FOLLOWING, Flow, TaskTrainer, check_schedule
 from .memory import is_out_of_memory, memory_advice
 from .mix import LengthReport, limit_length, open_mix, split, verify_mix
@@ -54,6 +54,7 @@ def check_settings(
 )->None:
     "Raise `InputError` for what is wrong with settings before anything is read or loaded"
     check_schedule(s)
+    check_continued(s)
     trackers = get_available_reporting_integrations()
     unknown = set(s.report_to) - {'all', 'none', *trackers}
     if unknown:
@@ -94,7 +95,7 @@ def open_run_folder(
     "Check the settings, make the run folder and lock it; refuse one that holds another run"
     check_settings(s)
     check_trainable(s.model_name, s.from_modelscope)
-    check_run_inputs(s.output, [*s.train_dataset, *s.eval_dataset, s.model_name, s.chat_template])
+    check_run_inputs(s.output, [*s.train_dataset, *s.eval_dataset, s.model_name, s.adapter, s.chat_template])
     make_folder(s.output)
     stack.enter_context(file_lock(s.output/'.lock', s.output)) # inside: a container may mount nothing else
     checkpoint = find_checkpoint(s)
@@ -190,8 +191,9 @@ def load_adapted(
     device=None, # Where to load it; None: the best there is
 ): # A model with adapters, or with `tuning='full'` the model itself
     "The model with the parts that are to be trained"
-    model = adapt(load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization, device), s)
-    if s.gradient_checkpointing: unwrap_model(model).activation_checkpointing_enable({'use_reentrant':False})
+    model = load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization, device)
+    model = load_adapter(model, s.adapter, trainable=True) if s.adapter else adapt(model, s)
+    if s.gradient_checkpointing: recompute_activations(model)
     return model
 
 # %% ../../nbs/3_train/20_run.ipynb #c15
@@ -230,19 +232,8 @@ def training_identity(
     if trainer.coba: facts['evaluation rows'] = trainer.eval_dataset.fingerprint()
     if ds.audio_digest(): facts['training clips'] = ds.audio_digest()
     facts['contents of --model-name'] = trainer.ranks.on_main(model_digest, s.model_name, s.from_modelscope)
+    if s.adapter: facts['contents of --adapter'] = content_digest(model_files(s.adapter))
     return identity(s, processes=trainer.args.world_size, tokenizer=chat.fingerprint, **facts)
-
-def check_identity(
-    trainer:TaskTrainer, # With its identity and the checkpoint that it resumes from
-)->None:
-    "Refuse to resume from the checkpoint of another run"
-    checkpoint = trainer.resumed_from
-    saved = update_identity(load_state(checkpoint, 'run')['identity'])
-    later = {'training clips', 'contents of --model-name'} - saved.keys() # earlier versions did not record these
-    changes = '; '.join(differences(saved, {k:v for k,v in trainer.identity.items() if k not in later}))
-    if changes and not trainer.s.allow_changes:
-        raise InputError(f"{checkpoint}: belongs to a run with other data or settings ({changes}); "
-                         "repeat the old ones, or add --allow-changes true")
 
 def start_run_folder(
     trainer:TaskTrainer, # With its identity
@@ -250,14 +241,16 @@ def start_run_folder(
     "What the main process writes and prints before the first step"
     s, ds, size = trainer.s, trainer.train_dataset, trainer.size
     if trainer.resumed_from:
-        check_identity(trainer)
+        check_identity(trainer.resumed_from, trainer.identity, s.allow_changes)
         set_aside_later(s.output, trainer.resumed_from)
     save_config(s, s.output/'config.json')
     print(ds)
     padding = padding_waste(ds.n_tokens, trainer.sampler(ds, s.batch_size).batches(0))
     dtype = str(trainer.model.dtype).removeprefix('torch.')
     device = trainer.args.device
-    if size.note: print(size.note)
+    recomputes = unwrap_model(trainer.model).supports_gradient_checkpointing
+    if s.gradient_checkpointing and not recomputes: print("this architecture keeps all activations, despite --gradient-checkpointing")
+    for note in filter(None, (size.note, device_note(device, trainer.model.dtype))): print(note)
     print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {device}; padding {padding:.1%}")
 
 # %% ../../nbs/3_train/20_run.ipynb #c19
@@ -388,7 +381,7 @@ def train(
     with Ranks() as ranks, ExitStack() as stack:
         checkpoint = ranks.on_main(open_run_folder, s, stack)
         set_seed(s.seed)
-        chat = ranks.agree(load_chat, s.model_name, s.from_modelscope, s.chat_template)
+        chat = ranks.agree(load_chat, s.model_name, s.from_modelscope, template_of(s.adapter, s.chat_template))
         training, evaluation = open_datasets(s, chat, ranks)
         trainer = ranks.agree(make_trainer, s, chat, training, evaluation, callbacks, ranks)
         if s.dry_run: return dry_run(trainer, chat)
