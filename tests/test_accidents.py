@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import soundfile as sf
+import training_runs
 from transformers import TrainerCallback
 
 import mdl_nbdev
@@ -106,14 +107,16 @@ def test_a_lock_outlives_its_killed_process_only_by_its_workers(monkeypatch):
     "mdl_merge ADAPTER --output out", "mdl_demo --output out"])
 def test_twenty_double_starts(made, command, monkeypatch):
     "Exactly one of two runs, whichever of them is first"
-    script = "import sys; from mdl_nbdev.cli import commands; getattr(commands, sys.argv[1])(sys.argv[2:])"
-    argv = [sys.executable, "-c", script, *command.replace("ADAPTER", str(made/"adapted"/"final")).split()]
+    name, *argv = command.replace("ADAPTER", str(made/"adapted"/"final")).split()
     for _n in range(4 if "demo" in command else 20):
-        both = [subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
-        errors = [p.communicate()[1] for p in both]
-        if "demo" in command: assert sorted(p.returncode for p in both) in ([0, 0], [0, 2]) # one after the other
-        else: assert sorted(p.returncode for p in both) == [0, 2], errors
-        assert not any("Traceback" in e for e in errors), errors
+        both = [training_runs.start(argv, f"log{i}", name) for i in range(2)]
+        for p in both: p.join(300)
+        logs = [Path(f"log{i}") for i in range(2)]
+        printed = [log.read_text() for log in logs]
+        for log in logs: log.unlink()
+        if "demo" in command: assert sorted(p.exitcode for p in both) in ([0, 0], [0, 2]) # one after the other
+        else: assert sorted(p.exitcode for p in both) == [0, 2], printed
+        assert not any("Traceback" in text for text in printed), printed
         left = {p.name for p in Path().iterdir()} - {"sounds", "sounds.csv", "out", "out.csv"}
         assert not left
         for p in Path().glob("out*"): shutil.rmtree(p) if p.is_dir() else p.unlink()
