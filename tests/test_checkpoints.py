@@ -667,6 +667,24 @@ def test_settings_that_matter():
     assert set(old) == kept and len(kept) > 25
 
 
+def test_a_checkpoint_where_folders_cannot_be_opened_nor_files_synced_that_are_read(run, monkeypatch):
+    "As on Windows"
+    opened, modes, fsync = os.open, {}, os.fsync
+    def windows_open(path, flags, mode=0o777, *, dir_fd=None):
+        if os.path.isdir(path): raise PermissionError(13, "Permission denied")
+        fd = opened(path, flags, mode, dir_fd=dir_fd)
+        modes[fd] = flags & (os.O_WRONLY | os.O_RDWR)
+        return fd
+    def windows_fsync(fd):
+        if not modes.get(fd, 1): raise OSError(9, "Bad file descriptor")
+        fsync(fd)
+    monkeypatch.setattr(os, "open", windows_open)
+    monkeypatch.setattr(os, "fsync", windows_fsync)
+    C.write_checkpoint(run, 60, write)
+    monkeypatch.undo()
+    assert not C.check_checkpoint(run/"checkpoint-60")
+
+
 def test_allowed_changes_are_printed(tmp_path, capsys):
     now = identity(TrainSettings(train_dataset="a.csv", output="o"), processes=1)
     S.save_state(tmp_path, "run", dict(identity=now))

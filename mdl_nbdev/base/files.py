@@ -27,7 +27,7 @@ def replacing(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        with open(new, 'rb') as f: os.fsync(f.fileno())
+        with open(new, 'rb+') as f: os.fsync(f.fileno()) # Windows wants to be able to write
         os.replace(new, path)
     except OSError as e:
         message = f"{path}: cannot write this file: {e.strerror or e}; free some space or choose another --output"

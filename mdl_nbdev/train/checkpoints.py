@@ -122,7 +122,11 @@ def sync(
     path:Path, # A file or a folder
 )->None:
     "Wait until a file, or a folder's list of files, is on the disk"
-    fd = os.open(path, os.O_RDONLY)
+    is_folder = os.path.isdir(path)
+    try: fd = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError: # Windows opens no folder, and syncs only what it may write
+        if is_folder: return
+        raise
     try: os.fsync(fd)
     finally: os.close(fd)
 
