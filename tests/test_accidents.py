@@ -4,17 +4,22 @@ import gzip
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile as sf
+import torch
 import training_runs
+import yaml
 from transformers import TrainerCallback
 
 import mdl_nbdev
@@ -23,11 +28,17 @@ from mdl_nbdev.base import files
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.files import file_lock
 from mdl_nbdev.cli import commands
+from mdl_nbdev.data import audio
+from mdl_nbdev.data.audio import load_audio
 from mdl_nbdev.data.remote import fetch
 from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.infer import output
 from mdl_nbdev.infer.output import InferOutput
+from mdl_nbdev.model.collate import Batch
 from mdl_nbdev.model.save import merge_adapter
 from mdl_nbdev.train.dataset import AudioDataset
+from mdl_nbdev.train.loop import TaskTrainer
+from mdl_nbdev.train.report import TrainReport, model_card
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -219,6 +230,49 @@ def test_killed_after_the_output_got_its_name():
     with pytest.raises(InputError, match="exists already"): infer(asked())
 
 
+def test_lines_follow_an_edit_of_the_input():
+    "Shards that are finished keep their answers; the lines of their rejected and truncated rows are those of the edited file"
+    rows = Path("sounds.csv").read_text().splitlines()
+    rows[1] = "lost.wav,tone"
+    Path("sounds.csv").write_text("\n".join(rows) + "\n")
+    interrupted(asked(max_new_tokens=1))
+    Path("sounds.csv").write_text("\n".join([rows[0], "", "", *rows[1:]]) + "\n")
+    report = infer(asked(max_new_tokens=1))
+    assert report.resumed == 8 and report.rejected[0][:2] == ["1", "4"] and 5 in report.truncated and 3 not in report.truncated
+    assert Path("out.csv.rejects.csv").read_text().splitlines()[1].startswith("1,4,lost.wav,")
+
+
+def test_only_rejected_rows_are_asked_again(monkeypatch):
+    "After they were mended; the result is that of a run over the mended file"
+    rows = Path("sounds.csv").read_text().splitlines()
+    Path("sounds.csv").write_text("\n".join([*rows[:3], "lost.wav,tone", *rows[4:9], "gone.wav,tone", *rows[10:]]) + "\n")
+    infer(asked())
+    again = asked(retry_rejects=True)
+    with pytest.raises(InputError, match="was answered by another model, or with other settings"): infer(dataclasses.replace(again, max_new_tokens=3))
+    with pytest.raises(InputError, match="leave out --overwrite"): infer(dataclasses.replace(again, overwrite=True))
+    mended = [*rows[:9], "gone.wav,tone", *rows[10:]]
+    for wrong in ([*mended, rows[1]], mended[:-1], [*mended[:5], rows[1], *mended[6:]]):
+        Path("sounds.csv").write_text("\n".join(wrong) + "\n")
+        with pytest.raises(InputError, match="only rows without an answer may be changed"): infer(again)
+    Path("sounds.csv").write_text("\n".join(mended) + "\n")
+    made, tokenize, write = [], mdl_nbdev.model.chat.Chat.tokenize, output.write_text
+    def killed(path, text):
+        if "rejects" in str(path): raise KeyboardInterrupt
+        write(path, text)
+    with monkeypatch.context() as m:
+        m.setattr(mdl_nbdev.model.chat.Chat, "tokenize", lambda self, c: made.extend(c) or tokenize(self, c))
+        m.setattr(output, "write_text", killed) # before the rejects are brought up to date
+        with pytest.raises(KeyboardInterrupt): infer(again)
+    assert {c.line for c in made if c.file == "sounds.csv"} == {4}
+    report = infer(again)
+    assert (report.rows, report.resumed, [r[0] for r in report.rejected]) == (12, 12, ["9"])
+    infer(asked(output="whole.csv"))
+    for end in ("", ".rejects.csv"): assert Path(f"out.csv{end}").read_bytes() == Path(f"whole.csv{end}").read_bytes()
+    Path("sounds.csv").write_text("\n".join(rows) + "\n")
+    assert (infer(again).resumed, sorted(p.name for p in Path().glob("out*"))) == (11, ["out.csv"])
+    with pytest.raises(InputError, match="there is no out.csv.rejects.csv, so there is nothing to ask again"): infer(again)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
 def test_a_damaged_identity_of_a_run(text):
     interrupted(asked())
@@ -329,6 +383,8 @@ def test_a_damaged_adapter(made, change, capsys):
 
 @pytest.mark.parametrize("name,text", [("config.json", "[]"), ("config.json", "null"), ("tokenizer_config.json", "[]"), ("tokenizer_config.json", "{}"),
     ("tokenizer.json", "[]"), ("tokenizer.json", "{}"), ("generation_config.json", "[]"), ("config.json", dict(text_config=5)), ("config.json", dict(dtype="nope")),
+    ("generation_config.json", dict(eos_token_id="x")), ("generation_config.json", dict(eos_token_id=[1, None, {}])),
+    ("config.json", dict(attn_implementation="kernels-community/flash-attn2")), ("config.json", dict(_attn_implementation="someone/evil:main")),
     ("tokenizer_config.json", dict(tokenizer_class="NoSuch")), ("tokenizer_config.json", dict(tokenizer_class="pipeline")), ("tokenizer_config.json", dict(model_max_length="x"))], ids=str)
 def test_a_damaged_model(made, name, text, capsys):
     shutil.copytree(made/"run"/"final", "model")
@@ -346,6 +402,118 @@ class KillReader(TrainerCallback):
 def test_a_killed_reader_ends_in_a_message():
     with pytest.raises(InputError, match="a process that reads the data was killed.*fewer --num-workers"):
         train(settings("sounds.csv", "run", max_steps=30, num_workers=2, batch_size=1), [KillReader()])
+
+
+def test_a_run_folder_that_is_moved():
+    class Move(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3: os.rename("run", "elsewhere")
+    with pytest.raises(InputError, match="^run: this run folder was moved or removed while the run wrote into it, at step 4"):
+        train(settings("sounds.csv", "run", logging_steps=1), [Move()])
+    assert not Path("run").exists()
+    assert train(settings("sounds.csv", "elsewhere", resume_from_checkpoint=True)).whole
+
+
+def test_a_stop_ends_an_evaluation(monkeypatch):
+    "The resumed run makes up for it, and ends as an undisturbed one"
+    s = settings("sounds.csv", "run", eval_dataset=["sounds.csv"], eval_steps=2, save_steps=100, logging_steps=1, sample_answers=0)
+    def metrics(report): return [{k: v for k, v in m.items() if not k.endswith("per_second") and k not in ("time", "peak_memory_gib")} for m in report.metrics]
+    whole, losses, batches = train(dataclasses.replace(s, output="whole")), TaskTrainer.task_token_losses, []
+    def asked_to_stop(self, batch):
+        batches.append(batch)
+        if len(batches) == 2: self.stop_requested = "SIGTERM"
+        return losses(self, batch)
+    with monkeypatch.context() as m:
+        m.setattr(TaskTrainer, "task_token_losses", asked_to_stop)
+        report = train(s)
+    assert (report.stopped, report.steps, len(batches)) == ("SIGTERM", 2, 2) and report.last("eval_loss") is None
+    assert metrics(train(dataclasses.replace(s, resume_from_checkpoint=True))) == metrics(whole)
+
+
+# Texts of strangers
+
+@pytest.mark.parametrize("template", ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}"], ids=range(2))
+def test_a_chat_template_that_does_not_end(template, capsys):
+    Path("endless.jinja").write_text("{{ messages[0].role }}\n" + template)
+    said = message("mdl_infer", "sounds.csv", "--model-name", "tiny", "--chat-template", "endless.jinja", "--output", "o.csv", capsys=capsys)
+    assert said.startswith("mdl_infer: endless.jinja:2: fails on turns of user, assistant: it does not end")
+
+
+def test_what_names_say_does_nothing_to_a_terminal(capsys):
+    "Escape sequences, line breaks and half surrogates in cells and in names of columns and files"
+    row = '"\x1b]0;x\x07\x1b[31mred\u202e\nmdl_check: all rows are good.wav",a\n'
+    Path("in\x1b[2J\n.csv").write_text("audio,prediction,\x1b[1mbold\n" + row[:-1] + ",\n")
+    with pytest.raises(SystemExit): commands.mdl_check(["in\x1b[2J\n.csv"])
+    with pytest.raises(SystemExit): commands.mdl_convert(["in\x1b[2J\n.csv", "--model-name", "tiny", "--output", "set"])
+    with pytest.raises(SystemExit): commands.mdl_infer(["in\x1b[2J\n.csv", "--model-name", "tiny", "--output", "out.csv"])
+    said = "".join(capsys.readouterr())
+    assert not set(said) & set("\x1b\x07\u202e") and "\\x1b[31mred" in said
+    assert not any(line.startswith("mdl_check: all rows") for line in said.splitlines())
+
+
+def test_a_card_shows_names_as_they_are(tmp_path):
+    name = "<script>`x`|*y*\n---\nlicense: mit"
+    card = model_card(settings("a.csv", tmp_path/"<img src=x>", model_name=name, user_prompt="`<b>` | ``c``"), TrainReport(tmp_path, 1, 1, 1), {})
+    head, body = card.split("---\n\n", 1)
+    assert yaml.safe_load(head.strip("-\n")) == dict(library_name="transformers", base_model=name, tags=["lora", "mdl_nbdev"])
+    assert "# &lt;img src=x&gt;\n" in body and "license" not in [line.split(":")[0] for line in body.splitlines()]
+    assert "<b>" in body and "``` \"`<b>` \\| ``c``\" ```" in body
+
+
+def test_a_refusal_of_all_processes_is_printed_once(monkeypatch, capsys):
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as e: commands.mdl_train(["--nonsense", "1"])
+        assert e.value.code == 2 and bool(capsys.readouterr().err) == (rank == "0")
+
+
+def test_a_worker_sends_batches_through_a_pipe():
+    "Not through shared memory, of which a container has 64 MB"
+    batch = Batch(dict(input_ids=torch.arange(6).view(2, 3), samples=torch.rand(2, 5)), 24_000)
+    again = pickle.loads(ForkingPickler.dumps(batch))
+    assert again.sample_rate == 24_000 and all((again[k] == v).all() for k, v in batch.items())
+    again["samples"] += 1
+
+
+# Clips that no library expects
+
+def test_a_row_with_any_fault_is_rejected(monkeypatch):
+    "Sparse files of 20 GiB whose headers were never completed, a flac without a length, and libraries that fail in ways of their own"
+    w = sf.read("sounds/0000.wav")[0]
+    sf.write("a.flac", w, 16_000)
+    flac, wav = bytearray(Path("a.flac").read_bytes()), bytearray(Path("sounds/0000.wav").read_bytes())
+    flac[21], flac[22:26] = flac[21] & 0xf0, bytes(4) # the number of samples
+    wav[4:8] = wav[40:44] = bytes(4)
+    Path("open.flac").write_bytes(flac)
+    Path("open.wav").write_bytes(wav)
+    names = dict.fromkeys(["sounds/0000.wav", "open.flac", "open.wav"], True)
+    assert all((load_audio(name) == load_audio("sounds/0000.wav")).all() for name in names)
+    for name in ("open.flac", "open.wav"):
+        shutil.copy(name, f"20GiB-{name}")
+        os.truncate(f"20GiB-{name}", 20*2**30)
+        names[f"20GiB-{name}"] = False
+    sf.write("long.flac", np.zeros(16_000*700), 16_000)
+    flac = bytearray(Path("long.flac").read_bytes())
+    flac[21], flac[22:26] = flac[21] & 0xf0, bytes(4)
+    Path("long.flac").write_bytes(flac)
+    names["long.flac"] = False
+    for n, error in enumerate([OSError(5, "Input/output error"), MemoryError(), ZeroDivisionError("division by zero"), RuntimeError("soxr: no"), ValueError("array is too big")]):
+        shutil.copy("sounds/0000.wav", f"fault-{n}.wav")
+        names[f"fault-{n}.wav"] = error
+    def failing(f, path, src):
+        if isinstance(names.get(str(src)), Exception): raise names[str(src)]
+    monkeypatch.setattr(audio, "check_complete", failing)
+    Path("in.csv").write_text("\n".join(["audio", *names]) + "\n")
+    report = infer(asked(input="in.csv"))
+    assert [name for _, _, name, _ in report.rejected] == [name for name, good in names.items() if good is not True]
+    assert [r[3] for r in report.rejected if r[2] == "long.flac"] == ["long.flac: over 600 s long, the limit is 600 s; " + audio.SHORTER]
+    assert "Input/output error" in report.rejected[3][3] and "takes too much memory" in report.rejected[4][3]
+
+
+def test_a_number_that_would_become_infinity_is_a_bad_row(capsys):
+    Path("in.jsonl").write_text('{"audio":"sounds/0000.wav","score":1e400}\n{"audio":"sounds/0000.wav","score":-1.5e308}\n')
+    assert "in.jsonl:1: the number 1e400 is too large to be kept; write it as text, in quotes" in message("mdl_infer", "in.jsonl", "--model-name", "tiny", "--output", "o.jsonl", capsys=capsys)
 
 
 # Downloads are bounded

@@ -212,6 +212,8 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     # A bad row gets an empty answer and a line in <output>.rejects.csv, or stops the run; rows without an answer end
     # in exit code 2, with the output complete
     on_error:Literal['reject', 'raise']=opt('reject', result=False)
+    # Ask only the rows of <output>.rejects.csv again, after they or their clips were mended; the other answers are kept
+    retry_rejects:bool=opt(False, result=False)
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
 # %% ../../nbs/0_base/06_settings.ipynb #c17

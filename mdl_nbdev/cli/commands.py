@@ -15,7 +15,7 @@ from ..base.command_line import from_args
 from ..base.errors import InputError, disk_is_full
 from ..base.options import Settings
 from ..base.processes import is_main_process
-from ..base.text import one_line
+from ..base.text import one_line, printable
 
 # %% ../../nbs/5_cli/08_commands.ipynb #c6
 def report_exit_code(
@@ -31,14 +31,14 @@ def exit_with_message(
     code:int=2, # Exit code
 )->None:
     "Print a message instead of a traceback, and exit"
-    print(f"{prog}: {message}", file=sys.stderr)
+    print(printable(f"{prog}: {message}"), file=sys.stderr)
     sys.exit(code)
 
 def print_report(
     report:Any, # What a command returned
 )->None:
     "Print a report; a reader that has seen enough, such as `head`, is no error"
-    try: print(report, flush=True)
+    try: print(printable(report), flush=True)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # so that Python's exit does not fail on it again
 
 # %% ../../nbs/5_cli/08_commands.ipynb #c8
@@ -53,8 +53,11 @@ def run_command(
 )->None:
     "Run a function with settings from the command line, print its report, and exit"
     for name,value in LIBRARY_SETTINGS.items(): os.environ.setdefault(name, value)
+    try: s = from_args(cls, argv, prog)
+    except InputError as e:
+        if not is_main_process(): sys.exit(2) # every process of a launcher finds the same
+        exit_with_message(prog, e)
     try:
-        s = from_args(cls, argv, prog)
         report = getattr(mdl_nbdev, function)(s) # imported here
     except InputError as e: exit_with_message(prog, e)
     except Exception as e:

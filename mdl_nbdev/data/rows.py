@@ -16,7 +16,7 @@ from typing import Any, Callable, ClassVar, Iterable, Iterator, NamedTuple
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.html import html_table
-from ..base.text import plural, shorten
+from ..base.text import plural, printable, shorten
 from .audio import resolve
 from .conversations import Conversation, Located, text_message
 from .pictures import clip_html
@@ -144,7 +144,7 @@ class BadRow(NamedTuple):
     file:str # Path of the file
     line:int # Line on which the row starts
     reason:str # What is wrong, and what to do
-    def __str__(self): return f"{self.file}:{self.line}: {self.reason}"
+    def __str__(self): return printable(f"{self.file}:{self.line}: {self.reason}", keep="")
 
 def bad_rows_error(
     bad:list[BadRow], # The bad rows

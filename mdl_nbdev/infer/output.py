@@ -7,19 +7,19 @@ __all__ = ['REJECT_COLUMNS', 'shard_digest', 'LoggedShard', 'OutputPart', 'Infer
            'LoggedProgress']
 
 # %% ../../nbs/4_infer/01_output.ipynb #c4
-import glob, hashlib, json, os
+import csv, glob, hashlib, json, os
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Iterable, Iterator
 from fastcore.basics import chunked, patch
 from ..base.errors import InputError
 from ..base.files import append_text, check_inputs, file_lock, replacing, write_json, write_text
-from ..data.sources import SUFFIXES
+from ..data.sources import SUFFIXES, open_rows
 from ..data.tables import format_row
-from .identity import identity_changes
+from .identity import answers_digest, identity_changes
 
 # %% ../../nbs/4_infer/01_output.ipynb #c6
 def shard_digest(
@@ -38,7 +38,7 @@ class LoggedShard:
     digest:str # From `shard_digest`
     rows:int # Number of rows
     rejects:list # Of each row without an answer: row, line, audio, reason
-    truncated:list # Lines of rows whose answers were truncated
+    truncated:list # Of each row whose answer was truncated: row, line
 
     @classmethod
     def parse(cls,
@@ -47,6 +47,13 @@ class LoggedShard:
         "Read a line; `ValueError`, `KeyError` or `TypeError` if it is damaged"
         d = json.loads(line.decode())
         return cls(d['window'], d['start'], d['end'], d['digest'], d['rows'], d['rejects'], d['cut'])
+
+    def with_lines(self,
+        lines:dict, # Number of each row -> its line now
+    )->'LoggedShard':
+        "The same with the lines that its rows have after an edit of the input"
+        def moved(entries): return [[row, str(lines.get(int(row), line)), *rest] for row,line,*rest in entries]
+        return replace(self, rejects=moved(self.rejects), truncated=moved(self.truncated))
 
     def format(self)->str:
         "The line of the log"
@@ -89,7 +96,7 @@ def append(self:OutputPart,
     answered:str, # The same with predictions
     rows:int, # Number of rows
     rejects:list=(), # Of each row without an answer: row, line, audio, reason
-    truncated:list=(), # Lines of rows whose answers were truncated
+    truncated:list=(), # Of each row whose answer was truncated: row, line
 )->None:
     "Append a finished shard: first its rows, then its line in the log"
     start, data = self.path.stat().st_size, answered.encode()
@@ -192,6 +199,7 @@ def check_other_locks(self:InferOutput,
 def begin(self:InferOutput,
     identity:dict, # From `run_identity`
     overwrite:bool=False, # Whether to discard what an earlier run has finished
+    retry:bool=False, # Whether the rows of `<output>.rejects.csv` are asked again, so that it is still needed
 )->None:
     "Start a run, or continue one with the same identity; `InputError` if what is here belongs to another one"
     if not overwrite and self.state.exists() and any(next(p.shards(), None) for p in self.parts()):
@@ -202,7 +210,7 @@ def begin(self:InferOutput,
                          "Finish it as it was started, or discard it with --overwrite true")
     try:
         self.clear()
-        self.rejects.unlink(missing_ok=True)
+        if not retry: self.rejects.unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"{self.path}.part: cannot write here: {e.strerror}; choose another --output") from None
     write_json(self.state, identity)
@@ -237,9 +245,10 @@ def intact_shards(self:InferOutput,
         rows_of_shards = islice(chunked(self.source.rows(), shard_rows), max(logged, default=-1) + 2)
         for seen,rows in enumerate(rows_of_shards, 1):
             asked = ''.join(map(self.text, rows))
+            lines = dict(enumerate((row.line for row in rows), (seen - 1)*shard_rows + 1))
             for part,shard in logged[seen - 1]:
                 answered = read_shard(files[part.path], shard)
-                if shard_digest(asked, answered)==shard.digest: intact[seen - 1] = (part, shard)
+                if shard_digest(asked, answered)==shard.digest: intact[seen - 1] = (part, shard.with_lines(lines))
     return intact, len(intact)==seen
 
 @patch
@@ -262,7 +271,37 @@ def remaining_shards(
     known = set(finished)
     return [n for n in range(shards) if n not in known][rank::world]
 
-# %% ../../nbs/4_infer/01_output.ipynb #c28
+# %% ../../nbs/4_infer/01_output.ipynb #c29
+@patch
+def rejected_rows(self:InferOutput,
+    identity:dict, # From `run_identity`
+)->set[int]: # Their numbers, from 1
+    "The rows of a finished output that have no answer; `InputError` if another model would answer them now, or with other settings"
+    if not (self.path.is_file() and self.rejects.is_file()):
+        missing = self.rejects if self.path.is_file() else self.path
+        raise InputError(f"--retry-rejects: there is no {missing}, so there is nothing to ask again")
+    try:
+        with open(self.rejects, encoding='utf-8', newline='') as f: rejects = [(int(r['row']), r['run']) for r in csv.DictReader(f)]
+    except (ValueError, KeyError, TypeError, csv.Error): rejects = []
+    if not rejects: raise InputError(f"{self.rejects}: not as mdl_infer writes it; answer all rows again, with --overwrite true")
+    if {run for _,run in rejects} == {answers_digest(identity)}: return {row for row,_ in rejects}
+    raise InputError(f"--retry-rejects: {self.path} was answered by another model, or with other settings; "
+                     "repeat the old ones, or answer all rows again, with --overwrite true")
+
+@patch
+def earlier_answers(self:InferOutput,
+    rejected:set[int], # From `rejected_rows`
+)->Iterator[str|None]: # For each row of the input, in order; None: it has none
+    "The answers in a finished output; `InputError` unless they belong to the rows of the input"
+    old = open_rows(self.path, ('audio',))
+    for n,(before,now) in enumerate(zip_longest(old.rows(), self.source.rows()), 1):
+        texts = before and now and (old.format(before, '', self.delimiter), self.text(now))
+        if not texts or n not in rejected and texts[0] != texts[1]:
+            raise InputError(f"--retry-rejects: row {n} of {self.source.path} is not that of {self.path}; only rows without an answer "
+                             "may be changed, and none added or removed: answer all rows again, with --overwrite true")
+        yield None if n in rejected else before.prediction or ''
+
+# %% ../../nbs/4_infer/01_output.ipynb #c30
 @patch
 def write(self:InferOutput,
     part:OutputPart, # This rank's part
@@ -273,13 +312,13 @@ def write(self:InferOutput,
     "Write a finished shard"
     bad = [(n, r) for n,r in enumerate(rows, first+1) if r.reason is not None]
     rejects = [(str(n), str(r.row.line), r.row.audio or '', r.reason) for n,r in bad]
-    truncated = [r.row.line for r in rows if r.truncated]
+    truncated = [(str(n), str(r.row.line)) for n,r in enumerate(rows, first+1) if r.truncated]
     asked = ''.join(self.text(r.row) for r in rows)
     answered = ''.join(self.text(r.row, r.prediction) for r in rows)
     part.append(number, asked, answered, len(rows), rejects, truncated)
 
-# %% ../../nbs/4_infer/01_output.ipynb #c30
-REJECT_COLUMNS = ['row', 'line', 'audio', 'reason'] # Of `<output>.rejects.csv`
+# %% ../../nbs/4_infer/01_output.ipynb #c32
+REJECT_COLUMNS = ['row', 'line', 'audio', 'reason', 'run'] # Of `<output>.rejects.csv`; the last one is from `answers_digest`
 
 @patch
 def joined(self:InferOutput,
@@ -302,7 +341,7 @@ def is_joined(self:InferOutput)->bool:
 def finish(self:InferOutput,
     shard_rows:int, # Rows of a shard
     rows:int, # Number of rows that the input had at the start
-)->tuple[list, list[int]]: # Rows without an answer, as in `REJECT_COLUMNS`; lines of truncated answers
+)->tuple[list, list[int]]: # Rows without an answer: row, line, audio, reason; lines of truncated answers
     "Put the shards together and remove the parts; `InputError` if they are not exactly those of the input"
     shards, complete = self.intact_shards(shard_rows)
     if not complete or sum(shard.rows for _,shard in shards.values()) != rows:
@@ -311,14 +350,16 @@ def finish(self:InferOutput,
     rejects, truncated = [], []
     for _,(_,shard) in sorted(shards.items()):
         rejects += shard.rejects
-        truncated += shard.truncated
+        truncated += [int(line) for _,line in shard.truncated]
     with replacing(self.path) as new:
         with open(new, 'wb') as out: out.writelines(self.joined(shards))
-        if rejects: write_text(self.rejects, ''.join(map(format_row, [REJECT_COLUMNS, *rejects])))
+    run = answers_digest(json.loads(self.state.read_text(encoding='utf-8')))
+    if rejects: write_text(self.rejects, ''.join(map(format_row, [REJECT_COLUMNS, *([*r, run] for r in rejects)])))
+    else: self.rejects.unlink(missing_ok=True)
     self.clear()
     return rejects, truncated
 
-# %% ../../nbs/4_infer/01_output.ipynb #c32
+# %% ../../nbs/4_infer/01_output.ipynb #c34
 class LoggedProgress:
     "Counts what all ranks have finished"
     def __init__(self,

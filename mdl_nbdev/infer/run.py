@@ -63,6 +63,7 @@ class PromptedRow:
     prompt_tokens:int=0 # Length of the prompt
     max_new_tokens:int=0 # Limit of the completion
     prediction:str='' # The model's answer
+    kept:bool=False # Whether the answer is that of an earlier run
     truncated:bool=False # Whether the limit ended the answer
     reason:str|None=None # Why there is no answer; None: there is one
 
@@ -89,13 +90,14 @@ class Prompter:
         prompted.max_new_tokens = completion_limit(self.s, tokens, self.max_tokens)
 
     def tokenize(self,
-        row, # A `Row` or `Record`
-    )->tuple: # The `PromptedRow`, and its tokenized conversation or None
+        prompted:PromptedRow, # A row, with its answer if that is kept
+    )->tuple: # The same, and its tokenized conversation or None
         "Tokenize a row; the headers of its clips give the length. A row that cannot be a prompt gets a reason"
-        prompted, s = PromptedRow(row), self.s
+        row, s = prompted.row, self.s
+        if prompted.kept: return prompted, None
         try:
             prompted.conversation = to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir, with_prediction=False)
-            clips = [audio_info(path) for path in prompted.conversation.clips]
+            clips = [audio_info(path, s.max_audio_seconds) for path in prompted.conversation.clips]
             tokenized, = self.chat.tokenize([prompted.conversation])
             self.limit(prompted, tokenized.n_tokens([c.samples_at(self.chat.family.sample_rate) for c in clips]))
             return prompted, tokenized
@@ -143,7 +145,7 @@ class Pipeline:
             row.prediction, row.truncated = completion.text.replace('\0', '\ufffd'), completion.truncated # no text file can hold NUL
 
     def run(self,
-        shards:Iterable[list], # The rows of each shard
+        shards:Iterable[list], # The `PromptedRow`s of each shard
     )->Iterator[list[PromptedRow]]: # The same rows, with predictions or reasons
         "Answer shard after shard"
         rows = (row for shard in shards for row in shard)
@@ -223,7 +225,8 @@ def check_output(
     s:InferSettings, # Settings of the run
 )->None:
     "Raise `InputError` if there is an output that this run may not replace"
-    if s.overwrite or not out.is_joined(): new_output(s.output, s.overwrite)
+    if s.retry_rejects and s.overwrite: raise InputError("--retry-rejects keeps the answers that there are; leave out --overwrite")
+    if s.overwrite or not (s.retry_rejects or out.is_joined()): new_output(s.output, s.overwrite)
 
 # %% ../../nbs/4_infer/02_run.ipynb #c18
 def lock_output(
@@ -280,13 +283,17 @@ def stop_at_reject(
                          f"finished rows are kept in {s.output}.part")
 
 def rows_of_shards(
-    source, # The input, from `open_rows`
+    out:InferOutput, # Knows the input
     shard_rows:int, # Rows of a shard
     numbers:list[int], # Numbers of shards, ascending
-)->Iterator[list]: # The rows of each
+    rejected:set[int]|None=None, # Numbers of the rows to ask, from 1; the others keep the answers that they have. None: all
+)->Iterator[list]: # The `PromptedRow`s of each
     "Read some shards of the input"
-    wanted = set(numbers)
-    shards = islice(chunked(source.rows(), shard_rows), max(numbers, default=-1) + 1)
+    wanted, rows = set(numbers), map(PromptedRow, out.source.rows())
+    if rejected is not None:
+        answers = zip(out.source.rows(), out.earlier_answers(rejected))
+        rows = (PromptedRow(row, prediction=answer or '', kept=answer is not None) for row,answer in answers)
+    shards = islice(chunked(rows, shard_rows), max(numbers, default=-1) + 1)
     return (rows for number,rows in enumerate(shards) if number in wanted)
 
 # %% ../../nbs/4_infer/02_run.ipynb #c22
@@ -294,10 +301,13 @@ def prepare_output(
     out:InferOutput, # The output
     s:InferSettings, # Settings of the run
     shard_rows:int, # Rows of a shard
-)->list[int]: # Numbers of the finished shards
+)->tuple[list[int], set[int]|None]: # Numbers of the finished shards, and of the only rows to ask
     "Start or continue an output, on the main process"
-    out.begin(run_identity(s), s.overwrite)
-    return out.resume(shard_rows)
+    identity = run_identity(s)
+    rejected = out.rejected_rows(identity) if s.retry_rejects else None
+    for _ in out.earlier_answers(rejected) if s.retry_rejects else []: pass # which checks them
+    out.begin(identity, s.overwrite, s.retry_rejects)
+    return out.resume(shard_rows), rejected
 
 class InferProgressBar:
     "A bar over the rows that all ranks have logged; a context manager"
@@ -336,11 +346,11 @@ def infer(
         total = ranks.on_main(out.source.count)
         pipeline = Pipeline(ranks.agree(load_engine, s), s)
         shard_rows = pipeline.shard_rows
-        finished = ranks.on_main(prepare_output, out, s, shard_rows)
+        finished, rejected = ranks.on_main(prepare_output, out, s, shard_rows)
         part = ranks.agree(join_output, out, ranks.rank)
         report = InferReport(s.output, total, sum(min(shard_rows, total - n*shard_rows) for n in finished))
         numbers = remaining_shards(-(-total//shard_rows), finished, ranks.rank, ranks.world)
-        shards = stack.enter_context(closing(pipeline.run(rows_of_shards(out.source, shard_rows, numbers))))
+        shards = stack.enter_context(closing(pipeline.run(rows_of_shards(out, shard_rows, numbers, rejected))))
         hidden = not ranks.is_main or any(getattr(c, 'shows_progress', False) for c in callbacks)
         bar = stack.enter_context(InferProgressBar(LoggedProgress(out.parts()), report, hidden))
         start = time.perf_counter()
@@ -353,5 +363,6 @@ def infer(
         ranks.wait(bar.update)
         bar.update() # what was written since the last call
         if ranks.is_main: report.rejected, report.truncated = out.finish(shard_rows, total)
+        if rejected is not None: report.resumed = total - sum((n - 1)//shard_rows not in finished for n in rejected)
         report.seconds = time.perf_counter() - start
     return report

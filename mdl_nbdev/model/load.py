@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'device_note', 'quantization_config', 'stored_quantization', 'load_config',
-           'check_trainable', 'no_safetensors', 'check_weights', 'explain_weights', 'read_weights', 'load_built_in',
-           'load_model', 'load_processor', 'unwrap_model', 'recompute_activations', 'eval_mode']
+           'check_trainable', 'no_safetensors', 'check_weights', 'check_end_tokens', 'explain_weights', 'read_weights',
+           'load_built_in', 'load_model', 'load_processor', 'unwrap_model', 'recompute_activations', 'eval_mode']
 
 # %% ../../nbs/2_model/30_load.ipynb #c4
 import os, pickle
@@ -81,8 +81,13 @@ def stored_quantization(
 def load_config(
     source:str|Path, # A folder or a hub id
 ): # A transformers configuration
-    "The configuration of a model, read without running code from its folder"
-    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    "The configuration of a model, read without running code from its folder or from a hub"
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
+        asked = [getattr(part, f'_{kind}_implementation', None) for kind in ('attn', 'experts')]
+        kernel = next((name for name in asked if '/' in str(name)), None)
+        if kernel: raise ValueError(f"its config.json asks for code from a hub ({kernel}), which is never run; remove it there")
+    return config
 
 def check_trainable(
     name:str, # `--model-name`
@@ -114,6 +119,15 @@ def check_weights(
         weight, stored, expected = mismatched[0]
         shapes = f"{weight} is {list(stored)} in the file, {list(expected)} in the model"
         raise ValueError(f"{len(mismatched)} weights do not fit config.json: {shapes}")
+
+def check_end_tokens(
+    model:nn.Module, # A model that generates
+)->None:
+    "`ValueError` unless its end token is a number, or several"
+    eos = getattr(model.generation_config, 'eos_token_id', None)
+    for token in eos if isinstance(eos, list) else [eos]:
+        if token is not None and (type(token) is not int or token < 0):
+            raise ValueError(f"generation_config.json: eos_token_id is {eos!r}; it must be the number of a token, or several")
 
 # %% ../../nbs/2_model/30_load.ipynb #c17
 def explain_weights(
@@ -160,6 +174,7 @@ def read_weights(
             source, dtype=dtype, device_map={'':device}, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         check_weights(found)
+        check_end_tokens(model)
     except Exception as e:
         explained = explain_weights(source, e, device, config)
         if explained is None: raise

@@ -125,7 +125,7 @@ class Progress(RestoredState):
         if not self.resumed_from: return
         run = load_state(self.resumed_from, 'run')
         self.stopping.load_state_dict(run['stopping'])
-        self.weights, self.rows = run['weights'], run['rows']
+        self.weights, self.rows, self.evaluation_due = run['weights'], run['rows'], run.get('evaluation_due', False)
         if self.coba: self.coba.load_state_dict(run['coba'])
         if not self.has_own_state(self.resumed_from): return
         own = self.own_state(self.resumed_from)
@@ -220,4 +220,4 @@ def progress(self:SavedState)->dict:
     "What `restore_progress` restores on every rank"
     return dict(identity=self.identity, last_logged=self._globalstep_last_logged, task_steps=self.task_steps,
                 places=[self.empty_positions, self.positions], rows=self.rows, stopping=self.stopping.state_dict(),
-                coba=self.coba and self.coba.state_dict(), weights=self.weights)
+                evaluation_due=self.evaluation_due, coba=self.coba and self.coba.state_dict(), weights=self.weights)

@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['check_settings', 'find_checkpoint', 'open_run_folder', 'open_mixes', 'convert_datasets', 'limit_mixes',
            'open_datasets', 'training_arguments', 'load_adapted', 'make_trainer', 'training_identity',
-           'start_run_folder', 'StopSignals', 'is_lost_connection', 'explain_error', 'run_loop', 'save_final',
-           'why_stopped', 'finish_run', 'train']
+           'start_run_folder', 'run_loop', 'save_final', 'why_stopped', 'finish_run', 'train']
 
 # %% ../../nbs/3_train/20_run.ipynb #c4
-import signal, sys, threading, time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,9 +21,8 @@ from ..base.command_line import save_config
 from ..base.errors import InputError
 from ..base.files import file_lock, make_folder, replacing_folder
 from ..base.options import options_where
-from ..base.processes import LostRank, Ranks, is_main_process
+from ..base.processes import Ranks, is_main_process
 from ..base.settings import TrainSettings
-from ..base.text import one_line
 from ..data.sources import find_tasks
 from ..model.adapters import adapt, without_input_casts
 from ..model.chat import Chat, silent_example
@@ -39,9 +36,9 @@ from ..model.targets import Trainable, load_trainable_state
 from .batches import padding_waste
 from .callbacks import MetricsFile, ProgressBar, read_metrics
 from .checkpoints import check_checkpoint, check_run_inputs, last_checkpoint, newest_first, set_aside_later
+from .failures import StopSignals, explain_error
 from .identity import check_identity, identity
 from .loop import FOLLOWING, Flow, TaskTrainer, check_schedule
-from .memory import is_out_of_memory, memory_advice
 from .mix import LengthReport, limit_length, open_mix, split, verify_mix
 from .preview import DryRun, dry_run, memory_of_longest
 from .report import TrainReport, model_card
@@ -254,56 +251,6 @@ def start_run_folder(
     print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {device}; padding {padding:.1%}")
 
 # %% ../../nbs/3_train/20_run.ipynb #c19
-class StopSignals:
-    "Lets the first SIGTERM or SIGINT ask a trainer for a checkpoint and the end; a context manager"
-    def __init__(self,
-        trainer:TaskTrainer, # The trainer to ask
-    ): self.trainer, self.handlers, self.deaf_until = trainer, {}, 0.
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread(): return self # only that thread may set handlers
-        self.handlers = {n:signal.signal(n, self.handle) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-    def __exit__(self, *_): self.restore()
-    def restore(self):
-        "Put back the handlers that were there before"
-        for n,handler in self.handlers.items(): signal.signal(n, handler)
-    def handle(self, number, frame):
-        "What a signal does"
-        t = self.trainer
-        if t.stop_requested and time.monotonic() < self.deaf_until: return # one Ctrl-C comes twice, also from the launcher
-        if t.stop_requested:
-            self.restore()
-            return signal.raise_signal(number)
-        self.deaf_until = time.monotonic() + 2
-        t.stop_requested = signal.Signals(number).name
-        message = f"\n{t.stop_requested}: saving a checkpoint after this step; a second signal stops immediately, without saving"
-        if t.is_world_process_zero(): print(message, file=sys.stderr, flush=True)
-
-# %% ../../nbs/3_train/20_run.ipynb #c21
-def is_lost_connection(
-    e:Exception, # What ended the loop
-)->bool: # Of several processes
-    "Whether an error says that another process cannot be reached"
-    if isinstance(e, LostRank): return True
-    return isinstance(e, RuntimeError) and any(word in str(e).lower() for word in ('connection', 'peer', 'gloo', 'nccl'))
-
-def explain_error(
-    trainer:TaskTrainer, # That failed
-    e:Exception, # How
-)->InputError|None: # None if the user cannot do anything about it
-    "What ended the loop, and what to do"
-    if is_out_of_memory(e):
-        try: advice = memory_advice(trainer.s, partial(memory_of_longest, trainer))
-        except InputError as no_estimate: advice = str(no_estimate)
-        return InputError(f"out of memory after {trainer.state.global_step} steps. {advice}")
-    if isinstance(e, RuntimeError) and 'DataLoader worker' in str(e):
-        return InputError("a process that reads the data was killed, most likely because memory, or shared memory in /dev/shm, "
-                          "ran out; use fewer --num-workers, then resume with --resume-from-checkpoint true")
-    if trainer.args.world_size > 1 and is_lost_connection(e):
-        return InputError(f"rank {trainer.args.process_index}: another process of this run has ended or cannot be reached "
-                          f"({one_line(e, 160)}); its own messages say why. "
-                          "Start all processes again with --resume-from-checkpoint true")
-
 def run_loop(
     trainer:TaskTrainer, # Ready to train
 )->None:
@@ -314,14 +261,14 @@ def run_loop(
         with StopSignals(trainer), without_input_casts(trainer.model, trainer.args.bf16):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as e:
-        message = explain_error(trainer, e)
+        message = explain_error(trainer, e, partial(memory_of_longest, trainer))
         if message: raise message from e
         raise
     finally:
         for c in trainer.callback_handler.callbacks:
             if isinstance(c, ProgressBar): c.close() # before a message is printed
 
-# %% ../../nbs/3_train/20_run.ipynb #c23
+# %% ../../nbs/3_train/20_run.ipynb #c21
 def save_final(
     trainer:TaskTrainer, # After the loop
     report:TrainReport, # For the model card
@@ -345,7 +292,7 @@ def save_final(
             (part/'README.md').write_text(model_card(s, report, datasets), encoding='utf-8')
     trainer.wait_for_ranks()
 
-# %% ../../nbs/3_train/20_run.ipynb #c24
+# %% ../../nbs/3_train/20_run.ipynb #c22
 def why_stopped(
     trainer:TaskTrainer, # After the loop
 )->str|None: # None if the run came to its end
@@ -371,7 +318,7 @@ def finish_run(
     if report.whole: save_final(trainer, report, datasets, source)
     return report
 
-# %% ../../nbs/3_train/20_run.ipynb #c26
+# %% ../../nbs/3_train/20_run.ipynb #c24
 def train(
     s:TrainSettings, # What to train, on what, and how
     callbacks:list[TrainerCallback]=(), # Further callbacks
