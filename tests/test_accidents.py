@@ -7,9 +7,11 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -28,7 +30,7 @@ from mdl_nbdev.base import files
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.files import file_lock
 from mdl_nbdev.cli import commands
-from mdl_nbdev.data import audio
+from mdl_nbdev.data import audio, remote
 from mdl_nbdev.data.audio import load_audio
 from mdl_nbdev.data.remote import fetch
 from mdl_nbdev.data.sounds import make_sounds
@@ -408,7 +410,7 @@ def test_a_run_folder_that_is_moved():
     class Move(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 3: os.rename("run", "elsewhere")
-    with pytest.raises(InputError, match="^run: this run folder was moved or removed while the run wrote into it, at step 4"):
+    with pytest.raises(InputError, match="^run: this run folder was moved or removed while the run wrote into it, at step 3"):
         train(settings("sounds.csv", "run", logging_steps=1), [Move()])
     assert not Path("run").exists()
     assert train(settings("sounds.csv", "elsewhere", resume_from_checkpoint=True)).whole
@@ -553,6 +555,25 @@ def test_a_packed_answer_is_unpacked_piece_by_piece(server):
 def test_redirects_end(server):
     server |= dict(status=302, headers={"Location": server["url"]}, body=b"")
     with pytest.raises(InputError, match="TooManyRedirects"): fetch(server["url"])
+
+def test_a_public_host_does_not_redirect_into_a_private_network(server, monkeypatch):
+    server |= dict(status=302, headers={"Location": server["url"]}, body=b"")
+    monkeypatch.setattr(remote, "is_private", lambda host: host != "localhost")
+    with pytest.raises(InputError, match="redirects to 127.0.0.1, which is not public"): fetch(server["url"].replace("127.0.0.1", "localhost"), retries=0)
+
+def test_a_host_that_does_not_answer_is_left_alone(monkeypatch, tmp_path, server):
+    "After three clips, for a while"
+    monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
+    with socket.socket() as s: # a port on which nobody listens
+        s.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{s.getsockname()[1]}/"
+    for n in range(3):
+        with pytest.raises(InputError, match="ConnectError.*1 times"): fetch(f"{url}{n}.wav", retries=0)
+    with pytest.raises(InputError, match="not asked for, since 127.0.0.1:.* did not send the last 3 clips"): fetch(f"{url}4.wav", retries=0)
+    server |= dict(headers={}, body=b"a clip")
+    assert fetch(server["url"]).read_bytes() == b"a clip"
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 61)
+    with pytest.raises(InputError, match="ConnectError"): fetch(f"{url}5.wav", retries=0)
 
 @pytest.mark.parametrize("url", ["http://www..example.com/a.wav", "http://./a.wav", f"http://{'a'*70}.com/a.wav", "http://xn--a/a.wav", "http://", "http:///a.wav",
     "http://[::1/a.wav", "http://a:99999/a.wav", "http://a:x/a.wav", "http://\ud800.com/a.wav", "http://a b/a.wav", "https://" + "a."*200 + "com/a.wav"], ids=range(12))

@@ -249,7 +249,7 @@ def test_inference_answers_the_other_rows(capfd, server):
     with open("rows.csv", "a") as f: f.write("null,yes\n,yes\n")
     report = failed(capfd, *given("infer", "rows.csv"), "--max-audio-seconds", "2")
     head, *rows = read("out.csv")
-    rejects = {int(line): (int(row), clip, reason) for row, line, clip, reason in read("out.csv.rejects.csv")[1:]}
+    rejects = {int(line): (int(row), clip, reason) for row, line, clip, reason, _ in read("out.csv.rejects.csv")[1:]}
     last = len(rows) + 1
     expected = {**expected, last-1: "the audio cell is empty or null", last: "the audio cell is empty or null"}
     assert (head, [r[0] for r in rows]) == (["audio", "prediction"], [r[0] for r in read("rows.csv")[1:]])
@@ -280,7 +280,7 @@ def test_prompt_longer_than_max_length(capfd):
     args = [a for a in given("infer", "rows.csv") if a not in ("--max-new-tokens", "1")]
     failed(capfd, *args, "--max-length", "60")
     assert [bool(r[2]) for r in read("out.csv")[1:]] == [False, True]
-    (_, line, clip, reason), = read("out.csv.rejects.csv")[1:]
+    (_, line, clip, reason, _), = read("out.csv.rejects.csv")[1:]
     assert (line, clip) == ("2", "a.wav")
     assert re.search(r"prompt has 5\d\d tokens.*--max-length 60.*raise it, or give --max-new-tokens", reason)
 

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import training_runs
 from mdl_nbdev.data.sounds import make_sounds
 
 numbers = count()
+KILLS = int(os.environ.get("KILLS", 200)) # of each command in a series
 
 
 def start(folder, command, *args, **env):
@@ -182,3 +184,35 @@ def test_conversion(tmp_path):
     assert contents(tmp_path/"out", "**/*") == contents(tmp_path/"whole", "**/*")
     assert not part.exists()
     assert {p.name: p.stat().st_ino for p in (tmp_path/"out").glob("*.arrow")}.items() >= finished.items(), "finished shards are kept"
+
+
+SERIES = { # Arguments of a command but for its output, and what is equal in two of its results
+    "mdl_infer": (infer_args("rows.csv"), lambda folder, name: {k.removeprefix(name): v for k, v in contents(folder, f"{name}*").items()}),
+    "mdl_convert": (["sounds.csv", "--model-name", "tiny", "--num-workers", "2", "--output"], lambda folder, name: contents(folder/name, "**/*")),
+    "mdl_train": (["--train-dataset", "sounds.csv", "--model-name", "tiny", "--batch-size", "8", "--max-steps", "8", "--save-steps", "2", "--logging-steps", "1",
+        "--gradient-checkpointing", "false", "--resume-from-checkpoint", "true", "--output"],
+        lambda folder, name: (training_runs.weights(folder/name), training_runs.history(folder/name)))}
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SERIES)
+def test_kill_series(tmp_path, command, capsys):
+    "Each killed run is started again, until it gets to its end: its result is then that of an undisturbed run"
+    (args, result), rng = SERIES[command], random.Random(os.urandom(8))
+    if command == "mdl_infer": args = [*args, "--output"]
+    table(tmp_path, "rows.csv", 96) # and sounds.csv
+    begin = time.monotonic()
+    finish(start(tmp_path, command, *args, "whole"), code=2 if command == "mdl_infer" else 0)
+    seconds, kills, ends = time.monotonic() - begin, 0, 0
+    whole = result(tmp_path, "whole")
+    while kills < KILLS or not ends:
+        process = start(tmp_path, command, *args, "out")
+        process.join(rng.uniform(0, 1.1*seconds) if kills < KILLS else None)
+        kill(process)
+        kills += process.exitcode == -signal.SIGKILL
+        assert "Traceback" not in process.log.read_text()
+        if process.exitcode == -signal.SIGKILL: continue
+        assert process.exitcode == 0 or command == "mdl_infer" or "exists already" in process.log.read_text() # killed at the very end
+        assert result(tmp_path, "out") == whole
+        ends += 1
+        for path in tmp_path.glob("out*"): shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with capsys.disabled(): print(f"\n{command}: {kills} kills, {ends} results, all equal to that of an undisturbed run")

@@ -118,6 +118,7 @@ class StoppedEvaluation(ExactLoss):
         "Whether to end an evaluation, since the run has been asked to stop; a resumed run begins with it"
         is_last, is_followed = self.state.global_step >= self.state.max_steps, self.s.lr_scheduler_type in FOLLOWING
         if is_last or is_followed or not self.is_asked_to_stop(): return False
+        self.control.should_evaluate = False
         self.evaluation_due = self.control.should_save = self.control.should_training_stop = True
         return True
 
