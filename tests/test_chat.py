@@ -261,7 +261,7 @@ def test_a_proof_that_a_template_prints_texts_as_they_are(expression, proven):
     for said in itertools.product(["", "a", "b", " a", "b\n", "</think>", "0", "c a", "&"], repeat=2):
         if not premises or not premises.hold(list(said)): continue
         held += 1
-        shown = re.sub("\ue000(.)\ue001", lambda found: said[int(found[1])], rendered)
+        shown = re.sub("\ue000(.)\ue001", lambda found, said=said: said[int(found[1])], rendered)
         assert shown == render(tok, family, [{"role": role, "content": [text(t)]} for (role, _), t in zip(shape, said)]), said
     assert bool(held) == proven
 
