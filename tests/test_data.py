@@ -20,6 +20,7 @@ from mdl_nbdev.base.settings import CheckSettings, ConvertSettings
 from mdl_nbdev.data.check import check
 from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.data.rows import BadRow, Row, to_conversation
+from mdl_nbdev.data.sources import open_rows
 from mdl_nbdev.data.tables import CsvFile, format_row, lone_quote_fault, read_rows
 from mdl_nbdev.train.convert import convert
 
@@ -420,3 +421,32 @@ def test_plain_settings_do(tmp_path, clips):
     s = SimpleNamespace(input=write(tmp_path, "audio,prediction\na.wav,x\n"), base_dir=clips, system_prompt=None, user_prompt=None,
                         max_audio_seconds=600., num_workers=1, decode=False, predictions=True)
     assert check(s).rows == 1
+
+
+# Other encodings
+
+TEXTS = {"gb18030": "狗叫声 你好", "big5": "狗叫聲 你好嗎", "shift_jis": "犬の鳴き声", "euc_kr": "개 짖는 소리", "cp1252": "café, Größe", "utf_16": "été 狗"}
+
+
+@pytest.mark.parametrize("encoding", TEXTS)
+def test_the_likely_encoding_is_named_and_reads_the_file(tmp_path, encoding):
+    for name, text in {"t.csv": f'audio,prediction\na.wav,"{TEXTS[encoding]}"\n', "t.jsonl": f'{{"audio": "a.wav", "prediction": "{TEXTS[encoding]}"}}\n'}.items():
+        (tmp_path/name).write_bytes(text.encode(encoding))
+        with pytest.raises(InputError, match=f"is not UTF-8; it looks like .*: read it with --encoding {encoding}, or save it as UTF-8, for example: iconv -f"): list(open_rows(tmp_path/name))
+        row, = open_rows(tmp_path/name, encoding=encoding)
+        assert row.prediction == TEXTS[encoding]
+
+
+def test_a_wrong_encoding(tmp_path):
+    (tmp_path/"t.csv").write_bytes("audio,prediction\na.wav,é\n".encode())
+    with pytest.raises(InputError, match="'klingon' is no encoding that Python knows"): open_rows(tmp_path/"t.csv", encoding="klingon")
+    with pytest.raises(InputError, match="is not ASCII; save the file as UTF-8, or name"): list(open_rows(tmp_path/"t.csv", encoding="ascii"))
+
+
+def test_silent_clips_are_listed(tmp_path):
+    wave = np.random.default_rng(0).uniform(-.3, .3, 1600)
+    sf.write(tmp_path/"opposite.wav", np.stack([wave, -wave], 1), 16000)
+    sf.write(tmp_path/"loud.wav", wave, 16000)
+    write(tmp_path, "audio,prediction\nopposite.wav,x\nloud.wav,y\n", "t.csv")
+    report = check(CheckSettings(input=tmp_path/"t.csv", base_dir=tmp_path, num_workers=1))
+    assert [r.line for r in report.silent] == [2] and "1 row with a silent clip" in str(report) and not report.bad

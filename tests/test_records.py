@@ -70,6 +70,7 @@ forms = {
         ("instruction", "response"), ("question", "response"), ("question", "answer"), ("query", "answer")]},
     "pair and system": ({"system": "S", "query": "Q", "answer": "A"}, [("system", "S"), *QA]),
     "columns": ({"audio": "a.wav", "system_prompt": "S", "user_prompt": "Q", "prediction": "A"}, [("system", "S"), ("user", ("a.wav",), "Q"), ("assistant", "A")]),
+    "instruction and input": ({"instruction": "Q", "input": "x", "output": "A"}, [("user", "Q\nx"), ("assistant", "A")]),
     "instruction with an empty input": ({"instruction": "Q", "input": "", "output": "A"}, QA),
     "null is nothing": ({"prompt": "Q", "answer": "A", "response": None, "system": None, "audio": None, "data_name": None, "chat_rounds": None}, QA),
     "other keys": ({"id": [1, {"x": None}], "prompt": "Q", "score": 0.5, "answer": "A"}, QA),
@@ -171,7 +172,6 @@ bad_records = {
     "an answer alone": ({"answer": "A"}, "no conversation in the keys answer"),
     "two pairs": ({"prompt": "Q", "question": "Q", "answer": "A"}, "more than one conversation: prompt/answer, question/answer; keep one"),
     "two answers": ({"prompt": "Q", "response": "A", "answer": "A"}, "more than one conversation: prompt/answer, prompt/response"),
-    "instruction with an input": ({"instruction": "Q", "input": "x", "output": "A"}, "more than one conversation: input/output, instruction/output"),
     "rounds and a pair": (rounds(H, B, prompt="Q", answer="A"), "more than one conversation: chat_rounds, prompt/answer"),
     "rounds and messages": ({**rounds(H, B), **rounds(H, B, key="messages")}, "more than one conversation: chat_rounds, messages"),
     "text and a pair": ({"text": "T", "prompt": "Q", "answer": "A"}, "more than one conversation: text, prompt/answer"),
@@ -210,7 +210,14 @@ bad_records = {
     "a number for prediction": ({"prompt": "Q", "prediction": 3}, "prediction is a number"),
     "a number for audio": ({"audio": 3, "prompt": "Q"}, "audio has a number where a clip should be"),
     "empty audio": ({"audio": "", "prompt": "Q"}, "audio has an empty text where a clip should be"),
-    "an object for audio": ({"audio": {"path": "a.wav"}, "prompt": "Q"}, "audio has an object where a clip should be; give a path, a URL, or a list"),
+    "sound in a record": ({"audio": {"path": None, "bytes": "UklGRg"}, "prompt": "Q"}, "audio has an object where a clip should be, with the keys path, bytes; give its path"),
+    "clips under two keys": ({"audio": "a.wav", "audios": ["b.wav"], "prompt": "Q"}, "clips in audio and audios; keep one"),
+    "more marks than clips": (rounds(("user", "<audio><audio>Q"), B, key="messages", audios=["a.wav"]), "2 <audio> marks in the text and 1 clip; give a mark for each"),
+    "a mark without a clip": (rounds(("user", "<audio>Q"), B, key="messages"), "1 <audio> mark in the text and 0 clips"),
+    "a mark beside a clip": (rounds(("user", [{"type": "audio", "path": "a.wav"}, {"type": "text", "text": "<audio>Q"}]), B), "an <audio> mark in the text has no clip"),
+    "a picture": ({"messages": rounds(H, B)["chat_rounds"], "images": ["a.png"]}, "images cannot be read, only texts and clips"),
+    "a transcript and an answer": ({"audio_filepath": "a.wav", "text": "T", "answer": "A"}, "audio_filepath with text and another answer"),
+    "a history that is text": ({"history": "x", "instruction": "Q", "output": "A"}, "history must be a list of turns"),
     "null in a list of clips": ({"audio": ["a.wav", None], "prompt": "Q"}, "audio has null where a clip should be"),
     "audio of text": ({"audio": "a.wav", "text": "T"}, "text cannot have audio; .*as prediction"),
     "audio of a bot": ({"messages": [{"role": "user", "content": "Q"}, {"role": "bot", "audio": "a.wav", "content": "A"}]}, "message 2 has the role bot and audio; only user messages can have clips"),
@@ -384,12 +391,12 @@ def test_text_tables(tmp_path):
 
 
 lost_clips = {"path.csv": "path,user_prompt,prediction\na.wav,Q,A\n", "wav.tsv": "user_prompt\tprediction\twav\nQ\tA\thttps://x/a.MP3\n",
-    "nemo.jsonl": '{"audio_filepath": "a.wav", "text": "hello"}\n', "audios.jsonl": '{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "audios": ["a.flac"]}\n'}
+    "file_name.csv": "file_name,user_prompt,prediction\nmy clip 1.wma,Q,A\n", "clip.jsonl": '{"clip": {"path": "a.wav"}, "prompt": "Q", "answer": "hello"}\n', "sound.jsonl": '{"prompt": "Q", "answer": "A", "sound": ["https://x/a.flac?key=1"]}\n'}
 
 
 @pytest.mark.parametrize("name", lost_clips)
 def test_clips_under_another_name_are_not_lost(tmp_path, name):
-    with pytest.raises(InputError, match=f":[12]: the (column|key) {name.split('.')[0] if 'nemo' not in name else 'audio_filepath'} names a clip.*rename it to audio"):
+    with pytest.raises(InputError, match=f":[12]: the (column|key) {name.split('.')[0]} names a clip.*rename it to audio"):
         list(open_rows(write(tmp_path, lost_clips[name], name)))
 
 
@@ -401,7 +408,42 @@ def test_a_clip_of_a_parquet_table_is_not_lost(tmp_path):
 
 def test_an_answer_under_another_name(tmp_path):
     record, = open_rows(jsonl(tmp_path, {"audio": "a.wav", "sentence": "hello"}))
-    assert record.faults() == ["the last message is from the user; add the answer as prediction, or remove the record (ignored keys: sentence)"]
+    assert record.faults() == ["the last message is from the user, and there is no prediction; sentence looks like it ('hello'): rename it to prediction"]
+
+
+# What other tools write, as they mean it: the messages that a model sees
+
+CLIP, SAID = ("user", ("a.wav",)), ("assistant", "A")
+other_tools = {
+    "NeMo": ({"audio_filepath": "a.wav", "duration": 2.5, "text": "A"}, [CLIP, SAID]),
+    "NeMo, a part": ({"audio_filepath": "a.wav", "offset": 1.5, "duration": 2, "text": "A", "lang": "en"}, [("user", ("a.wav#t=1.5,3.5",)), SAID]),
+    "NeMo, a question": ({"audio_filepath": "a.wav", "question": "Q", "answer": "A"}, [("user", ("a.wav",), "Q"), SAID]),
+    "NeMo, a question and a transcript": ({"audio_filepath": "a.wav", "question": "Q", "text": "A"}, [("user", ("a.wav",), "Q"), SAID]),
+    "ms-swift": ({"messages": [{"role": "user", "content": "<audio>Q"}, {"role": "assistant", "content": "A"}], "audios": ["a.wav"]}, [("user", ("a.wav",), "Q"), SAID]),
+    "ms-swift, two clips": ({"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "<audio> or <audio>?"}, {"role": "assistant", "content": "A"}], "audios": ["a.wav", "b.wav"]},
+                            [("system", "S"), ("user", ("a.wav",), " or ", ("b.wav",), "?"), SAID]),
+    "ms-swift, later turns": ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "<audio>"}, {"role": "assistant", "content": "A"}], "audios": "a.wav"},
+                              [("user", "Q"), ("assistant", "B"), CLIP, SAID]),
+    "ms-swift, query": ({"query": "Q", "response": "A", "audios": ["a.wav"], "images": [], "history": [["Q0", "A0"]]}, [("user", ("a.wav",), "Q0"), ("assistant", "A0"), ("user", "Q"), SAID]),
+    "LLaMA-Factory, ShareGPT": ({"conversations": [{"from": "human", "value": "<audio>Q"}, {"from": "gpt", "value": "A"}], "system": "S", "tools": "", "audios": ["a.wav"]}, [("system", "S"), ("user", ("a.wav",), "Q"), SAID]),
+    "LLaMA-Factory, Alpaca": ({"instruction": "<audio>Q", "input": "x", "output": "A", "system": "", "history": [], "audios": ["a.wav"]}, [("user", ("a.wav",), "Q\nx"), SAID]),
+    "datasets": ({"audio": {"path": "a.wav", "bytes": None}, "user_prompt": "Q", "prediction": "A"}, [("user", ("a.wav",), "Q"), SAID]),
+    "Qwen": ({"messages": [{"role": "user", "content": [{"type": "audio", "audio_url": "a.wav"}, {"type": "text", "text": "Q"}]}, {"role": "assistant", "content": "A"}]}, [("user", ("a.wav",), "Q"), SAID]),
+    "vLLM": ({"messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "a.wav"}}]}, {"role": "assistant", "content": "A"}]}, [CLIP, SAID]),
+    "HTML": ({"prompt": "<audio>no</audio>", "answer": "A"}, [("user", "<audio>no</audio>"), SAID])}
+
+
+@pytest.mark.parametrize("name", other_tools)
+def test_records_of_other_tools(tmp_path, name):
+    raw, expected = other_tools[name]
+    record, = open_rows(jsonl(tmp_path, raw))
+    assert told(to_conversation(record)) == expected and record.raw == raw
+
+
+def test_marks_in_a_table(tmp_path):
+    one, two = open_rows(write(tmp_path, "audio,user_prompt,prediction\na.wav,Is <audio> loud?,A\na.wav,<audio><audio>,A\n", "t.csv"))
+    assert told(to_conversation(one)) == [("user", "Is ", ("a.wav",), " loud?"), SAID]
+    with pytest.raises(InputError, match="2 <audio> marks in the user prompt and 1 clip"): to_conversation(two)
 
 
 # Kinds of files

@@ -26,6 +26,7 @@ class DataSettings(Settings):
     user_prompt:str|None=opt(None, convert=True) # User prompt for rows that have none of their own
     # Folder that relative audio paths start from; otherwise the working directory
     base_dir:Path|None=opt(None, resume=True, convert=True, location=True)
+    encoding:str=opt('utf-8', resume=True, convert=True) # Encoding of CSV, TSV and JSONL files, by its name in Python
     # Maximum length of a clip in seconds; longer clips are rejected without being decoded
     max_audio_seconds:float=opt(600., minimum=0.1, convert=True)
     # Parallel readers of audio; half the available cores, at most 32

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_AUDIO_SECONDS', 'ROUND_STEPS', 'CheckReport', 'count_durations', 'most_frequent', 'histogram_lines',
-           'histogram_html', 'rows_html', 'clip_seconds', 'check']
+           'histogram_html', 'rows_html', 'measure_clip', 'check']
 
 # %% ../../nbs/1_data/11_check.ipynb #c4
 import os
@@ -21,7 +21,7 @@ from ..base.html import Html, html_bar, html_table
 from ..base.processes import DaemonPool
 from ..base.settings import CheckSettings
 from ..base.text import format_duration, plural, shorten
-from .audio import SAMPLE_RATE, audio_info, load_audio, resolve, split_segment
+from .audio import SAMPLE_RATE, audio_info, is_silent, load_audio, resolve, split_segment
 from .conversations import Conversation, message_text
 from .rows import BadRow
 from .sources import open_rows
@@ -45,6 +45,7 @@ class CheckReport:
     conflicting:int=0 # Rows that repeat the prompt of an earlier row with another answer
     bad:list[BadRow]=field(default_factory=list) # Every bad row, in the order of the file
     short:list[BadRow]=field(default_factory=list) # Rows with a very short clip, which can be used
+    silent:list[BadRow]=field(default_factory=list) # Rows with a clip in which nothing can be heard
     hints:list[str]=field(default_factory=list) # What would repair many rows at once
     other:Counter=field(default_factory=Counter) # Rows for each column or key that is ignored
     unused:Counter=field(default_factory=Counter) # Rows for each key inside of messages that is not used
@@ -108,7 +109,8 @@ def summary(self:CheckReport)->list[str]: # Lines
     counts = {"without a system prompt": self.no_system_prompt, "without a user prompt": self.no_user_prompt,
               "with the prompt and answer of an earlier row": self.repeated,
               "with the prompt of an earlier row, but another answer": self.conflicting,
-              f"with a clip shorter than {MIN_AUDIO_SECONDS:g} s, of which a model hears mostly padding": len(self.short)}
+              f"with a clip shorter than {MIN_AUDIO_SECONDS:g} s, of which a model hears mostly padding": len(self.short),
+              "with a silent clip": len(self.silent)}
     lines += [f"{plural(n, 'row')} {what}" for what, n in counts.items() if n]
     def remark(name): return f"; did you mean {self.misnamed[name]}?" if name in self.misnamed else ""
     ignored = [f"{name} ({plural(n, 'row')}{remark(name)})" for name, n in most_frequent(self.other, 10)]
@@ -132,7 +134,7 @@ def histograms(self:CheckReport)->dict[str,list]: # Title -> names and counts
 @patch
 def lists(self:CheckReport)->dict[str,list]: # Title -> rows
     "The rows that need a look"
-    return {title: rows for title, rows in {"short clips":self.short, "bad rows":self.bad}.items() if rows}
+    return {title: rows for title, rows in {"short clips":self.short, "silent clips":self.silent, "bad rows":self.bad}.items() if rows}
 
 @patch
 def __repr__(self:CheckReport):
@@ -191,7 +193,7 @@ def add_rows(self:CheckReport,
 )->dict[str,array]: # The lines that name each clip
     "Add the facts of all rows of a file"
     clips, answers, broken = defaultdict(lambda: array("q")), {}, []
-    f = open_rows(s.input, ("audio", "prediction") if s.predictions else ("audio",))
+    f = open_rows(s.input, ("audio", "prediction") if s.predictions else ("audio",), s.encoding)
     self.misnamed = f.misnamed()
     for self.rows, row in enumerate(f.rows(broken.append), 1):
         self.other.update(f.ignored(row))
@@ -211,13 +213,15 @@ def add_rows(self:CheckReport,
     return clips
 
 # %% ../../nbs/1_data/11_check.ipynb #c22
-def clip_seconds(
+def measure_clip(
     audio:str, # A clip, as a row names it
     s:CheckSettings, # The limit, the base folder, and whether to decode
-)->float: # Its duration in seconds
+)->tuple[float,bool]: # Its duration in seconds, and whether it is known to be silent
     "Measure a clip; raises `InputError` if it could not be used"
     source, limit = resolve(audio, s.base_dir), s.max_audio_seconds
-    return len(load_audio(source, limit))/SAMPLE_RATE if s.decode else audio_info(source, limit).seconds
+    if not s.decode: return audio_info(source, limit).seconds, False
+    waveform = load_audio(source, limit)
+    return len(waveform)/SAMPLE_RATE, is_silent(waveform)
 
 # %% ../../nbs/1_data/11_check.ipynb #c24
 @patch
@@ -227,7 +231,7 @@ def add_clips(self:CheckReport,
 )->Iterator[str]: # Each clip that cannot be used
     "Add the durations of clips, and what is wrong with them"
     def read(audio):
-        try: return clip_seconds(audio, s)
+        try: return measure_clip(audio, s)
         except InputError as e: return str(e)
     def rows(audio, reason): return [BadRow(self.file, line, reason) for line in dict.fromkeys(clips[audio])]
     with DaemonPool(s.num_workers) as pool, tqdm(total=len(clips), unit="clip", disable=None) as bar:
@@ -236,9 +240,12 @@ def add_clips(self:CheckReport,
             if isinstance(result, str):
                 self.bad += rows(audio, result)
                 yield audio
-            else: self.seconds.extend([result]*len(clips[audio]))
-            if isinstance(result, float) and result < MIN_AUDIO_SECONDS:
-                self.short += rows(audio, f"{audio}: {result:.3f} s long; check where it was cut, or remove the row")
+                continue
+            seconds, silent = result
+            self.seconds.extend([seconds]*len(clips[audio]))
+            if silent: self.silent += rows(audio, f"{audio}: silent once its channels are mixed; check them, or remove the row")
+            if seconds < MIN_AUDIO_SECONDS:
+                self.short += rows(audio, f"{audio}: {seconds:.3f} s long; check where it was cut, or remove the row")
 
 def check(
     s:CheckSettings, # The input, the prompts, where clips are
@@ -253,4 +260,5 @@ def check(
     if beside: report.hints.append(f"missing clips that --base-dir {folder} would find: {beside:,}")
     report.bad.sort()
     report.short.sort()
+    report.silent.sort()
     return report

@@ -14,8 +14,8 @@ from typing import Callable, Iterator
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.text import plural, shorten
-from .audio import is_sound_file, is_url
-from .rows import COLUMNS, BadRow, Row, RowFile, cut_clip, file_kind, line_fault, segment_names
+from .audio import is_sound_file, is_url, names_clip
+from .rows import COLUMNS, BadRow, Row, RowFile, cut_clip, file_kind, line_fault, open_text, segment_names
 
 # %% ../../nbs/1_data/06_tables.ipynb #c7
 def given(
@@ -57,22 +57,25 @@ def quote_fault(
 def watched_lines(
     f:io.TextIOBase, # File opened with `surrogateescape`
     faults:list[str], # What is wrong with a line is appended here
+    path:Path|None=None, # The file
+    encoding:str="utf-8", # What it is read as
 )->Iterator[str]: # The lines
     "Pass on the lines of a file, and notice what is wrong with their characters"
     for number, line in enumerate(f, 1):
-        fault = line_fault(line, number)
+        fault = line_fault(line, number, path, encoding)
         if fault: faults.append(fault)
         yield line
 
 def read_cells(
     path:str|Path, # CSV or TSV file
     delimiter:str, # Between cells
+    encoding:str="utf-8", # Of the file
 )->Iterator[tuple[int,list[str],str|None]]: # Line, cells, and what is wrong with the row
     "Read the rows of a file as cells, the header too; blank lines are left out"
     csv.field_size_limit(2**31-1) # the default, 128 KiB, is less than a long transcript
     faults, width = [], 0
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as f:
-        reader = csv.reader(watched_lines(f, faults), delimiter=delimiter, strict=True)
+    with open_text(path, encoding, "") as f:
+        reader = csv.reader(watched_lines(f, faults, Path(path), encoding), delimiter=delimiter, strict=True)
         while True:
             line, cells, fault = reader.line_num+1, [], None
             try: cells = next(reader)
@@ -195,10 +198,11 @@ class CsvFile(TableFile):
     def __init__(self,
         path:str|Path, # CSV file in UTF-8; TSV if its name ends in `.tsv`, or in `.tsv.part` while it is written
         needs:tuple[str,...]=("audio",), # Columns that the file must have
+        encoding:str="utf-8", # Of its text
     ):
-        super().__init__(path)
+        super().__init__(path, encoding)
         self.delimiter, self.out_suffix = ("\t", ".tsv") if file_kind(path)==".tsv" else (",", ".csv")
-        line, columns, fault = next(read_cells(path, self.delimiter), (0, [], None))
+        line, columns, fault = next(read_cells(path, self.delimiter, encoding), (0, [], None))
         if not line:
             raise InputError(f"{path}: the file is empty; "
                              f"it needs a header with the columns {', '.join(needs)}")
@@ -223,7 +227,8 @@ def lost_clip_fault(
     columns:list[str], # Names of the columns, without `audio`
 )->str|None: # What is wrong, and what to do
     "A clip in a table of texts, under another name than `audio`"
-    lost = [name for name, cell in zip(columns, cells) if name not in COLUMNS and is_sound_file(cell)]
+    others = [(name, cell) for name, cell in zip(columns, cells) if name not in COLUMNS]
+    lost = [name for name, cell in others if is_sound_file(cell) or names_clip(name, cell)]
     return f"the column {lost[0]} names a clip, and only audio is read; rename it to audio" if lost else None
 
 # %% ../../nbs/1_data/06_tables.ipynb #c33
@@ -246,7 +251,7 @@ def rows(self:CsvFile,
     on_bad:Callable[[BadRow],None]|None=None, # Receives each broken row; None: the first one raises `InputError`
 )->Iterator[Row]: # The rows, in order
     "Read the file once, a row at a time"
-    empty, found = True, read_cells(self.path, self.delimiter)
+    empty, found = True, read_cells(self.path, self.delimiter, self.encoding)
     next(found) # the header
     for line, cells, fault in found:
         empty = False

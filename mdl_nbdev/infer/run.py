@@ -215,7 +215,7 @@ def open_output(
     s:InferSettings, # Settings of the run
 )->InferOutput: # With its input opened
     "Check input and output as far as no row has to be read"
-    out = InferOutput(s.output, open_rows(s.input, ('audio',)))
+    out = InferOutput(s.output, open_rows(s.input, ('audio',), s.encoding))
     out.check_input(s.chat_template)
     check_output(out, s)
     return out

@@ -217,7 +217,7 @@ def read_conversations(
     s:ConvertSettings, # Names the file, the prompts and the base folder
 )->list[Conversation]: # One for each row
     "The conversations of a file; one `InputError` names all its bad rows"
-    good, bad, source, unused = [], [], open_rows(s.input), Counter()
+    good, bad, source, unused = [], [], open_rows(s.input, encoding=s.encoding), Counter()
     note_misnamed(source)
     for row in source.rows(bad.append):
         unused.update(source.ignored_inside(row))

@@ -1,0 +1,80 @@
+"""Files that ffmpeg and sox made, from `fixtures/audio/make.py`: each is read as ffmpeg decodes it, or refused with the reason
+
+Equal means the same rate, every sample within 1e-4, or within what `LOOSE` says, and a length that differs by at most what `BLOCKS` says: some
+decoders end with a whole block where others end with the recording."""
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.media import file_contents, mp3_fault
+from mdl_nbdev.data.audio import decode, load_audio, open_clip
+
+folder = Path(__file__).parent/"fixtures"/"audio"
+names = sorted(p.name for p in folder.iterdir() if p.suffix not in (".py", ".npz"))
+expected = dict(np.load(folder/"expected.npz"))
+facts = dict(zip(sorted(set(expected) - {"facts"}), expected.pop("facts").tolist()))
+LOOSE = {"ima.wav": 2e-3, "opus": .1, "d_middle_no_tag.mp3": .03} # Another rounding, another decoder, and what is invented for 40 bytes of zeros
+BLOCKS = {"id3.mp3": 1152, "opus": 300, "vorbis": 160, "sox.voc": 4} # Frames at the end
+VORBIS = ("stereo.ogg", "vorbis8.ogg", "sox.ogg", "ogg_as.wav", "e_late_100.ogg")
+SHIFTED = ("opus.webm", "opus.mka", "j_webm.webm") # PyAV's FFmpeg leaves 4 ms of what the encoder needed to start
+REFUSED = { # The others are read
+    "alac.caf": "unsupported encoding", "flac_in.ogg": "not readable", "g726.wav": "Malformed 'fmt ' chunk", "h_empty.wav": "contains no sound", "h_plus_1000.wav": "truncated, its header promises",
+    "h_rate_0.wav": "not readable", "h_two_data.wav": "not readable", "e_late_5000.opus": "malformed", "j_wav.wav": "not readable", "j_stereo.flac": "damaged or truncated",
+    **{f"j_{name}": "several recordings joined into one file" for name in ("cbr.mp3", "opus.ogg", "stereo.ogg")},
+    "d_html.mp3": "it is an HTML page", "d_json.wav": "it is JSON", "d_lfs.flac": "it is a pointer of Git LFS", "d_gzip.wav": "it is a gzip archive", "d_zip.wav": "it is a zip archive", "d_picture.wav": "it is a PNG picture",
+    "d_video.mp4": "without sound", "d_zeros.wav": "not readable", "d_middle_stereo.ogg": "contains no sound|malformed|damaged",
+    **{f"d_middle_{name}": "damaged|malformed|truncated" for name in ("stereo.flac", "opus.ogg", "adts.aac", "opus.webm")},
+    **{f"d_half_{name}": "truncated|damaged|malformed|not readable" for name in ("h_right.wav", "ima.wav", "stereo.flac", "stereo.ogg", "opus.ogg", "cbr.mp3", "no_tag.mp3", "aac.m4a", "opus.webm", "s16.aiff", "s16.au", "s16.w64", "adts.aac", "wma2.wma")}}
+
+
+def needs_pyav(name): return file_contents((folder/name).read_bytes()[:200])[1]
+
+
+@pytest.mark.parametrize("name", names)
+def test_as_ffmpeg_decodes_it(name, capfd):
+    if needs_pyav(name): pytest.importorskip("av")
+    path = folder/name
+    try:
+        with open_clip(path) as f: rate, x = f.samplerate, np.concatenate(list(decode(f, path, 600.)))
+    except InputError as e:
+        assert name in REFUSED, str(e)
+        with pytest.raises(InputError, match=f"{name}: .*({REFUSED[name]}).*; \\w+"): raise e
+    else:
+        assert name not in REFUSED and rate == facts[name][0]
+        if name in SHIFTED: x = x[len(x) - facts[name][1]:]
+        kind = "opus" if "opus" in name or name == "j_webm.webm" else "vorbis" if name in VORBIS else name
+        assert abs(len(x) - facts[name][1]) <= BLOCKS.get(kind, 0)
+        ours, theirs = x[::7][:len(expected[name])], expected[name][:len(x[::7])]/32767
+        assert np.abs(ours - theirs).max() < LOOSE.get(kind, 1e-4) and np.abs(ours - theirs).mean() < .03
+    assert not capfd.readouterr().err, "a decoder's own notes"
+
+
+def test_the_table():
+    assert len(names) >= 60 and sum(p.stat().st_size for p in folder.iterdir()) < 900_000
+    assert set(REFUSED) <= set(names) and len(set(names) - set(REFUSED)) > 60
+    assert [n for n in expected if n not in facts] == []
+
+
+def test_without_pyav(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    with pytest.raises(InputError, match=r'aac.m4a: MP4, M4A or QuickTime, which needs the optional library PyAV; install "mdl_nbdev\[media\]", or convert it'): load_audio(folder/"aac.m4a")
+
+
+@pytest.mark.skipif(not pytest.importorskip("importlib.util").find_spec("av"), reason="needs PyAV")
+def test_a_part_of_a_media_file():
+    assert np.array_equal(load_audio(f"{folder/'aac.m4a'}#t=0.05,0.1"), load_audio(folder/"aac.m4a")[800:1600])
+    with pytest.raises(InputError, match="the limit is 0.1 s"): load_audio(folder/"aac.m4a", max_seconds=.1)
+
+
+def test_mp3_with_tags_and_junk_around(tmp_path):
+    data = (folder/"cbr.mp3").read_bytes()
+    for before, after in [(b"", b"TAG" + bytes(125)), (b"", bytes(3000)), (b"", b"APETAGEX" + os.urandom(50))]:
+        (tmp_path/"a.mp3").write_bytes(before + data + after)
+        assert mp3_fault(tmp_path/"a.mp3") is None
+    (tmp_path/"a.mp3").write_bytes(data[:600] + bytes(5) + data[600:])
+    assert "damaged" in mp3_fault(tmp_path/"a.mp3")
+    (tmp_path/"a.mp3").write_bytes(b"ID3")
+    assert mp3_fault(tmp_path/"a.mp3") is None
