@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_SOUND', 'MEDIA', 'NEEDS_PYAV', 'file_contents', 'mp3_frame_size', 'skip_id3', 'next_mp3_frame', 'mp3_fault',
-           'MediaFile']
+           'ogg_is_complete', 'is_chained_ogg', 'mp3_tag', 'MediaFile']
 
 # %% ../../nbs/0_base/08_media.ipynb #c4
 import mmap, os, re, struct
@@ -98,6 +98,44 @@ def mp3_fault(
     return f'truncated, its header promises {promised:,} frames of mp3 and {frames - 1:,} are there' if frames < promised else None
 
 # %% ../../nbs/0_base/08_media.ipynb #c12
+def ogg_is_complete(
+    path:Path, # An ogg file
+)->bool: # Whether its last page is all there (RFC 3533, section 6)
+    "Check the end of an ogg file"
+    with open(path, 'rb') as f:
+        f.seek(max(0, path.stat().st_size - 70_000)) # the largest page has 65,307 bytes
+        tail = f.read()
+    page = tail[max(tail.rfind(b'OggS'), 0):]
+    if len(page) <= 26: return False
+    size = 27 + page[26] + sum(page[27:27+page[26]])
+    is_last = bool(page[5] & 4)
+    return len(page)==size or len(page) > size and is_last
+
+def is_chained_ogg(
+    path:Path, # An ogg file
+)->bool: # True if a stream begins behind the pages of another
+    "Whether an ogg file holds several recordings, one after another"
+    at, after_sound = 0, False
+    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while data[at:at+4]==b'OggS' and len(data) > at + 27:
+            begins = bool(data[at+5] & 2)
+            if begins and after_sound: return True
+            after_sound = not begins
+            at += 27 + data[at+26] + sum(data[at+27:at+27+data[at+26]])
+    return False
+
+# %% ../../nbs/0_base/08_media.ipynb #c14
+def mp3_tag(
+    path:Path, # An mp3 file
+)->bool: # Whether it states its length
+    "Read the optional tag of the first frame (Xing, Info)"
+    with open(path, 'rb') as f:
+        f.seek(skip_id3(f.read(10)))
+        frame = f.read(200)
+    at = max(frame.find(b'Xing'), frame.find(b'Info'))
+    return at >= 0 and len(frame) >= at + 16 and bool(frame[at+7] & 1)
+
+# %% ../../nbs/0_base/08_media.ipynb #c16
 NEEDS_PYAV = 'install "mdl_nbdev[media]", or convert it: ffmpeg -i OLD NEW.wav' # What to do about a file that libsndfile does not read
 _SURE = ('mov', 'matroska', 'asf') # Containers whose duration is not guessed
 
@@ -138,7 +176,7 @@ class MediaFile:
     def __exit__(self, *_):
         if self.container: self.container.close()
 
-# %% ../../nbs/0_base/08_media.ipynb #c14
+# %% ../../nbs/0_base/08_media.ipynb #c18
 @patch
 def decode(self:MediaFile,
     resampler, # Of PyAV, to float

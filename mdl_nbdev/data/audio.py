@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'SOUND_SUFFIXES', 'SHORTER', 'MAX_PEAK', 'SILENCE', 'resolve', 'is_sound_file', 'names_clip',
-           'local_file', 'no_clip', 'piped_wav', 'ogg_is_complete', 'is_chained_ogg', 'mp3_tag', 'DamagedAudio',
-           'open_other', 'gsm_seconds', 'check_complete', 'split_segment', 'FileSegment', 'open_file', 'clip_errors',
-           'open_clip', 'AudioInfo', 'read_blocks', 'audio_info', 'to_mono', 'decode', 'resample', 'load_audio',
-           'is_silent', 'to_int16', 'from_int16']
+           'local_file', 'no_clip', 'piped_wav', 'DamagedAudio', 'open_other', 'gsm_seconds', 'check_complete',
+           'split_segment', 'FileSegment', 'open_file', 'clip_errors', 'open_clip', 'AudioInfo', 'read_blocks',
+           'audio_info', 'to_mono', 'decode', 'resample', 'load_audio', 'is_silent', 'to_int16', 'from_int16']
 
 # %% ../../nbs/1_data/01_audio.ipynb #c4
-import io, math, mmap, os, re, struct
+import io, math, os, re, struct
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 import numpy as np, soundfile as sf, soxr
 from ..base.errors import InputError
-from ..base.media import MediaFile, file_contents, mp3_fault, skip_id3
+from ..base.media import MediaFile, file_contents, is_chained_ogg, mp3_fault, mp3_tag, ogg_is_complete
 from ..base.text import shorten
 from .remote import AudioError, fetch, is_url
 
@@ -116,44 +115,7 @@ def piped_wav(
 # %% ../../nbs/1_data/01_audio.ipynb #c16
 _SHORT = re.compile(r'^\s*(?:data|SSND|Data Size|Riff size|riff) *: *(\d+) \(should be (\d+)\)', re.M)
 
-def ogg_is_complete(
-    path:Path, # An ogg file
-)->bool: # Whether its last page is all there (RFC 3533, section 6)
-    "Check the end of an ogg file"
-    with open(path, 'rb') as f:
-        f.seek(max(0, path.stat().st_size - 70_000)) # the largest page has 65,307 bytes
-        tail = f.read()
-    page = tail[max(tail.rfind(b'OggS'), 0):]
-    if len(page) <= 26: return False
-    size = 27 + page[26] + sum(page[27:27+page[26]])
-    is_last = bool(page[5] & 4)
-    return len(page)==size or len(page) > size and is_last
-
-def is_chained_ogg(
-    path:Path, # An ogg file
-)->bool: # True if a stream begins behind the pages of another
-    "Whether an ogg file holds several recordings, one after another"
-    at, after_sound = 0, False
-    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while data[at:at+4]==b'OggS' and len(data) > at + 27:
-            begins = bool(data[at+5] & 2)
-            if begins and after_sound: return True
-            after_sound = not begins
-            at += 27 + data[at+26] + sum(data[at+27:at+27+data[at+26]])
-    return False
-
 # %% ../../nbs/1_data/01_audio.ipynb #c18
-def mp3_tag(
-    path:Path, # An mp3 file
-)->bool: # Whether it states its length
-    "Read the optional tag of the first frame (Xing, Info)"
-    with open(path, 'rb') as f:
-        f.seek(skip_id3(f.read(10)))
-        frame = f.read(200)
-    at = max(frame.find(b'Xing'), frame.find(b'Info'))
-    return at >= 0 and len(frame) >= at + 16 and bool(frame[at+7] & 1)
-
-# %% ../../nbs/1_data/01_audio.ipynb #c20
 def _unreadable(src, path, reason):
     "The error for a file that is no sound; of a download, such as an error page, nothing is kept"
     remedy = 'save it as wav, flac, ogg or mp3'
@@ -185,7 +147,7 @@ def gsm_seconds(
     size = re.search(r'^data : (\d+)', f.extra_info, re.M) if f.subtype=='GSM610' and f.format.startswith('WAV') else None
     return int(size[1])//65*320/f.samplerate if size else math.inf
 
-# %% ../../nbs/1_data/01_audio.ipynb #c21
+# %% ../../nbs/1_data/01_audio.ipynb #c19
 def check_complete(
     f:sf.SoundFile, # The open file
     path:Path, # Where it is
@@ -202,7 +164,7 @@ def check_complete(
         raise DamagedAudio(f'{src}: truncated, its last page is incomplete; copy or download it again')
     if f.format=='OGG' and is_chained_ogg(path): raise AudioError(f'{src}: {_JOINED}')
 
-# %% ../../nbs/1_data/01_audio.ipynb #c25
+# %% ../../nbs/1_data/01_audio.ipynb #c23
 _SEGMENT = re.compile(r'#t=(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?$')
 
 def split_segment(
@@ -229,8 +191,7 @@ class FileSegment:
         self.left = int(min(end, seconds)*f.samplerate + .5) - first if min(end, seconds) < math.inf else _UNKNOWN
         if self.left <= 0: raise _too_short(src, f.samplerate)
         self.frames, self.skip = self.left if known else _UNKNOWN, first
-        seeks = known and first and f.subtype != 'GSM610' and f.format.startswith(('WAV', 'FLAC', 'AIFF'))
-        if seeks: self.skip = f.seek(first) - first # others seek inexactly
+        if known and first and f.subtype != 'GSM610' and f.format.startswith(('WAV', 'FLAC', 'AIFF')): self.skip = f.seek(first) - first
 
     def read(self,
         out:np.ndarray, # [frames, channels] Where to put the samples
@@ -244,7 +205,7 @@ class FileSegment:
         self.left -= len(block)
         return block
 
-# %% ../../nbs/1_data/01_audio.ipynb #c28
+# %% ../../nbs/1_data/01_audio.ipynb #c26
 def open_file(
     path:Path, # A sound file
     files:ExitStack, # Closes what is opened
@@ -271,7 +232,7 @@ def clip_errors(
         reason = shorten(str(getattr(e, 'strerror', None) or e) or 'it takes too much memory', 100)
         raise AudioError(f'{src}: cannot be read ({reason}); copy or export it again') from e
 
-# %% ../../nbs/1_data/01_audio.ipynb #c26
+# %% ../../nbs/1_data/01_audio.ipynb #c27
 @contextmanager
 def open_clip(
     src:str|Path, # Path or web address
@@ -290,7 +251,7 @@ def open_clip(
         end = min(end, gsm_seconds(f))
         yield FileSegment(f, start, end, src) if start or end < math.inf else f
 
-# %% ../../nbs/1_data/01_audio.ipynb #c30
+# %% ../../nbs/1_data/01_audio.ipynb #c29
 @dataclass(frozen=True, slots=True)
 class AudioInfo:
     "The header of a clip"
@@ -315,7 +276,7 @@ class AudioInfo:
         "How many samples `load_audio` returns"
         return self.samples_at(SAMPLE_RATE)
 
-# %% ../../nbs/1_data/01_audio.ipynb #c31
+# %% ../../nbs/1_data/01_audio.ipynb #c30
 SHORTER = 'cut it into shorter clips or raise the limit (--max-audio-seconds)' # What to do about a clip that is too long
 
 def read_blocks(
@@ -350,7 +311,7 @@ def audio_info(
 def _too_short(src, rate):
     return AudioError(f'{src}: less than one sample at {rate:,} Hz; record or export it again')
 
-# %% ../../nbs/1_data/01_audio.ipynb #c35
+# %% ../../nbs/1_data/01_audio.ipynb #c34
 MAX_PEAK = 2. # Largest magnitude that is still accepted as audio
 
 def to_mono(
@@ -366,7 +327,7 @@ def to_mono(
     channels = block.shape[1]
     return block[:, 0].copy() if channels==1 else block @ np.full(channels, 1/channels, np.float32)
 
-# %% ../../nbs/1_data/01_audio.ipynb #c37
+# %% ../../nbs/1_data/01_audio.ipynb #c36
 def decode(
     f:sf.SoundFile, # From `open_clip`
     src:str|Path, # What messages call the clip
@@ -388,7 +349,7 @@ def decode(
 def _too_long(src, seconds, limit, remedy):
     return AudioError(f'{src}: {seconds} s long, the limit is {limit:g} s; {remedy}')
 
-# %% ../../nbs/1_data/01_audio.ipynb #c38
+# %% ../../nbs/1_data/01_audio.ipynb #c37
 def resample(
     blocks:Iterator[np.ndarray], # [samples] float32 each, mono
     rate:int, # Their sample rate, Hz
@@ -415,7 +376,7 @@ def load_audio(
     if not len(waveform): raise _too_short(src, sample_rate)
     return np.clip(waveform, -1, 1, out=waveform)
 
-# %% ../../nbs/1_data/01_audio.ipynb #c44
+# %% ../../nbs/1_data/01_audio.ipynb #c43
 SILENCE = 1e-3 # Largest magnitude of a waveform in which nothing can be heard: -60 dB of full scale
 
 def is_silent(
@@ -425,7 +386,7 @@ def is_silent(
     limit = SILENCE*(32768 if waveform.dtype==np.int16 else 1)
     return not len(waveform) or max(waveform.max(), -int(waveform.min()) if waveform.dtype==np.int16 else -waveform.min()) < limit
 
-# %% ../../nbs/1_data/01_audio.ipynb #c45
+# %% ../../nbs/1_data/01_audio.ipynb #c44
 def to_int16(
     waveform:np.ndarray, # float32 in [-1, 1]
 )->np.ndarray: # int16, the same shape
