@@ -150,7 +150,7 @@ def test_faults_are_told_while_typing(name, value, says):
 
 def test_the_first_group_says_where_things_are():
     names = {cls: list(SettingsForm(cls).groups()["Data, model and output"]) for cls in commands}
-    assert set(names[TrainSettings]) == {"train_dataset", "eval_dataset", "base_dir", "model_name", "chat_template", "output"}
+    assert set(names[TrainSettings]) == {"train_dataset", "eval_dataset", "base_dir", "model_name", "adapter", "chat_template", "output"}
     assert set(names[InferSettings]) == {"input", "base_dir", "model_name", "adapter", "chat_template", "output"}
     assert all("output" in names[cls] for cls in commands if cls is not CheckSettings)
 
