@@ -25,7 +25,7 @@ def check_vocabulary(
     if last < rows: return
     name, token = unwrap_model(model).name_or_path, tok.convert_ids_to_tokens(last)
     raise InputError(f"--model-name {name}: its tokenizer has tokens that the model has no embeddings for, "
-                     f"such as {token!r}, which is number {last} where {rows} are known; resize the model to its "
+                     f"such as {token!r}, with the id {last}; there are {rows} embeddings. Resize the model to its "
                      "tokenizer, with transformers' model.resize_token_embeddings(len(tokenizer)), and save both")
 
 # %% ../../nbs/2_model/34_probe.ipynb #c9
