@@ -4,7 +4,6 @@ import json
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
 
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import InferSettings, MergeSettings, TrainSettings
@@ -20,8 +19,6 @@ from mdl_nbdev.train.losses import logits_at
 from mdl_nbdev.train.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-logging.disable_progress_bar()
-logging.set_verbosity_error()
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
              max_position_embeddings=256, sliding_window=64)

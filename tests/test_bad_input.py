@@ -17,6 +17,7 @@ import soundfile as sf
 from training_runs import finish, start
 
 from mdl_nbdev import audio, cli
+from mdl_nbdev.data import remote
 from mdl_nbdev.data.sounds import make_sounds
 
 # --- How a command ends
@@ -28,6 +29,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(audio.fetch, "__defaults__", (5000, 0.5, 2., 0)) # max_bytes, timeout, deadline, retries
+    monkeypatch.setattr(remote, "_silent", {}) # hosts that other tests waited for
 
 
 def digests(folder="."):

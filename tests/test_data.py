@@ -419,7 +419,7 @@ def test_many_labels(tmp_path, clips):
 
 def test_plain_settings_do(tmp_path, clips):
     s = SimpleNamespace(input=write(tmp_path, "audio,prediction\na.wav,x\n"), base_dir=clips, system_prompt=None, user_prompt=None,
-                        max_audio_seconds=600., num_workers=1, decode=False, predictions=True)
+                        max_audio_seconds=600., num_workers=1, decode=False, predictions=True, encoding="utf-8")
     assert check(s).rows == 1
 
 

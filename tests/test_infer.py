@@ -505,7 +505,8 @@ def test_launchers(launcher, whole):
     load_processor("tiny").save_pretrained("model")
     out, err = launch(launcher, whole/"sounds.csv", "--base-dir", whole, "--output", "out.csv", "--model-name", "model", code=1)
     assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
-    assert Path("out.csv.rejects.csv").read_bytes() == (whole/"whole.csv.rejects.csv").read_bytes()
+    rejects = [[row[:-1] for row in table(path)] for path in ("out.csv.rejects.csv", whole/"whole.csv.rejects.csv")]
+    assert rejects[0] == rejects[1], "but for the model, whose weights lie in another folder"
     assert leftovers("out.csv") == ["out.csv.rejects.csv"]
     assert out.count("70 rows in out.csv") == out.count("8 rows without an answer") == 1
     assert len(re.findall(r"answering:.*70/70", err)) >= 1 and "8 without an answer" in err
