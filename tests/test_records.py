@@ -17,16 +17,18 @@ from hypothesis import strategies as st
 
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings, ConvertSettings, InferSettings
+from mdl_nbdev.data.audio import load_audio, to_int16
 from mdl_nbdev.data.check import check
 from mdl_nbdev.data.jsonl import JsonlFile
 from mdl_nbdev.data.parquet import ParquetFile
 from mdl_nbdev.data.rows import to_conversation
+from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.data.sources import find_tasks, open_rows
 from mdl_nbdev.data.tables import CsvFile, format_row
 from mdl_nbdev.infer.run import infer
 from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.train.convert import convert
-from mdl_nbdev.train.dataset import open_dataset
+from mdl_nbdev.train.dataset import AudioDataset, open_dataset
 
 
 def write(folder, data, name="r.jsonl"):
@@ -498,8 +500,8 @@ def test_parquet_types(tmp_path):
     a, b = open_rows(tmp_path/"t.parquet")
     assert (a.audio, a.prediction, a.cells[:5]) == ("a.wav", "null", ("a.wav", "null", "1.5", "true", '["é"]'))
     assert (b.audio, b.prediction, b.cells[1], b.cells[3], b.cells[4]) == ("b.wav", None, "", "false", "[]")
-    for column, values, message in [("audio", [b"RIFF"], r"the column audio holds binary; it must be text \(the path or URL of each clip\)"), ("audio", [{"bytes": b"", "path": "a.wav"}], "the column audio holds struct"),
-                                    ("prediction", [3], "the column prediction holds int64; it must be text"), ("x", [b"1"], "the column x holds binary")]:
+    for column, values, message in [("audio", [[.5]], r"the column audio holds list<.*>; it must be text \(the path or URL of each clip\), or the bytes of each clip"),
+                                    ("prediction", [b"x"], "the column prediction holds binary; it must be text"), ("prediction", [3], "the column prediction holds int64; it must be text")]:
         pq.write_table(pa.table({**{"audio": ["a.wav"], "prediction": ["x"]}, column: values}), tmp_path/"t.parquet")
         with pytest.raises(InputError, match=f"t.parquet: {message}"): open_rows(tmp_path/"t.parquet")
     pq.write_table(pa.table([["a"], ["b"], ["c"]], ["audio", "prediction", "audio"]), tmp_path/"t.parquet")
@@ -508,6 +510,29 @@ def test_parquet_types(tmp_path):
     with pytest.raises(InputError, match="t.parquet: no column audio.*rename 'Audio' to 'audio'"): open_rows(tmp_path/"t.parquet")
     pq.write_table(pa.table({"audio": pa.array([], pa.string()), "prediction": pa.array([], pa.string())}), tmp_path/"t.parquet")
     with pytest.raises(InputError, match="t.parquet: columns and no rows"): open_rows(tmp_path/"t.parquet").count()
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])], ids=["binary", "large binary", "struct"])
+def test_parquet_with_clips_inside(tmp_path, monkeypatch, capsys, kind):
+    "As `datasets` writes its Audio and Image columns: the same samples as those of the files, in check, conversion and inference"
+    monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
+    make_sounds(tmp_path, 5)
+    paths = sorted((tmp_path/"sounds").glob("*.wav"))
+    cells = [p.read_bytes() for p in paths]
+    if pa.types.is_struct(kind): cells = [dict(bytes=data, path=p.name) for data, p in zip(cells, paths)][:4] + [dict(bytes=None, path=str(paths[4]))]
+    image = [dict(bytes=b"PNG", path="a.png")] * 5
+    pq.write_table(pa.table(dict(audio=pa.array(cells, kind), prediction=[p.stem for p in paths], image=image)), tmp_path/"t.parquet")
+    report = check(CheckSettings(input=tmp_path/"t.parquet", num_workers=1))
+    assert report.rows == 5 and not report.bad and "image (5 rows)" in str(report)
+    convert(ConvertSettings(input=tmp_path/"t.parquet", output=tmp_path/"set", model_name="tiny", num_workers=1))
+    made = AudioDataset(tmp_path/"set", load_chat("tiny").fingerprint)
+    for i, p in enumerate(paths): np.testing.assert_array_equal(made[i].clips[0], to_int16(load_audio(p)))
+    assert "t.parquet: ignored columns: image (binary data)" in capsys.readouterr().err
+    infer(InferSettings(input=tmp_path/"t.parquet", output=tmp_path/"out.csv", model_name="tiny", max_new_tokens=2, num_workers=1))
+    out = list(csv.DictReader(open(tmp_path/"out.csv")))
+    assert list(out[0]) == ["audio", "prediction"] and [Path(row["audio"]).read_bytes() for row in out] == [p.read_bytes() for p in paths]
+    n = len(list((tmp_path/"cache"/"cells").iterdir()))
+    assert n == (4 if pa.types.is_struct(kind) else 5), "each clip once, and nothing half-written"
 
 
 def test_broken_parquet(tmp_path):

@@ -233,6 +233,7 @@ class RowFile:
     "A file of rows; `CsvFile`, `JsonlFile` and `ParquetFile` say how one kind is read and written"
     out_suffix = ".csv" # Suffix of what inference writes for this file
     columns:list[str] # Names of the columns, or keys of the first record
+    left_out:list[str]=() # Names of columns that are not even read
     def __init__(self,
         path:str|Path, # A regular file
         encoding:str="utf-8", # Of its text
@@ -253,7 +254,7 @@ class RowFile:
     )->list[str]: # Names of columns or keys
         "The columns or keys of a row that are ignored"
         meant = (*COLUMNS, *segment_names(self.columns))
-        return [name for name in self.columns if name not in meant]
+        return [*(name for name in self.columns if name not in meant), *self.left_out]
 
     def misnamed(self)->dict[str,str]: # Ignored column -> the column it may be meant as
         "Ignored columns that look like prompts; records have many names for a prompt, tables have one"
