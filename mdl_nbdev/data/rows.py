@@ -249,9 +249,7 @@ class RowFile:
         "Read the file once, a row at a time"
         raise NotImplementedError
 
-    def ignored(self,
-        row, # A row of this file
-    )->list[str]: # Names of columns or keys
+    def ignored(self, row)->list[str]: # Names of columns or keys
         "The columns or keys of a row that are ignored"
         meant = (*COLUMNS, *segment_names(self.columns))
         return [*(name for name in self.columns if name not in meant), *self.left_out]
