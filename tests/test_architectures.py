@@ -25,12 +25,14 @@ SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_routed_experts=4, shared_expert_intermediate_size=32)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"])
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
-MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16, mamba_expand=2, mamba_chunk_size=16)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16, mamba_expand=2, mamba_chunk_size=16, attn_layer_indices=[1])
 KINDS = {kind: {} for kind in """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text cohere cohere2 granite olmo olmo2 olmo3 stablelm starcoder2 phi phi3 gpt2
-    gpt_neox gptj gpt_bigcode codegen openai-gpt bloom mpt biogpt persimmon nemotron glm glm4 helium smollm3 arcee seed_oss
-    ernie4_5 exaone4 hunyuan_v1_dense diffllama bitnet apertus ministral nanochat mamba falcon_mamba rwkv recurrent_gemma lfm2""".split()}
-KINDS |= {kind: EXPERTS for kind in "mixtral qwen2_moe qwen3_moe olmoe phimoe granitemoe gpt_oss jamba jetmoe glm4_moe".split()}
+    gpt_neox gpt_bigcode openai-gpt bloom mpt biogpt persimmon nemotron glm glm4 helium smollm3 arcee seed_oss
+    ernie4_5 exaone4 hunyuan_v1_dense diffllama bitnet apertus ministral nanochat mamba falcon_mamba rwkv lfm2""".split()}
+KINDS |= {kind: EXPERTS for kind in "mixtral qwen2_moe qwen3_moe olmoe phimoe granitemoe gpt_oss jetmoe glm4_moe".split()}
 KINDS |= dict(deepseek_v2=EXPERTS | LATENT, deepseek_v3=EXPERTS | LATENT, qwen3_next=EXPERTS | LINEAR, qwen3_5_text=LINEAR, bamba=MAMBA)
+KINDS |= dict(gptj=dict(rotary_dim=4), codegen=dict(rotary_dim=4), recurrent_gemma=dict(block_types=["recurrent", "attention"]),
+              jamba=EXPERTS | dict(attn_layer_period=2, attn_layer_offset=1))
 KINDS |= dict(gpt_neo=dict(attention_types=[[["global", "local"], 1]]), ctrl=dict(dff=64), opt=dict(ffn_dim=64, word_embed_proj_dim=32), xglm=dict(ffn_dim=64),
               falcon=dict(head_dim=None), mamba2=dict(num_heads=8, n_groups=1, state_size=16, expand=2, chunk_size=16))
 tok = byte_tokenizer(eos_token="<|im_end|>", pad_token="<|pad|>", extra_special_tokens=["<|im_start|>"])
