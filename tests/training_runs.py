@@ -33,11 +33,15 @@ def start(argv, log, command="mdl_train", folder=".", env=(), prepare=None):
     return process
 
 
-def ranks(world):
-    "The environment of each process of one run, as a launcher sets it"
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        together = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+        return str(s.getsockname()[1])
+
+
+def ranks(world):
+    "The environment of each process of one run, as a launcher sets it"
+    together = dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     return [dict(RANK=str(r), LOCAL_RANK=str(r), **together) for r in range(world)]
 
 

@@ -173,7 +173,8 @@ def shown_texts(self:Chat,
     def marked(): return render_shape(self.tok, self.family, shape, is_prompt)
     def split(marked): return re.split('\ue000(\\d+)\ue001', marked)
     if shape not in self.renderings:
-        self.renderings[shape] = marked(), find_premises(self.tok, self.family, shape, is_prompt, marked())
+        known = marked()
+        self.renderings[shape] = known, find_premises(self.tok, self.family, shape, is_prompt, known)
     known, premises = self.renderings[shape]
     if premises and premises.hold(texts): return texts
     shown = render(self.tok, self.family, messages, is_prompt)
