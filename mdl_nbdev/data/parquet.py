@@ -6,13 +6,13 @@
 __all__ = ['holds_clips', 'column_fault', 'cell_text', 'clip_file', 'ParquetFile']
 
 # %% ../../nbs/1_data/09_parquet.ipynb #c4
-import hashlib, json, os, tempfile
+import hashlib, json
 from pathlib import Path
 from typing import Any, Callable, Iterator
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.text import shorten
-from .remote import cache_dir
+from .remote import cache_dir, cached_file
 from .rows import COLUMNS, BadRow, Row
 from .tables import TableFile, header_fault
 
@@ -57,9 +57,7 @@ def clip_file(
     path = cache_dir()/"cells"/f"{hashlib.sha256(data).hexdigest()[:32]}{Path(name).suffix}"
     if path.exists(): return str(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f: f.write(data) # others may write the same
-        os.replace(f.name, path)
+        with cached_file(path) as f: f.write(data)
     except OSError as e:
         raise InputError(f"{path}: cannot write this clip to the cache: {e.strerror}; free some space, "
                          "or set MDL_CACHE to another folder") from e

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SILENT_CLIPS', 'SILENT_SECONDS', 'AudioError', 'is_url', 'TryAgain', 'NoAnswer', 'SilentHost', 'check_response',
-           'is_private', 'check_redirect', 'http_client', 'unpacked', 'write_body', 'download', 'call_within',
-           'cache_dir', 'note_answer', 'fetch']
+           'is_private', 'check_redirect', 'http_client', 'unpacked', 'write_body', 'cached_file', 'download',
+           'call_within', 'cache_dir', 'note_answer', 'fetch']
 
 # %% ../../nbs/1_data/00_remote.ipynb #c4
 import concurrent.futures, hashlib, ipaddress, os, re, socket, tempfile, time, zlib
 from functools import lru_cache
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterator
 from ..base.errors import InputError
@@ -122,6 +123,18 @@ def write_body(
         raise AudioError(f'{url}: {type(e).__name__} {e}; check the address') from None
 
 # %% ../../nbs/1_data/00_remote.ipynb #c16
+@contextmanager
+def cached_file(
+    path:Path, # The file to write
+)->Iterator: # An open file
+    "Write a file of the cache under a name of its own, and rename it once it is complete: others may write the same"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, part = tempfile.mkstemp(dir=path.parent, suffix='.part')
+    try:
+        with open(fd, 'wb') as out: yield out
+        os.replace(part, path)
+    finally: Path(part).unlink(missing_ok=True)
+
 def download(
     url:str, # http or https address
     path:Path, # The file to write
@@ -131,15 +144,11 @@ def download(
     retries:int, # Further attempts, after pauses of 0.5, 1, 2, ... seconds
 )->None:
     "Download `url` to `path`, completely or not at all"
-    path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(retries + 1):
-        fd, part = tempfile.mkstemp(dir=path.parent, suffix='.part')
         try:
-            with open(fd, 'wb') as out: write_body(url, out, max_bytes, timeout, end)
-            os.replace(part, path)
+            with cached_file(path) as out: write_body(url, out, max_bytes, timeout, end)
             return
         except TryAgain as e: reason, error = e, SilentHost if isinstance(e, NoAnswer) else AudioError
-        finally: Path(part).unlink(missing_ok=True)
         remaining = max(0, end - time.monotonic())
         if attempt < retries: time.sleep(min(2**attempt / 2, remaining))
     raise error(f'{url}: {reason}, {retries + 1} times; try again later, or download it and give its path')
