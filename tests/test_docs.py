@@ -150,4 +150,4 @@ def test_site_has_every_page(site):
     assert not [f"{m}.{name}" for m, loaded in reference.load().items() for name in loaded.__all__ if f"mdl_nbdev.{m}.{name}" not in ids]
     options = Page(site/"commands.html").ids
     assert not [(c, a.dest) for c in reference.commands for a in reference.command_parser(c)._actions if a.option_strings and reference.anchor(c, a.option_strings[-1]) not in options]
-    assert not re.search(r"#\| *(hide|export|default_exp|data|slow|gpu)\b", (site/"1_data"/"06_tables.html").read_text(encoding="utf-8"))
+    assert not re.search(r"#\| *(hide|export|default_exp|data|slow|gpu)\b", (site/"1_data"/"08_tables.html").read_text(encoding="utf-8"))

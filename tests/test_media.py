@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.media import file_contents, mp3_fault
+from mdl_nbdev.data.media import file_contents, mp3_fault
 from mdl_nbdev.data.audio import decode, load_audio, open_clip
 
 folder = Path(__file__).parent/"fixtures"/"audio"
