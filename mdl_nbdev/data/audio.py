@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np, soundfile as sf, soxr
 from ..base.errors import InputError
-from .media import MediaFile, file_contents, is_chained_ogg, mp3_fault, mp3_tag, ogg_is_complete
+from .media import MediaFile, file_contents, is_chained_ogg, mp3_fault, mp3_states_length, ogg_is_complete
 from ..base.text import shorten
 from .remote import AudioError, fetch, is_url
 
@@ -212,7 +212,7 @@ def open_file(
 )->sf.SoundFile: # To be read from start to end
     "Open a file in the way that suits its header"
     f = files.enter_context(_Stream(path))
-    if f.format=='MP3' and not mp3_tag(path): return files.enter_context(_Stream(files.enter_context(_Endless(path))))
+    if f.format=='MP3' and not mp3_states_length(path): return files.enter_context(_Stream(files.enter_context(_Endless(path))))
     whole = piped_wav(path) if f.format.startswith('WAV') and not f.frames else None
     return files.enter_context(_Stream(files.enter_context(whole))) if whole else f
 
