@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -113,6 +114,11 @@ def test_a_lock_outlives_its_killed_process_only_by_its_workers(monkeypatch):
     files.lock_file("x.lock").close()
 
 
+def shorten_demo():
+    "In a process of its own: a demo of a few clips"
+    mdl_nbdev.demo = partial(mdl_nbdev.demo, clips=32, held_out=8, epochs=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["mdl_infer sounds.csv --model-name tiny --max-new-tokens 2 --batch-size 1 --output out.csv",
     "mdl_convert sounds.csv --model-name tiny --num-workers 1 --output out",
@@ -121,8 +127,8 @@ def test_a_lock_outlives_its_killed_process_only_by_its_workers(monkeypatch):
 def test_twenty_double_starts(made, command, monkeypatch):
     "Exactly one of two runs, whichever of them is first"
     name, *argv = command.replace("ADAPTER", str(made/"adapted"/"final")).split()
-    for _n in range(4 if "demo" in command else 20):
-        both = [training_runs.start(argv, f"log{i}", name) for i in range(2)]
+    for _n in range(20):
+        both = [training_runs.start(argv, f"log{i}", name, prepare=shorten_demo) for i in range(2)]
         for p in both: p.join(300)
         logs = [Path(f"log{i}") for i in range(2)]
         printed = [log.read_text() for log in logs]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.data.media import file_contents, mp3_fault
 from mdl_nbdev.data.audio import decode, load_audio, open_clip
+from mdl_nbdev.data.media import file_contents, mp3_fault
 
 folder = Path(__file__).parent/"fixtures"/"audio"
 names = sorted(p.name for p in folder.iterdir() if p.suffix not in (".py", ".npz"))

@@ -28,6 +28,7 @@ def _run(command, argv, log, folder, env, prepare):
 
 def start(argv, log, command="mdl_train", folder=".", env=(), prepare=None):
     "A command with some arguments, in a folder and with variables of its environment, after a call of `prepare`; what it prints goes to the file `log`"
+    Path(log).touch() # a run that is killed at once has printed nothing
     process = context.Process(target=_run, args=(command, [str(a) for a in argv], log, folder, dict(env), prepare))
     process.start()
     return process
