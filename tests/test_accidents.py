@@ -31,7 +31,7 @@ from mdl_nbdev.base import files
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.files import file_lock
 from mdl_nbdev.cli import commands
-from mdl_nbdev.data import audio, remote
+from mdl_nbdev.data import audio
 from mdl_nbdev.data.audio import load_audio
 from mdl_nbdev.data.remote import fetch
 from mdl_nbdev.data.sounds import make_sounds
@@ -560,12 +560,7 @@ def test_a_packed_answer_is_unpacked_piece_by_piece(server):
 
 def test_redirects_end(server):
     server |= dict(status=302, headers={"Location": server["url"]}, body=b"")
-    with pytest.raises(InputError, match="TooManyRedirects"): fetch(server["url"])
-
-def test_a_public_host_does_not_redirect_into_a_private_network(server, monkeypatch):
-    server |= dict(status=302, headers={"Location": server["url"]}, body=b"")
-    monkeypatch.setattr(remote, "is_private", lambda host: host != "localhost")
-    with pytest.raises(InputError, match="redirects to 127.0.0.1, which is not public"): fetch(server["url"].replace("127.0.0.1", "localhost"), retries=0)
+    with pytest.raises(InputError, match="redirects more than 5 times; check the address"): fetch(server["url"])
 
 def test_a_host_that_does_not_answer_is_left_alone(monkeypatch, tmp_path, server):
     "After three clips, for a while"

@@ -29,6 +29,10 @@ class DataSettings(Settings):
     encoding:str=opt('utf-8', resume=True, convert=True) # Encoding of CSV, TSV and JSONL files, by its name in Python
     # Maximum length of a clip in seconds; longer clips are rejected without being decoded
     max_audio_seconds:float=opt(600., minimum=0.1, convert=True)
+    # Download clips also from hosts in private networks and from this machine; false for tables from strangers
+    allow_private_hosts:bool=opt(True, resume=True, convert=True)
+    # First ask the servers of clips in the download cache which of them have changed, and download those again
+    refresh_cache:bool=opt(False, result=False, convert=True)
     # Parallel readers of audio; half the available cores, at most 32
     num_workers:int=opt(half_the_cores, minimum=1, result=False, convert=True)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'SOUND_SUFFIXES', 'SHORTER', 'MAX_PEAK', 'SILENCE', 'resolve', 'is_sound_file', 'names_clip',
            'local_file', 'no_clip', 'piped_wav', 'DamagedAudio', 'open_other', 'gsm_seconds', 'check_complete',
-           'split_segment', 'FileSegment', 'open_file', 'clip_errors', 'open_clip', 'AudioInfo', 'read_blocks',
-           'audio_info', 'to_mono', 'decode', 'resample', 'load_audio', 'is_silent', 'to_int16', 'from_int16']
+           'FileSegment', 'open_file', 'clip_errors', 'open_clip', 'AudioInfo', 'read_blocks', 'audio_info', 'to_mono',
+           'decode', 'resample', 'load_audio', 'is_silent', 'to_int16', 'from_int16']
 
 # %% ../../nbs/1_data/03_audio.ipynb #c4
 import io, math, os, re, struct
@@ -18,6 +18,7 @@ import numpy as np, soundfile as sf, soxr
 from ..base.errors import InputError
 from .media import MediaFile, file_contents, is_chained_ogg, mp3_fault, mp3_states_length, ogg_is_complete
 from ..base.text import shorten
+from .clips import split_segment
 from .remote import AudioError, fetch, is_url
 
 # %% ../../nbs/1_data/03_audio.ipynb #c5
@@ -165,15 +166,6 @@ def check_complete(
     if f.format=='OGG' and is_chained_ogg(path): raise AudioError(f'{src}: {_JOINED}')
 
 # %% ../../nbs/1_data/03_audio.ipynb #c23
-_SEGMENT = re.compile(r'#t=(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?$')
-
-def split_segment(
-    src:str|Path, # Path or web address, perhaps with `#t=start,end`
-)->tuple[str|Path,float,float]: # The whole clip, and where the part begins and ends, in seconds
-    "Which part of which clip is meant"
-    m = _SEGMENT.search(str(src))
-    return (str(src)[:m.start()], float(m[1] or 0), float(m[2] or math.inf)) if m else (src, 0., math.inf)
-
 class FileSegment:
     "A part of an open sound file, which is read like a whole one"
     def __init__(self,

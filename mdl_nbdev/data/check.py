@@ -21,7 +21,8 @@ from ..base.html import Html, html_bar, html_table
 from ..base.processes import DaemonPool
 from ..base.settings import CheckSettings
 from ..base.text import format_duration, plural, shorten
-from .audio import SAMPLE_RATE, audio_info, is_silent, load_audio, resolve, split_segment
+from .audio import SAMPLE_RATE, audio_info, is_silent, load_audio, resolve
+from .clips import prepare_clips, split_segment
 from .conversations import Conversation, message_text
 from .rows import BadRow
 from .sources import open_rows
@@ -253,6 +254,7 @@ def check(
     "Check a file of rows and its clips, without a model"
     report, folder = CheckReport(str(s.input)), Path(s.input).parent
     clips = report.add_rows(s)
+    prepare_clips(s, clips)
     unusable = list(report.add_clips(clips, s))
     files = dict.fromkeys(split_segment(audio)[0] for audio in unusable)
     missing = [audio for audio in files if not os.path.exists(resolve(audio, s.base_dir))]

@@ -31,8 +31,9 @@ def run_identity(
 def answers_digest(
     identity:dict, # From `run_identity`
 )->str: # 16 hexadecimal digits
-    "A digest that is the same only for runs that answer a row alike; a limit of the length of clips only decides which rows are answered"
-    settings = {name:value for name,value in identity['settings'].items() if name != 'max_audio_seconds'}
+    "A digest that is the same only for runs that answer a row alike; settings that only decide which rows are answered do not count"
+    only_rows = ('max_audio_seconds', 'allow_private_hosts')
+    settings = {name:value for name,value in identity['settings'].items() if name not in only_rows}
     return hashlib.sha256(json.dumps(identity | dict(settings=settings), sort_keys=True).encode()).hexdigest()[:16]
 
 def identity_changes(

@@ -7,27 +7,31 @@ __all__ = ['REJECT_COLUMNS', 'shard_digest', 'LoggedShard', 'OutputPart', 'Infer
            'LoggedProgress']
 
 # %% ../../nbs/4_infer/01_output.ipynb #c4
-import csv, glob, hashlib, json, os
+import csv, glob, hashlib, json, os, sys
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Iterable, Iterator
 from fastcore.basics import chunked, patch
 from ..base.errors import InputError
 from ..base.files import append_text, check_inputs, file_lock, replacing, write_json, write_text
+from ..base.text import plural
+from ..data.audio import resolve
+from ..data.clips import clips_digest
+from ..data.conversations import Conversation
 from ..data.sources import SUFFIXES, open_rows
 from ..data.tables import format_row
 from .identity import answers_digest, identity_changes
 
 # %% ../../nbs/4_infer/01_output.ipynb #c6
 def shard_digest(
-    asked:str, # Text of the rows without predictions
-    answered:bytes, # The rows with predictions, as in the part
+    input_text:str, # The rows without predictions
+    output:bytes, # The rows with predictions, as in the part
 )->str: # 16 hexadecimal digits
     "A digest that is the same only for the same rows with the same predictions"
-    return hashlib.sha256(asked.encode() + answered).hexdigest()[:16]
+    return hashlib.sha256(input_text.encode() + output).hexdigest()[:16]
 
 @dataclass(slots=True)
 class LoggedShard:
@@ -37,8 +41,9 @@ class LoggedShard:
     end:int # Byte after its last one
     digest:str # From `shard_digest`
     rows:int # Number of rows
-    rejects:list # Of each row without an answer: row, line, audio, reason
-    truncated:list # Of each row whose answer was truncated: row, line
+    rejects:list=field(default_factory=list) # Of each row without an answer: row, line, audio, reason
+    truncated:list=field(default_factory=list) # Of each row whose answer was truncated: row, line
+    clips:str|None=None # From `clips_digest`; None in logs of earlier versions
 
     @classmethod
     def parse(cls,
@@ -46,7 +51,7 @@ class LoggedShard:
     )->'LoggedShard':
         "Read a line; `ValueError`, `KeyError` or `TypeError` if it is damaged"
         d = json.loads(line.decode())
-        return cls(d['window'], d['start'], d['end'], d['digest'], d['rows'], d['rejects'], d['cut'])
+        return cls(d['window'], d['start'], d['end'], d['digest'], d['rows'], d['rejects'], d['cut'], d.get('clips'))
 
     def with_lines(self,
         lines:dict, # Number of each row -> its line now
@@ -58,7 +63,7 @@ class LoggedShard:
     def format(self)->str:
         "The line of the log"
         return json.dumps(dict(window=self.number, start=self.start, end=self.end, digest=self.digest,
-                               rows=self.rows, rejects=self.rejects, cut=self.truncated)) + '\n'
+                               rows=self.rows, rejects=self.rejects, cut=self.truncated, clips=self.clips)) + '\n'
 
 # %% ../../nbs/4_infer/01_output.ipynb #c8
 @dataclass(frozen=True)
@@ -92,16 +97,15 @@ class OutputPart:
 @patch
 def append(self:OutputPart,
     number:int, # Number of the shard
-    asked:str, # Text of its rows without predictions
-    answered:str, # The same with predictions
+    input_text:str, # Its rows without predictions
+    output_text:str, # The same rows with predictions
     rows:int, # Number of rows
-    rejects:list=(), # Of each row without an answer: row, line, audio, reason
-    truncated:list=(), # Of each row whose answer was truncated: row, line
+    **notes # `rejects`, `truncated` and `clips` of its `LoggedShard`
 )->None:
     "Append a finished shard: first its rows, then its line in the log"
-    start, data = self.path.stat().st_size, answered.encode()
-    append_text(self.path, answered)
-    shard = LoggedShard(number, start, start+len(data), shard_digest(asked, data), rows, list(rejects), list(truncated))
+    start, output = self.path.stat().st_size, output_text.encode()
+    append_text(self.path, output_text)
+    shard = LoggedShard(number, start, start+len(output), shard_digest(input_text, output), rows, **notes)
     append_text(self.log, shard.format())
 
 @patch
@@ -122,8 +126,9 @@ class InferOutput:
     def __init__(self,
         path:Path, # The output
         source, # The input, from `open_rows`
+        base_dir:Path|None=None, # Folder that relative paths of clips start from; None: the working directory
     ):
-        self.path, self.source = Path(path), source
+        self.path, self.source, self.base_dir = Path(path), source, base_dir
         self.state, self.rejects = Path(f'{path}.part.json'), Path(f'{path}.rejects.csv')
         suffix = self.path.suffix.lower()
         own = ('.jsonl',) if source.out_suffix=='.jsonl' else ('.csv', '.tsv')
@@ -144,6 +149,12 @@ class InferOutput:
     )->str: # One record, with a newline at its end
         "A row as it is written"
         return self.source.format(row, prediction, self.delimiter)
+
+    def clips(self,
+        rows:Iterable, # Rows of the source
+    )->Iterator[str]: # Paths and addresses
+        "The clips of rows"
+        return (resolve(clip, self.base_dir) for row in rows for clip in Conversation(row.messages).clips)
 
 # %% ../../nbs/4_infer/01_output.ipynb #c15
 @patch
@@ -199,7 +210,7 @@ def check_other_locks(self:InferOutput,
 def begin(self:InferOutput,
     identity:dict, # From `run_identity`
     overwrite:bool=False, # Whether to discard what an earlier run has finished
-    retry:bool=False, # Whether the rows of `<output>.rejects.csv` are asked again, so that it is still needed
+    retry:bool=False, # Whether the rows of `<output>.rejects.csv` are answered again, so that it is still needed
 )->None:
     "Start a run, or continue one with the same identity; `InputError` if what is here belongs to another one"
     if not overwrite and self.state.exists() and any(next(p.shards(), None) for p in self.parts()):
@@ -235,6 +246,7 @@ def read_shard(
 @patch
 def intact_shards(self:InferOutput,
     shard_rows:int, # Rows of a shard
+    check_clips:bool=False, # Whether to leave out those whose clips have changed
 )->tuple[dict, bool]: # Number -> part and shard; whether these are all shards of the input
     "The finished shards that are undamaged and whose rows the input still has"
     logged, intact, seen = defaultdict(list), {}, 0
@@ -244,11 +256,12 @@ def intact_shards(self:InferOutput,
         files = self.open_parts(stack)
         rows_of_shards = islice(chunked(self.source.rows(), shard_rows), max(logged, default=-1) + 2)
         for seen,rows in enumerate(rows_of_shards, 1):
-            asked = ''.join(map(self.text, rows))
+            input_text = ''.join(map(self.text, rows))
             lines = dict(enumerate((row.line for row in rows), (seen - 1)*shard_rows + 1))
             for part,shard in logged[seen - 1]:
-                answered = read_shard(files[part.path], shard)
-                if shard_digest(asked, answered)==shard.digest: intact[seen - 1] = (part, shard.with_lines(lines))
+                if shard_digest(input_text, read_shard(files[part.path], shard)) != shard.digest: continue
+                if check_clips and shard.clips not in (None, clips_digest(self.clips(rows))): continue
+                intact[seen - 1] = (part, shard.with_lines(lines))
     return intact, len(intact)==seen
 
 @patch
@@ -256,7 +269,10 @@ def resume(self:InferOutput,
     shard_rows:int, # Rows of a shard
 )->list[int]: # Numbers of the finished shards, ascending
     "Find the finished shards that count, and remove everything else"
-    intact, _ = self.intact_shards(shard_rows)
+    intact, _ = self.intact_shards(shard_rows, check_clips=True)
+    logged = {shard.number:shard.rows for part in self.parts() for shard in part.shards()}
+    changed = sum(rows for number,rows in logged.items() if number not in intact)
+    if changed: print(f"{self.path}: {plural(changed, 'row')} answered again, since rows or clips have changed", file=sys.stderr, flush=True)
     for part in self.parts(): part.keep(shard for owner,shard in intact.values() if owner==part)
     return sorted(intact)
 
@@ -279,7 +295,7 @@ def rejected_rows(self:InferOutput,
     "The rows of a finished output that have no answer; `InputError` if another model would answer them now, or with other settings"
     if not (self.path.is_file() and self.rejects.is_file()):
         missing = self.rejects if self.path.is_file() else self.path
-        raise InputError(f"--retry-rejects: there is no {missing}, so there is nothing to ask again")
+        raise InputError(f"--retry-rejects: there is no {missing}, so there is nothing to answer again")
     try:
         with open(self.rejects, encoding='utf-8', newline='') as f: rejects = [(int(r['row']), r['run']) for r in csv.DictReader(f)]
     except (ValueError, KeyError, TypeError, csv.Error): rejects = []
@@ -313,9 +329,10 @@ def write(self:InferOutput,
     bad = [(n, r) for n,r in enumerate(rows, first+1) if r.reason is not None]
     rejects = [(str(n), str(r.row.line), r.row.audio or '', r.reason) for n,r in bad]
     truncated = [(str(n), str(r.row.line)) for n,r in enumerate(rows, first+1) if r.truncated]
-    asked = ''.join(self.text(r.row) for r in rows)
-    answered = ''.join(self.text(r.row, r.prediction) for r in rows)
-    part.append(number, asked, answered, len(rows), rejects, truncated)
+    input_text = ''.join(self.text(r.row) for r in rows)
+    output_text = ''.join(self.text(r.row, r.prediction) for r in rows)
+    clips = clips_digest(self.clips(r.row for r in rows))
+    part.append(number, input_text, output_text, len(rows), rejects=rejects, truncated=truncated, clips=clips)
 
 # %% ../../nbs/4_infer/01_output.ipynb #c32
 REJECT_COLUMNS = ['row', 'line', 'audio', 'reason', 'run'] # Of `<output>.rejects.csv`; the last one is from `answers_digest`

@@ -23,6 +23,8 @@ from ..base.processes import DaemonPool, Ranks, is_main_process, silence_librari
 from ..base.settings import InferSettings
 from ..base.text import plural, same_text
 from ..data.audio import audio_info
+from ..data.clips import prepare_clips
+from ..data.remote import set_host_policy
 from ..data.sources import note_misnamed, open_rows
 from ..data.conversations import Conversation
 from ..data.pictures import clip_html
@@ -215,7 +217,7 @@ def open_output(
     s:InferSettings, # Settings of the run
 )->InferOutput: # With its input opened
     "Check input and output as far as no row has to be read"
-    out = InferOutput(s.output, open_rows(s.input, ('audio',), s.encoding))
+    out = InferOutput(s.output, open_rows(s.input, ('audio',), s.encoding), s.base_dir)
     out.check_input(s.chat_template)
     check_output(out, s)
     return out
@@ -304,6 +306,7 @@ def prepare_output(
 )->tuple[list[int], set[int]|None]: # Numbers of the finished shards, and of the only rows to ask
     "Start or continue an output, on the main process"
     identity = run_identity(s)
+    if s.refresh_cache: prepare_clips(s, out.clips(out.source.rows()))
     rejected = out.rejected_rows(identity) if s.retry_rejects else None
     for _ in out.earlier_answers(rejected) if s.retry_rejects else []: pass # which checks them
     out.begin(identity, s.overwrite, s.retry_rejects)
@@ -337,6 +340,7 @@ def infer(
 )->InferReport: # What was done; under a launcher the main process has all of it
     "Answer every row of a table or of records; a rerun after an interruption continues where it stopped"
     os.environ.pop('ACCELERATE_USE_FSDP', None) # concerns training; here each process has a whole model
+    set_host_policy(s.allow_private_hosts)
     with Ranks() as ranks, ExitStack() as stack:
         if not ranks.is_main: silence_libraries()
         out = ranks.agree(open_output, s)

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'OWN_FILES', 'RECORD_BATCH', 'row_schema', 'to_columns', 'record_batch', 'bad_row', 'convert_rows',
-           'ShardJob', 'file_state', 'Shard', 'write_shard', 'finished_shard', 'start_worker', 'write_in_worker',
-           'write_shards', 'read_conversations', 'plan_shards', 'conversion_key', 'write_small_files', 'ConvertReport',
-           'convert']
+           'ShardJob', 'Shard', 'write_shard', 'finished_shard', 'start_worker', 'write_in_worker', 'write_shards',
+           'read_conversations', 'plan_shards', 'conversion_key', 'write_small_files', 'ConvertReport', 'convert']
 
 # %% ../../nbs/3_train/00_convert.ipynb #c4
 import hashlib, json, multiprocessing, os, shutil, sys
@@ -24,7 +23,7 @@ from ..base.files import check_inputs, file_digest, make_folder, new_output, out
 from ..base.processes import end_with_parent
 from ..base.settings import ConvertSettings
 from ..base.text import format_duration, plural
-from ..data.audio import split_segment
+from ..data.clips import clip_state, prepare_clips
 from ..data.conversations import Conversation
 from ..data.rows import BadRow, bad_rows_error, to_conversation
 from ..data.sources import note_misnamed, open_rows
@@ -108,19 +107,11 @@ class ShardJob:
     @cached_property
     def digest(self)->str: # 16 hexadecimal digits
         "A digest of the shard's input"
-        rows = [(c.messages, [file_state(p) for p in c.clips], c.line, c.task) for c in self.conversations]
+        rows = [(c.messages, [clip_state(p) for p in c.clips], c.line, c.task) for c in self.conversations]
         facts = [rows, self.audio_dtype, self.max_seconds, self.fingerprint]
         if self.sample_rate != 16_000: facts.append(self.sample_rate) # as digests were before there were other rates
         text = json.dumps(facts, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-def file_state(
-    path:str, # A path or URL, perhaps of a part of a clip
-)->tuple[int,int]|None: # Bytes and nanoseconds; None for a URL or a missing file
-    "Size and time of a file, which change when its content does"
-    try: stat = os.stat(split_segment(path)[0])
-    except (OSError, ValueError): return None
-    return stat.st_size, stat.st_mtime_ns
 
 # %% ../../nbs/3_train/00_convert.ipynb #c11
 class Shard(NamedTuple):
@@ -236,6 +227,7 @@ def plan_shards(
 )->list[ShardJob]: # In the order of the rows
     "Divide the rows of a file into shards"
     rows, folder = read_conversations(s), Path(f'{s.output}.part')
+    prepare_clips(s, [clip for c in rows for clip in c.clips])
     size = min(4096, max(64, -(-len(rows)//64)))
     rate, longest = chat.family.sample_rate, min(s.max_audio_seconds, chat.family.max_clip_seconds)
     most_samples = rate*longest*max(1, max(len(c.clips) for c in rows))

@@ -9,6 +9,7 @@ __all__ = ['check_settings', 'find_checkpoint', 'open_run_folder', 'open_mixes',
 
 # %% ../../nbs/3_train/20_run.ipynb #c4
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import torch
@@ -23,6 +24,7 @@ from ..base.files import file_lock, make_folder, replacing_folder
 from ..base.options import options_where
 from ..base.processes import Ranks, is_main_process
 from ..base.settings import TrainSettings
+from ..data.remote import set_host_policy
 from ..data.sources import find_tasks
 from ..model.adapters import adapt, without_input_casts
 from ..model.chat import Chat, silent_example
@@ -146,7 +148,8 @@ def open_datasets(
 ): # The `Mix` for training, and the one for evaluation or None
     "The rows that the run trains and evaluates on"
     if ranks.world > 1: ranks.on_main(convert_datasets, s, chat)
-    training, evaluation = ranks.agree(open_mixes, s, chat)
+    refreshed = replace(s, refresh_cache=s.refresh_cache and ranks.world==1)
+    training, evaluation = ranks.agree(open_mixes, refreshed, chat)
     for mix in [training, evaluation] if not s.resume_from_checkpoint else []: ranks.on_main(verify_mix, mix)
     if s.validation_split: training, evaluation = split(training, s.validation_split, s.seed)
     if s.loss_mode=='coba':
@@ -328,6 +331,7 @@ def train(
     with Ranks() as ranks, ExitStack() as stack:
         checkpoint = ranks.on_main(open_run_folder, s, stack)
         set_seed(s.seed)
+        set_host_policy(s.allow_private_hosts)
         chat = ranks.agree(load_chat, s.model_name, s.from_modelscope, template_of(s.adapter, s.chat_template))
         training, evaluation = open_datasets(s, chat, ranks)
         trainer = ranks.agree(make_trainer, s, chat, training, evaluation, callbacks, ranks)
