@@ -441,7 +441,8 @@ def test_a_stop_ends_an_evaluation(monkeypatch):
 # Texts of strangers
 
 @pytest.mark.parametrize("template", ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}"], ids=range(2))
+    "{% for a in range(9999) %}{% for b in range(9999) %}.{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}"], ids=range(3))
 def test_a_chat_template_that_does_not_end(template, capsys):
     Path("endless.jinja").write_text("{{ messages[0].role }}\n" + template)
     said = message("mdl_infer", "sounds.csv", "--model-name", "tiny", "--chat-template", "endless.jinja", "--output", "o.csv", capsys=capsys)
