@@ -20,7 +20,7 @@ from .tables import TableFile, header_fault
 def holds_clips(
     field, # A `pyarrow.Field`
 )->bool:
-    "Whether a column is that of the clips, and holds their bytes, alone or beside their paths"
+    "Whether a column is `audio` and holds the bytes of clips, alone or beside their paths"
     import pyarrow.types as t
     own = field.type
     if t.is_struct(own) and own.get_field_index("bytes") >= 0: own = own.field("bytes").type
@@ -28,8 +28,8 @@ def holds_clips(
 
 def column_fault(
     field, # A `pyarrow.Field` of a column with a meaning
-)->str|None: # What is wrong, and what to do
-    "What is wrong with the type of a column"
+)->str|None: # None: nothing is wrong
+    "Why a column cannot be read, by its type"
     import pyarrow.types as t
     own = field.type.value_type if t.is_dictionary(field.type) else field.type
     is_text = t.is_string(own) or t.is_large_string(own) or t.is_string_view(own) or t.is_null(own)
@@ -49,8 +49,8 @@ def cell_text(
 # %% ../../nbs/1_data/11_parquet.ipynb #c9
 def clip_file(
     value:bytes|dict|None, # The bytes of a sound file, or `bytes` and `path`
-)->str: # Its path; empty for null
-    "Write a clip to the cache, unless it is there"
+)->str: # Its path in the cache; without bytes the given path, or nothing
+    "Write a clip to the cache, unless it is there already"
     cell = value if isinstance(value, dict) else dict(bytes=value)
     data, name = cell["bytes"], cell.get("path") or ""
     if data is None: return name
@@ -66,7 +66,7 @@ def clip_file(
 # %% ../../nbs/1_data/11_parquet.ipynb #c11
 class ParquetFile(TableFile):
     "A Parquet file with the columns of a table"
-    nulls = ("", "", "", "") # it has missing values, so the word `null` is text
+    nulls = ("", "", "", "") # Parquet has real nulls, so the word `null` is text
     def __init__(self,
         path:str|Path, # Parquet file
         needs:tuple[str,...]=("audio",), # Columns that the file must have
