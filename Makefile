@@ -35,10 +35,12 @@ docs: install  ## Build the documentation site into docs/_site
 # that index_zh.ipynb has the code and outputs of index.ipynb. Cells marked `slow` run in test-slow, which runs every notebook in a kernel
 test test-slow: export HF_HUB_OFFLINE := 1
 test test-slow: export TOKENIZERS_PARALLELISM := false
+test test-slow: export MDL_CACHE := $(CURDIR)/$(VENV)/test-cache
 test test-slow: export OMP_NUM_THREADS := 1
 PYTEST := python -m pytest tests -q -n 2 --dist loadfile
 
 test: install  ## Run every check: sync, lint, notebooks, pytest
+	rm -rf "$$MDL_CACHE"
 	tests/in_sync.sh
 	ruff check tests benchmarks docs setup.py
 	nbdev_test --n_workers 2 --do_print --timing --skip_file_glob index_zh.ipynb

@@ -1,10 +1,13 @@
 "`@pytest.mark.slow` tests run with `--slow` only (`make test-slow`); modules that ask for `one_thread` compute with one"
 import gc
 import os
+import tempfile
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1") # before the hub's client is imported: no test needs the network
+cache = tempfile.TemporaryDirectory()
+os.environ["MDL_CACHE"] = cache.name
 
 
 def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run the slow tests too")

@@ -422,20 +422,27 @@ def test_a_run_folder_that_is_moved():
     assert train(settings("sounds.csv", "elsewhere", resume_from_checkpoint=True)).whole
 
 
-def test_a_stop_ends_an_evaluation(monkeypatch):
-    "The resumed run makes up for it, and ends as an undisturbed one"
+@pytest.mark.parametrize("stops", [(2,), (2, 1), (5,), (5, 1)], ids=str)
+def test_a_stop_ends_an_evaluation(stops, monkeypatch):
+    "Also the last one, and that with which a resumed run makes up for it; in the end the run is as an undisturbed one"
     s = settings("sounds.csv", "run", eval_dataset=["sounds.csv"], eval_steps=2, save_steps=100, logging_steps=1, sample_answers=0)
     def metrics(report): return [{k: v for k, v in m.items() if not k.endswith("per_second") and k not in ("time", "peak_memory_gib")} for m in report.metrics]
-    whole, losses, batches = train(dataclasses.replace(s, output="whole")), TaskTrainer.task_token_losses, []
-    def asked_to_stop(self, batch):
-        batches.append(batch)
-        if len(batches) == 2: self.stop_requested = "SIGTERM"
-        return losses(self, batch)
-    with monkeypatch.context() as m:
-        m.setattr(TaskTrainer, "task_token_losses", asked_to_stop)
-        report = train(s)
-    assert (report.stopped, report.steps, len(batches)) == ("SIGTERM", 2, 2) and report.last("eval_loss") is None
-    assert metrics(train(dataclasses.replace(s, resume_from_checkpoint=True))) == metrics(whole)
+    whole, losses = train(dataclasses.replace(s, output="whole")), TaskTrainer.task_token_losses
+    for stop in stops: # batches of evaluations, each of which has three
+        batches = []
+        def asked_to_stop(self, batch, stop=stop, batches=batches):
+            batches.append(batch)
+            if len(batches) == stop: self.stop_requested = "SIGTERM"
+            return losses(self, batch)
+        with monkeypatch.context() as m:
+            m.setattr(TaskTrainer, "task_token_losses", asked_to_stop)
+            report = train(s)
+        assert (report.stopped, report.steps, len(batches), report.whole) == ("SIGTERM", 4 if stops[0] == 5 else 2, stop, False)
+        assert sum("eval_loss" in m for m in report.metrics) == (stops[0] == 5) and not Path("run/final").exists()
+        s = dataclasses.replace(s, resume_from_checkpoint=True)
+    report = train(s)
+    assert metrics(report) == metrics(whole) and report.whole and report.eval_loss == whole.eval_loss
+    assert metrics(train(s)) == metrics(whole)
 
 
 # Texts of strangers

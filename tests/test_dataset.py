@@ -1,8 +1,10 @@
 "Converted datasets: what lies on disk, workers, crashes, folders of MDL-Toolkit; mixes of tasks and samples that are too long"
+import gc
 import json
 import os
 import pickle
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +13,19 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from mdl_nbdev.base import files as base_files
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import ConvertSettings
+from mdl_nbdev.base.processes import Ranks
+from mdl_nbdev.base.settings import ConvertSettings, TrainSettings
 from mdl_nbdev.data.audio import load_audio, to_int16
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.data.tables import read_rows
 from mdl_nbdev.model.families import load_chat
-from mdl_nbdev.train.convert import convert, plan_shards
+from mdl_nbdev.train import dataset
+from mdl_nbdev.train.convert import conversion_key, convert, plan_shards
 from mdl_nbdev.train.dataset import AudioDataset, open_dataset
-from mdl_nbdev.train.mix import BatchRows, Mix, limit_length, open_mix, split
+from mdl_nbdev.train.mix import BatchRows, Mix, describe_conversions, limit_length, open_mix, split
+from mdl_nbdev.train.run import open_datasets
 
 CHAT = load_chat("tiny")
 TOK = CHAT.tok
@@ -91,6 +97,86 @@ def test_all_bad_rows_in_one_report_and_finished_shards_kept(csv, tmp_path):
     out = convert(s).path
     assert all(os.stat(out / n).st_mtime_ns == t for n, t in kept.items())
     assert len(AudioDataset(out)) == 150 and not Path(f"{s.output}.part").exists()
+
+
+def test_runs_of_the_same_data_share_one_conversion(csv, tmp_path, monkeypatch):
+    "Also from other folders; other settings have their own. When rows change, the next conversion takes over what is right, unless a run reads it"
+    rows, cache = tmp_path / "rows.csv", tmp_path / "cache"
+    shutil.copy(csv, rows)
+    def open_(path=rows, **kw): return open_dataset(path, CHAT, cache, **dict(model_name="tiny", base_dir=csv.parent, num_workers=1) | kw)
+    def folders(): return sorted(p.name for p in cache.iterdir())
+    def shards(ds): return {p.name: p.stat().st_ino for p in ds.path.glob("data-*")}
+    def edit(text): rows.write_text("\n".join([*csv.read_text().splitlines()[:-1], csv.read_text().splitlines()[-1].rsplit(",", 1)[0] + "," + text]) + "\n")
+    first = open_()
+    monkeypatch.chdir(tmp_path)
+    assert open_("rows.csv", num_workers=2).path == first.path and folders() == [first.path.name]
+    other = open_(user_prompt="Which sound?")
+    assert other.path != first.path and len(folders()) == 2
+    before, label = shards(first), first[149].conversation.reference
+    edit("changed")
+    second = open_()
+    assert (first[149].conversation.reference, second[149].conversation.reference) == (label, "changed") and len(folders()) == 3
+    del first
+    gc.collect()
+    edit("changed again")
+    third = open_()
+    assert folders() == sorted(p.path.name for p in (second, third, other)) and third[149].conversation.reference == "changed again"
+    assert [before[n] == i for n, i in sorted(shards(third).items()) if n in before] == [True, True] and len(shards(third)) == 3
+    ds = AudioDataset(third.path)
+    ds.verify(required=True)
+
+
+def test_a_run_waits_for_the_conversion_of_another_one(tmp_path, monkeypatch, capsys):
+    "Instead of converting the same once more, or giving up"
+    monkeypatch.setattr(base_files, "LOCK_SECONDS", 0)
+    csv, made = make_sounds(tmp_path / "s", 3, seed=1), []
+    def open_(): made.append(open_dataset(csv, CHAT, tmp_path / "cache", model_name="tiny", base_dir=csv.parent, num_workers=1))
+    convert_, started, go = dataset.convert, threading.Event(), threading.Event()
+    monkeypatch.setattr(dataset, "convert", lambda *a: (started.set(), go.wait(60), convert_(*a)))
+    threads = [threading.Thread(target=open_) for _ in range(2)]
+    threads[0].start()
+    assert started.wait(60)
+    monkeypatch.setattr(dataset, "convert", None)
+    threads[1].start()
+    while "waiting for it" not in (said := capsys.readouterr().err): threads[1].join(.1)
+    assert f"another process is writing this (process {os.getpid()} on " in said and not made
+    go.set()
+    for t in threads: t.join()
+    assert made[0].path == made[1].path and [p.name for p in (tmp_path / "cache").iterdir()] == [made[0].path.name]
+
+
+def test_a_conversion_in_the_run_folder_of_an_earlier_version_is_used(tmp_path, monkeypatch):
+    csv = make_sounds(tmp_path / "s", 3, seed=1)
+    s = ConvertSettings(input=csv, output=tmp_path / "run" / "0-sounds", model_name="tiny", base_dir=csv.parent, num_workers=1)
+    jobs = plan_shards(s, CHAT)
+    convert(s, CHAT, jobs)
+    (s.output / "key").write_text(conversion_key(jobs))
+    mix = open_mix([csv], CHAT, tmp_path / "cache", earlier=tmp_path / "run", model_name="tiny", base_dir=csv.parent, num_workers=1)
+    assert mix.datasets[0].path == s.output
+    assert describe_conversions([mix, None]) is None and not (tmp_path / "cache").exists()
+
+
+def test_a_flipped_bit_is_found_before_training(tmp_path):
+    "In a new run, and where it is asked for; the message says how to mend it"
+    csv = make_sounds(tmp_path / "s", 3, seed=1)
+    def opened(data, **kw): return open_datasets(TrainSettings(train_dataset=data, base_dir=csv.parent, output=tmp_path / "run", model_name="tiny", **kw), CHAT, Ranks())
+    def flip(folder):
+        shard = next(folder.glob("data-*"))
+        data = bytearray(shard.read_bytes())
+        data[len(data)//2] ^= 1
+        shard.write_bytes(data)
+    own, cached = convert(settings(csv, tmp_path / "d")).path, opened(csv)[0].datasets[0].path
+    for folder in (own, cached): flip(folder)
+    for data, remedy in ((own, "convert the file again"), (csv, f"delete the folder {cached}, then run")):
+        for kw in (dict(), dict(verify=True), dict(verify=True, resume_from_checkpoint=True)):
+            with pytest.raises(InputError, match=rf"data-\S+.arrow: is damaged: its contents are not what was converted; {remedy}"): opened(data, **kw)
+        for kw in (dict(verify=False), dict(resume_from_checkpoint=True)): opened(data, **kw)
+    shutil.rmtree(cached)
+    opened(csv, verify=True)
+    manifest = json.loads((own / "mdl_nbdev.json").read_text())
+    (own / "mdl_nbdev.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "shards"}))
+    opened(own)
+    with pytest.raises(InputError, match="--verify: .*d has no checksums"): opened(own, verify=True)
 
 
 def test_a_changed_clip_is_converted_again(tmp_path):

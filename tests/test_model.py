@@ -758,7 +758,7 @@ def test_merges_that_cannot_be_made(tmp_path, monkeypatch):
     def full_disk(model, processor, folder): raise OSError(28, "No space left on device", (folder/"half").touch())
     with monkeypatch.context() as m:
         m.setattr("mdl_nbdev.model.save.save_model", full_disk)
-        with pytest.raises(OSError, match="No space left"): M.merge_adapter(again)
+        with pytest.raises(InputError, match="out: cannot write this folder: the disk is full; free some space, or choose another --output"): M.merge_adapter(again)
     assert (tmp_path/"out"/"config.json").exists() and not (tmp_path/"out.part").exists(), "the old one stays, and nothing of the new one"
     with pytest.raises(InputError, match="no LoRA adapter here"): M.merge_adapter(MergeSettings(adapter=tmp_path/"out", output=tmp_path/"new"))
     config = json.loads((adapter/"adapter_config.json").read_text())

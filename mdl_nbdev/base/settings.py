@@ -187,6 +187,8 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     # Resume from the last checkpoint (true) or from a given one
     resume_from_checkpoint:bool|Path|None=opt(None, result=False)
     allow_changes:bool=opt(False, result=False) # Resume even if data or settings that matter have changed
+    # Compare all converted data with its checksums before training; null: when a new run starts, but not when it resumes
+    verify:bool|None=opt(None, result=False)
     # Show what would be trained, the first batch, and the memory that the longest batch needs; then stop
     dry_run:bool=opt(False, result=False)
     logging_steps:int=opt(10, minimum=1, result=False) # Steps between lines of metrics.jsonl

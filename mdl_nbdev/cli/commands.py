@@ -12,7 +12,7 @@ from typing import Any, Callable
 import mdl_nbdev
 from ..base import settings
 from ..base.command_line import from_args
-from ..base.errors import InputError, disk_is_full
+from ..base.errors import InputError, WriteError, why_not_written
 from ..base.options import Settings
 from ..base.processes import is_main_process
 from ..base.text import one_line, printable
@@ -59,11 +59,14 @@ def run_command(
         exit_with_message(prog, e)
     try:
         report = getattr(mdl_nbdev, function)(s) # imported here
-    except InputError as e: exit_with_message(prog, e)
     except Exception as e:
-        if not disk_is_full(e): raise
-        again = 'run the command again' + (' with --resume-from-checkpoint true' if prog=='mdl_train' else '')
-        exit_with_message(prog, f"the disk is full ({one_line(e, 200)}). Finished work is kept: free some space, then {again}")
+        again = 'Finished work is kept: run the command again' + (' with --resume-from-checkpoint true' if prog=='mdl_train' else '')
+        if isinstance(e, WriteError): exit_with_message(prog, f'{e}. {again}')
+        if isinstance(e, InputError): exit_with_message(prog, e)
+        if not why_not_written(e): raise
+        path = getattr(e, 'filename', None)
+        where = f'{path}: ' if path else ''
+        exit_with_message(prog, f"{where}{why_not_written(e)} ({one_line(e, 200)}). {again}")
     except KeyboardInterrupt: exit_with_message(f'\n{prog}', 'interrupted; finished work is kept', 130)
     if is_main_process(): print_report(report)
     sys.exit(report_exit_code(report))

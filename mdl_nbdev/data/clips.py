@@ -9,7 +9,8 @@ __all__ = ['split_segment', 'clip_state', 'clips_digest', 'prepare_clips']
 import hashlib, json, math, os, re
 from pathlib import Path
 from typing import Iterable
-from .remote import cache_dir, clip_version, is_url, note_cache, refresh_cache, set_host_policy
+from ..base.files import cache_dir
+from .remote import clip_version, is_url, note_cache, refresh_cache, set_host_policy
 
 # %% ../../nbs/1_data/02_clips.ipynb #c6
 _SEGMENT = re.compile(r'#t=(\d+(?:\.\d+)?)?(?:,(\d+(?:\.\d+)?))?$')

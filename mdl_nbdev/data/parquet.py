@@ -12,7 +12,8 @@ from typing import Any, Callable, Iterator
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.text import shorten
-from .remote import cache_dir, cached_file
+from ..base.files import cache_dir
+from .remote import cached_file
 from .rows import COLUMNS, BadRow, Row
 from .tables import TableFile, header_fault
 

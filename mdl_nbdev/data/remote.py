@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NAT64', 'MAX_REDIRECTS', 'CONDITIONS', 'SILENT_CLIPS', 'SILENT_SECONDS', 'AudioError', 'is_url', 'TryAgain',
            'NoAnswer', 'SilentHost', 'check_response', 'is_public', 'PrivateHost', 'PublicNetwork', 'set_host_policy',
-           'only_public_hosts', 'http_client', 'open_url', 'unpacked', 'NotModified', 'write_body', 'cache_dir',
-           'cached_path', 'note_cache', 'cached_file', 'clip_record', 'record_clip', 'clip_version', 'download',
-           'call_within', 'note_answer', 'update', 'fetch', 'refresh_cache']
+           'only_public_hosts', 'http_client', 'open_url', 'unpacked', 'NotModified', 'write_body', 'cached_path',
+           'note_cache', 'cached_file', 'clip_record', 'record_clip', 'clip_version', 'download', 'call_within',
+           'note_answer', 'update', 'fetch', 'refresh_cache']
 
 # %% ../../nbs/1_data/00_remote.ipynb #c4
 import concurrent.futures, hashlib, ipaddress, json, multiprocessing, os, re, socket, sys, tempfile, time, urllib.request, zlib
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable, Iterator
 from ..base.errors import InputError
-from ..base.files import file_digest
+from ..base.files import cache_dir, file_digest
 from ..base.processes import DaemonPool, is_main_process
 from ..base.text import plural, shorten
 
@@ -196,10 +196,6 @@ def write_body(
         raise AudioError(f'{url}: {type(e).__name__} {e}; check the address') from None
 
 # %% ../../nbs/1_data/00_remote.ipynb #c22
-def cache_dir()->Path: # `$MDL_CACHE`, or `~/.cache/mdl_nbdev`
-    "The folder of downloaded clips"
-    return Path(os.environ.get('MDL_CACHE') or '~/.cache/mdl_nbdev').expanduser()
-
 def cached_path(
     url:str, # http or https address
 )->Path: # It may not exist

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 from fastcore.basics import chunked, patch
 from ..base.errors import InputError
-from ..base.files import append_text, check_inputs, file_lock, replacing, write_json, write_text
+from ..base.files import append_text, check_inputs, file_lock, replacing, write_json, write_text, writing
 from ..base.text import plural
 from ..data.audio import resolve
 from ..data.clips import clips_digest
@@ -114,13 +114,14 @@ def keep(self:OutputPart,
 )->None:
     "Remove all shards but these, and what follows the last one"
     shards = list(shards)
-    if shards:
-        os.truncate(self.path, max(s.end for s in shards))
-        write_text(self.log, ''.join(s.format() for s in shards))
-    else:
-        for path in (self.log, self.path): path.unlink(missing_ok=True)
+    with writing(self.path):
+        if shards:
+            os.truncate(self.path, max(s.end for s in shards))
+            write_text(self.log, ''.join(s.format() for s in shards))
+        else:
+            for path in (self.log, self.path): path.unlink(missing_ok=True)
 
-# %% ../../nbs/4_infer/01_output.ipynb #c14
+# %% ../../nbs/4_infer/01_output.ipynb #c15
 class InferOutput:
     "The files of an inference run, and the text of their rows"
     def __init__(self,
@@ -156,7 +157,7 @@ class InferOutput:
         "The clips of rows"
         return (resolve(clip, self.base_dir) for row in rows for clip in Conversation(row.messages).clips)
 
-# %% ../../nbs/4_infer/01_output.ipynb #c15
+# %% ../../nbs/4_infer/01_output.ipynb #c16
 @patch
 def part(self:InferOutput,
     rank:int=0, # Rank of the process that writes it
@@ -177,7 +178,7 @@ def clear(self:InferOutput)->None:
     self.state.unlink(missing_ok=True)
     for part in [self.part(), *self.parts()]: part.keep([])
 
-# %% ../../nbs/4_infer/01_output.ipynb #c17
+# %% ../../nbs/4_infer/01_output.ipynb #c18
 @patch
 def check_input(self:InferOutput,
     *others, # Further files that this run reads, or None
@@ -187,7 +188,7 @@ def check_input(self:InferOutput,
     ends = [path.name.removeprefix(self.path.name) for path in parts]
     check_inputs(self.path, [self.source.path, *others], ('.new', '.rejects.csv', '.rejects.csv.new', *ends))
 
-# %% ../../nbs/4_infer/01_output.ipynb #c19
+# %% ../../nbs/4_infer/01_output.ipynb #c20
 @patch
 def lock(self:InferOutput,
     rank:int=0, # Rank of this process
@@ -205,7 +206,7 @@ def check_other_locks(self:InferOutput,
         if path not in own:
             with file_lock(path, self.path): pass
 
-# %% ../../nbs/4_infer/01_output.ipynb #c21
+# %% ../../nbs/4_infer/01_output.ipynb #c22
 @patch
 def begin(self:InferOutput,
     identity:dict, # From `run_identity`
@@ -219,14 +220,12 @@ def begin(self:InferOutput,
         if not changes: return
         raise InputError(f"{self.path}.part: holds an unfinished run that cannot be continued: {'; '.join(changes)}. "
                          "Finish it as it was started, or discard it with --overwrite true")
-    try:
+    with writing(f'{self.path}.part'):
         self.clear()
         if not retry: self.rejects.unlink(missing_ok=True)
-    except OSError as e:
-        raise InputError(f"{self.path}.part: cannot write here: {e.strerror}; choose another --output") from None
     write_json(self.state, identity)
 
-# %% ../../nbs/4_infer/01_output.ipynb #c22
+# %% ../../nbs/4_infer/01_output.ipynb #c23
 @patch
 def open_parts(self:InferOutput,
     stack:ExitStack, # Closes the files
@@ -242,7 +241,7 @@ def read_shard(
     f.seek(shard.start)
     return f.read(shard.end - shard.start)
 
-# %% ../../nbs/4_infer/01_output.ipynb #c23
+# %% ../../nbs/4_infer/01_output.ipynb #c24
 @patch
 def intact_shards(self:InferOutput,
     shard_rows:int, # Rows of a shard
@@ -276,7 +275,7 @@ def resume(self:InferOutput,
     for part in self.parts(): part.keep(shard for owner,shard in intact.values() if owner==part)
     return sorted(intact)
 
-# %% ../../nbs/4_infer/01_output.ipynb #c25
+# %% ../../nbs/4_infer/01_output.ipynb #c26
 def remaining_shards(
     shards:int, # Number of shards of the input
     finished:list[int], # Numbers of the finished ones
@@ -287,7 +286,7 @@ def remaining_shards(
     known = set(finished)
     return [n for n in range(shards) if n not in known][rank::world]
 
-# %% ../../nbs/4_infer/01_output.ipynb #c29
+# %% ../../nbs/4_infer/01_output.ipynb #c31
 @patch
 def rejected_rows(self:InferOutput,
     identity:dict, # From `run_identity`
@@ -317,7 +316,7 @@ def earlier_answers(self:InferOutput,
                              "may be changed, and none added or removed: answer all rows again, with --overwrite true")
         yield None if n in rejected else before.prediction or ''
 
-# %% ../../nbs/4_infer/01_output.ipynb #c30
+# %% ../../nbs/4_infer/01_output.ipynb #c32
 @patch
 def write(self:InferOutput,
     part:OutputPart, # This rank's part
@@ -334,7 +333,7 @@ def write(self:InferOutput,
     clips = clips_digest(self.clips(r.row for r in rows))
     part.append(number, input_text, output_text, len(rows), rejects=rejects, truncated=truncated, clips=clips)
 
-# %% ../../nbs/4_infer/01_output.ipynb #c32
+# %% ../../nbs/4_infer/01_output.ipynb #c34
 REJECT_COLUMNS = ['row', 'line', 'audio', 'reason', 'run'] # Of `<output>.rejects.csv`; the last one is from `answers_digest`
 
 @patch
@@ -376,7 +375,7 @@ def finish(self:InferOutput,
     self.clear()
     return rejects, truncated
 
-# %% ../../nbs/4_infer/01_output.ipynb #c34
+# %% ../../nbs/4_infer/01_output.ipynb #c36
 class LoggedProgress:
     "Counts what all ranks have finished"
     def __init__(self,

@@ -10,7 +10,7 @@ import math, time
 from pathlib import Path
 from transformers import TrainerCallback
 from ..base.errors import InputError
-from ..base.files import json_lines, read_json_lines, write_text
+from ..base.files import json_lines, read_json_lines, write_text, writing
 from .checkpoints import newest_first
 
 # %% ../../nbs/3_train/18_callbacks.ipynb #c5
@@ -45,7 +45,7 @@ class MetricsFile(TrainerCallback):
         step = state.global_step
         if state.is_world_process_zero:
             line = {'step':step, **logs, 'time':round(time.time(), 3)}
-            with open(self.path, 'a', encoding='utf-8') as f: f.write(json_lines([line]))
+            with writing(self.path), open(self.path, 'a', encoding='utf-8') as f: f.write(json_lines([line]))
         loss = logs.get('loss', 0.)
         if not math.isfinite(loss):
             saved = next(iter(newest_first(args.output_dir)), None)

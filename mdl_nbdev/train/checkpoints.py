@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable
 from safetensors import SafetensorError
-from ..base.errors import InputError, disk_is_full
+from ..base.errors import InputError, why_not_written
 from ..base.files import check_inputs, file_digests
 from ..base.text import format_bytes
 
@@ -181,7 +181,7 @@ def is_disk_error(
     folder:Path, # The run folder
 )->bool: # Otherwise it is a bug
     "Whether the disk caused an error"
-    return isinstance(e, (OSError, SafetensorError)) or shutil.disk_usage(folder).free < 2**20
+    return isinstance(e, (OSError, SafetensorError)) or bool(why_not_written(e)) or shutil.disk_usage(folder).free < 2**20
 
 def folder_size(
     folder:Path, # A folder, which need not exist
@@ -196,8 +196,7 @@ def disk_message(
 )->str: # For an `InputError`
     "What went wrong with a checkpoint, and what to do"
     last = next((p for p in newest_first(final.parent) if not check_checkpoint(p, contents=False)), None)
-    full = disk_is_full(e) or not isinstance(e, (OSError, SafetensorError))
-    reason = 'the disk is full' if full else getattr(e, 'strerror', None) or e
+    reason = why_not_written(e) or getattr(e, 'strerror', None) or (e if isinstance(e, (OSError, SafetensorError)) else 'the disk is full')
     need, good = f"It needs more than {format_bytes(written)}", "There is no earlier checkpoint"
     if last: need, good = f"It needs {format_bytes(max(folder_size(last), written))}", f"The last good checkpoint is {last}"
     try: need += f"; {format_bytes(shutil.disk_usage(final.parent).free)} are free"

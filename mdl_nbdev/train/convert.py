@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'OWN_FILES', 'RECORD_BATCH', 'row_schema', 'to_columns', 'record_batch', 'bad_row', 'convert_rows',
-           'ShardJob', 'Shard', 'write_shard', 'finished_shard', 'start_worker', 'write_in_worker', 'write_shards',
-           'read_conversations', 'plan_shards', 'conversion_key', 'write_small_files', 'ConvertReport', 'convert']
+           'ShardJob', 'Shard', 'write_shard', 'HashedFile', 'finished_shard', 'start_worker', 'write_in_worker',
+           'write_shards', 'read_conversations', 'plan_shards', 'conversion_key', 'write_small_files', 'ConvertReport',
+           'convert']
 
 # %% ../../nbs/3_train/00_convert.ipynb #c4
 import hashlib, json, multiprocessing, os, shutil, sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pyarrow as pa
 from ..base.errors import InputError
-from ..base.files import check_inputs, file_digest, make_folder, new_output, output_lock, write_json
+from ..base.files import check_inputs, make_folder, new_output, output_lock, write_json, writing
 from ..base.processes import end_with_parent
 from ..base.settings import ConvertSettings
 from ..base.text import format_duration, plural
@@ -133,7 +134,7 @@ def write_shard(
     if path.exists(): return finished_shard(path, len(job.conversations))
     part, bad, n = path.with_suffix('.tmp'), [], 0
     waiting, size = [], 0 # rows of the next record batch
-    with pa.OSFile(str(part), 'wb') as f, pa.ipc.new_stream(f, schema) as writer:
+    with writing(part), pa.OSFile(str(part), 'wb') as f, pa.ipc.new_stream(f, schema) as writer:
         def write(): writer.write_batch(record_batch(waiting, schema))
         for i in range(0, len(job.conversations), job.batch_size):
             rows, wrong = convert_rows(job.conversations[i:i+job.batch_size], chat, job.max_seconds, job.audio_dtype)
@@ -149,23 +150,36 @@ def write_shard(
     if bad:
         part.unlink()
         return Shard(path, n, bad=bad)
-    with open(part, 'rb+') as f: os.fsync(f.fileno())
-    os.replace(part, path)
+    with writing(part):
+        with open(part, 'rb+') as f: os.fsync(f.fileno())
+        os.replace(part, path)
     return finished_shard(path, n)
 
 # %% ../../nbs/3_train/00_convert.ipynb #c12
+class HashedFile:
+    "A file that is hashed while something else reads it from beginning to end"
+    def __init__(self,
+        f, # The file, open for reading
+    ): self.f, self.sha256, self.closed = f, hashlib.sha256(), False
+    def read(self, size=-1):
+        data = self.f.read(size)
+        self.sha256.update(data)
+        return data
+
 def finished_shard(
     path:Path, # A finished shard
     rows:int, # Its rows
 )->Shard:
     "What the manifest says about a shard; its audio is hashed alone too, since the rest names files, which may move"
     samples, digest = 0, hashlib.sha256()
-    with pa.memory_map(str(path)) as f:
-        for batch in pa.ipc.open_stream(f):
+    with open(path, 'rb') as f:
+        hashed = HashedFile(f)
+        for batch in pa.ipc.open_stream(pa.PythonFile(hashed, 'r')):
             audio = batch['audio'].flatten()
             samples += len(audio)
             digest.update(np.ascontiguousarray(audio.to_numpy()))
-    return Shard(path, rows, samples, dict(file=file_digest(path), audio=digest.hexdigest()))
+        hashed.read() # what follows the last batch
+    return Shard(path, rows, samples, dict(file=hashed.sha256.hexdigest(), audio=digest.hexdigest()))
 
 # %% ../../nbs/3_train/00_convert.ipynb #c14
 _worker_chat = None # Of a worker process
@@ -300,6 +314,7 @@ def convert(
         bad = sorted(row for shard in shards for row in shard.bad)
         if bad: raise bad_rows_error(bad)
         write_small_files(s, chat, part, shards)
-        if out.exists(): shutil.rmtree(out)
-        os.replace(part, out)
+        with writing(out, 'folder'):
+            if out.exists(): shutil.rmtree(out)
+            os.replace(part, out)
     return ConvertReport(out, total, sum(shard.samples for shard in shards)/chat.family.sample_rate)

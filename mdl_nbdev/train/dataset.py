@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['ArrowFile', 'read_cell', 'list_lengths', 'OwnLayout', 'ToolkitLayout', 'open_files', 'dataset_manifest',
-           'AudioDataset', 'open_dataset', 'check_conversion']
+           'AudioDataset', 'conversion_place', 'take_over', 'convert_once', 'open_dataset', 'check_conversion']
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c4
-import json, mmap
+import glob, hashlib, json, mmap, os, shutil
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from fastcore.basics import patch
 from ..base.errors import InputError
-from ..base.files import file_digests, write_text
+from .. import __version__
+from ..base.files import file_digests, file_lock, is_in_use, make_folder, open_in_use, writing
 from ..base.html import Html, audio_player, html_table
-from ..base.options import option
+from ..base.options import option, options_where
 from ..base.settings import ConvertSettings
 from ..base.text import format_duration, one_line, plural
 from ..data.conversations import Conversation
 from ..model.chat import Chat, Example
-from .convert import MANIFEST, conversion_key, convert, plan_shards
+from .convert import MANIFEST, ShardJob, conversion_key, convert, plan_shards
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c6
 class ArrowFile:
@@ -134,6 +136,7 @@ class AudioDataset:
         self.manifest = dataset_manifest(self.path)
         self.source = self.manifest.get('source', str(self.path))
         self.sample_rate = self.manifest.get('sample_rate', 16_000)
+        self.in_use = None # held open while this dataset exists, if its folder may be replaced otherwise
         self.check(fingerprint)
     def __len__(self): return int(self.ends[-1]) if len(self.ends) else 0
     def __reduce__(self): return AudioDataset, (self.path, None, self.name)
@@ -157,12 +160,17 @@ def check(self:AudioDataset,
                          f"than the model's ({fingerprint}); convert it again for this model")
 
 @patch
-def verify(self:AudioDataset)->None:
+def verify(self:AudioDataset,
+    required:bool=False, # Whether a dataset without checksums is refused; earlier versions and other tools record none
+)->None:
     "Raise `InputError` if a shard is not what the conversion wrote; this reads all of them"
-    shards = self.manifest.get('shards', {}) # earlier versions did not record digests
+    shards = self.manifest.get('shards', {})
+    if required and not shards:
+        raise InputError(f"--verify: {self.path} has no checksums to compare; convert the file again, or leave --verify out")
     for name,digest in zip(shards, file_digests(self.path, shards)):
         if digest != shards[name]['file']:
-            raise InputError(f"{self.path/name}: is damaged: its contents are not what was converted; convert the file again")
+            remedy = f'delete the folder {self.path}, then run the same command again' if self.in_use else 'convert the file again'
+            raise InputError(f"{self.path/name}: is damaged: its contents are not what was converted; {remedy}")
 
 @patch
 def __getitem__(self:AudioDataset,
@@ -224,23 +232,61 @@ def _repr_html_(self:AudioDataset):
     caption = f"{plural(len(self), 'row')}, {audio} of audio, {self.n_tokens.sum():,} tokens"
     return html_table(rows, ('line', 'clips', 'tokens', 'with loss'), caption)
 
-# %% ../../nbs/3_train/01_dataset.ipynb #c22
+# %% ../../nbs/3_train/01_dataset.ipynb #c24
+def conversion_place(
+    s:ConvertSettings, # Names the file, and all that its conversion depends on; its output is the folder of all conversions
+    chat:Chat, # Of the model
+)->Path: # Such as `train-3f9a02c1` in that folder
+    "What the paths of all conversions of a file begin with"
+    facts = {name:str(getattr(s, name)) for name in options_where(ConvertSettings, 'result') if name != 'output'}
+    facts |= dict(input=os.path.abspath(s.input), base_dir=os.path.abspath(s.base_dir or '.'))
+    text = json.dumps([facts, chat.fingerprint, __version__])
+    return s.output/f'{s.input.stem[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
+
+def take_over(
+    place:Path, # From `conversion_place`
+)->None:
+    "Begin the next conversion with the shards of an earlier one; those that a run still reads stay as they are"
+    part = Path(f'{place}.part')
+    for old in sorted(place.parent.glob(f'{glob.escape(place.name)}-*')):
+        if not old.is_dir() or is_in_use(old/MANIFEST): continue
+        with writing(old, 'folder'):
+            if part.exists(): shutil.rmtree(old)
+            else: os.replace(old, part)
+
+def convert_once(
+    s:ConvertSettings, # Its output is a `conversion_place`
+    chat:Chat, # Of the model
+    jobs:list[ShardJob], # From `plan_shards`
+)->Path: # The folder of the conversion
+    "Convert a file, unless that was done before; while another process does it, wait for that"
+    folder = Path(f'{s.output}-{conversion_key(jobs)[:8]}')
+    if folder.exists(): return folder
+    make_folder(folder.parent)
+    with file_lock(f'{s.output}.lock', folder, patient=True):
+        if not folder.exists():
+            take_over(s.output)
+            convert(replace(s, output=folder), chat, jobs)
+    return folder
+
+# %% ../../nbs/3_train/01_dataset.ipynb #c25
 def open_dataset(
     path:str|Path, # CSV, TSV, Parquet or JSONL file, or a converted folder
     chat:Chat, # Of the model
-    cache:str|Path, # Folder for the conversion of a file
+    cache:str|Path, # Folder of all conversions
+    earlier:Path|None=None, # Where an earlier version has put the conversion of this file, perhaps
     **settings # `ConvertSettings` of that conversion: model_name, base_dir, prompts, ...
 )->AudioDataset: # Ready to read
-    "Open a converted dataset, or convert a file first"
-    path, cache = Path(path), Path(cache)
+    "Open a converted dataset, or convert a file first, unless that was done before"
+    path = Path(path)
     if path.is_dir(): return check_conversion(AudioDataset(path, chat.fingerprint), chat, settings)
-    s = ConvertSettings(input=path, output=cache, overwrite=True, **settings)
-    jobs, key_file = plan_shards(s, chat), cache/'key'
-    key = conversion_key(jobs)
-    if not key_file.exists() or key_file.read_text() != key:
-        convert(s, chat, jobs)
-        write_text(key_file, key)
-    return AudioDataset(cache, chat.fingerprint, path.stem)
+    s = ConvertSettings(input=path, output=cache, **settings)
+    s.output = conversion_place(s, chat)
+    jobs, key_file = plan_shards(s, chat), earlier and earlier/'key'
+    is_there = key_file and key_file.is_file() and key_file.read_text()==conversion_key(jobs)
+    ds = AudioDataset(earlier if is_there else convert_once(s, chat, jobs), chat.fingerprint, path.stem)
+    if not is_there: ds.in_use = open_in_use(ds.path/MANIFEST)
+    return ds
 
 def check_conversion(
     ds:AudioDataset, # A converted dataset

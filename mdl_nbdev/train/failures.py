@@ -8,7 +8,7 @@ __all__ = ['StopSignals', 'is_lost_connection', 'explain_error']
 # %% ../../nbs/3_train/15_failures.ipynb #c4
 import signal, sys, threading, time
 from typing import Callable
-from ..base.errors import InputError
+from ..base.errors import InputError, WriteError
 from ..base.processes import LostRank
 from ..base.text import one_line
 from .loop import TaskTrainer
@@ -58,7 +58,7 @@ def explain_error(
         try: advice = memory_advice(trainer.s, measure)
         except InputError as no_estimate: advice = str(no_estimate)
         return InputError(f"out of memory after {trainer.state.global_step} steps. {advice}")
-    if isinstance(e, OSError) and not trainer.s.output.is_dir():
+    if isinstance(e, (OSError, WriteError)) and not trainer.s.output.is_dir():
         return InputError(f"{trainer.s.output}: this run folder was moved or removed while the run wrote into it, "
                           f"at step {trainer.state.global_step}; if it still exists, resume with --resume-from-checkpoint true "
                           "and its new location as --output")

@@ -116,11 +116,15 @@ class StoppedEvaluation(ExactLoss):
     "The part of the trainer that leaves an evaluation when the run has been asked to stop"
     def leaves_evaluation(self)->bool:
         "Whether to end an evaluation, since the run has been asked to stop; a resumed run begins with it"
-        is_last, is_followed = self.state.global_step >= self.state.max_steps, self.s.lr_scheduler_type in FOLLOWING
-        if is_last or is_followed or not self.is_asked_to_stop(): return False
+        if self.s.lr_scheduler_type in FOLLOWING or not self.is_asked_to_stop(): return False
         self.control.should_evaluate = False
         self.evaluation_due = self.control.should_save = self.control.should_training_stop = True
         return True
+
+    def _run_epoch(self, **kwargs):
+        "An epoch; no step of it if the evaluation that a resumed run began with was its end"
+        if self.state.global_step >= self.state.max_steps: self.control.should_training_stop = True
+        if not self.control.should_training_stop: super()._run_epoch(**kwargs)
 
     def is_asked_to_stop(self)->bool:
         "Whether any rank has been asked to stop; every rank must call it"

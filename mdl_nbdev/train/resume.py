@@ -137,10 +137,11 @@ class Progress(RestoredState):
     def restore_end(self)->bool: # True: its final state is restored
         "Whether the run that this one resumes had already ended"
         state = TrainerState.load_from_json(str(self.resumed_from/TRAINER_STATE_NAME))
-        self.stopping.load_state_dict(load_state(self.resumed_from, 'run')['stopping'])
+        run = load_state(self.resumed_from, 'run')
+        self.stopping.load_state_dict(run['stopping'])
         stopped_early = self.stopping.over and self.best_checkpoint() is not None
         out_of_steps = self.s.max_steps is not None and state.global_step >= self.s.max_steps
-        self.had_ended = stopped_early or out_of_steps
+        self.had_ended = stopped_early or out_of_steps and not run.get('evaluation_due', False)
         if self.had_ended: self.state = state
         return self.had_ended
 

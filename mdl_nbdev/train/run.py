@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from ..base.command_line import save_config
 from ..base.errors import InputError
-from ..base.files import file_lock, make_folder, replacing_folder
+from ..base.files import cache_dir, file_lock, make_folder, replacing_folder
 from ..base.options import options_where
 from ..base.processes import Ranks, is_main_process
 from ..base.settings import TrainSettings
@@ -41,7 +41,7 @@ from .checkpoints import check_checkpoint, check_run_inputs, last_checkpoint, ne
 from .failures import StopSignals, explain_error
 from .identity import check_identity, identity
 from .loop import FOLLOWING, Flow, TaskTrainer, check_schedule
-from .mix import LengthReport, limit_length, open_mix, split, verify_mix
+from .mix import LengthReport, describe_conversions, limit_length, open_mix, split, verify_mix
 from .preview import DryRun, dry_run, memory_of_longest
 from .report import TrainReport, model_card
 from .samples import SampleAnswers
@@ -112,9 +112,10 @@ def open_mixes(
 ): # The `Mix` for training, and the one for evaluation or None
     "The rows for training and for evaluation"
     conversion = {name:getattr(s, name) for name in options_where(TrainSettings, 'convert')}
-    training = open_mix(s.train_dataset, chat, s.output/'data'/'train', **conversion)
+    cache, earlier = cache_dir()/'converted', s.output/'data'
+    training = open_mix(s.train_dataset, chat, cache, earlier=earlier/'train', **conversion)
     if not s.eval_dataset: return training, None
-    return training, open_mix(s.eval_dataset, chat, s.output/'data'/'eval', names=training.task_names, **conversion)
+    return training, open_mix(s.eval_dataset, chat, cache, training.task_names, earlier/'eval', **conversion)
 
 def convert_datasets(
     s:TrainSettings, # The run's settings
@@ -150,7 +151,8 @@ def open_datasets(
     if ranks.world > 1: ranks.on_main(convert_datasets, s, chat)
     refreshed = replace(s, refresh_cache=s.refresh_cache and ranks.world==1)
     training, evaluation = ranks.agree(open_mixes, refreshed, chat)
-    for mix in [training, evaluation] if not s.resume_from_checkpoint else []: ranks.on_main(verify_mix, mix)
+    verifies = not s.resume_from_checkpoint if s.verify is None else s.verify
+    for mix in [training, evaluation] if verifies else []: ranks.on_main(verify_mix, mix, bool(s.verify))
     if s.validation_split: training, evaluation = split(training, s.validation_split, s.seed)
     if s.loss_mode=='coba':
         lacking = [t for i,t in enumerate(training.task_names) if not (evaluation.task_ids==i).any()]
@@ -300,7 +302,7 @@ def why_stopped(
     trainer:TaskTrainer, # After the loop
 )->str|None: # None if the run came to its end
     "Who or what ended a run"
-    ended = trainer.had_ended or trainer.state.global_step >= trainer.state.max_steps
+    ended = trainer.had_ended or trainer.state.global_step >= trainer.state.max_steps and not trainer.evaluation_due
     if trainer.stop_requested and not ended: return trainer.stop_requested
     if trainer.stopping.over: return 'early stopping'
     return None if ended else 'a callback'
@@ -318,6 +320,7 @@ def finish_run(
         report.metrics = read_metrics(s.output/'metrics.jsonl')
         report.checkpoint = s.output/f'checkpoint-{step}'
     datasets = dict(training=trainer.train_dataset, evaluation=trainer.eval_dataset)
+    report.conversions = describe_conversions([trainer.train_dataset, trainer.eval_dataset])
     if report.whole: save_final(trainer, report, datasets, source)
     return report
 
