@@ -37,8 +37,9 @@ def exit_with_message(
 def print_report(
     report:Any, # What a command returned
 )->None:
-    "Print a report; a reader that has seen enough, such as `head`, is no error"
-    try: print(printable(report), flush=True)
+    "Print a report and its note; a reader that has seen enough, such as `head`, is no error"
+    note = getattr(report, 'note', None)
+    try: print(printable(f'{report}\n{note}' if note else report), flush=True)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # so that Python's exit does not fail on it again
 
 # %% ../../nbs/5_cli/08_commands.ipynb #c8

@@ -30,7 +30,7 @@ class TrainReport:
     final_step:int|None=None # The step of the model in `final/`; None: the last one
     stopped:str|None=None # Who or what ended the run; None: it came to its end
     whole:bool=True # Whether `final/` was written
-    conversions:str|None=None # Where the converted data is, and its size
+    note:str|None=None # What else the command prints: where the converted data is, and its size
 
     @property
     def final(self)->Path: # The saved model
@@ -63,7 +63,7 @@ def figures(self:TrainReport)->list[tuple[str, float]]:
     return [(name, value) for name,value in [('loss', self.loss), ('eval loss', self.eval_loss)] if value is not None]
 
 @patch
-def __repr__(self:TrainReport):
+def __str__(self:TrainReport):
     losses = ''.join(f", {name} {value:.4f}" for name,value in self.figures())
     done = f"{plural(self.steps, 'step')}{losses}; {self.trainable:,} of {self.parameters:,} parameters trained"
     if not self.whole:
@@ -73,7 +73,7 @@ def __repr__(self:TrainReport):
     return f"{done}; the model is in {self.final}{early}"
 
 @patch
-def __str__(self:TrainReport): return '\n'.join(filter(None, [repr(self), self.conversions]))
+def __repr__(self:TrainReport): return str(self)
 
 # %% ../../nbs/3_train/19_report.ipynb #c7
 @patch

@@ -320,7 +320,7 @@ def finish_run(
         report.metrics = read_metrics(s.output/'metrics.jsonl')
         report.checkpoint = s.output/f'checkpoint-{step}'
     datasets = dict(training=trainer.train_dataset, evaluation=trainer.eval_dataset)
-    report.conversions = describe_conversions([trainer.train_dataset, trainer.eval_dataset])
+    report.note = describe_conversions([trainer.train_dataset, trainer.eval_dataset])
     if report.whole: save_final(trainer, report, datasets, source)
     return report
 
