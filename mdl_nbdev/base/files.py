@@ -19,7 +19,7 @@ from .processes import available_cpus
 # %% ../../nbs/0_base/03_files.ipynb #c6
 def cache_dir()->Path: # `$MDL_CACHE`, or `~/.cache/mdl_nbdev`
     "The folder of downloaded clips and of converted data"
-    return Path(os.environ.get('MDL_CACHE') or '~/.cache/mdl_nbdev').expanduser()
+    return Path(os.path.expanduser(os.environ.get('MDL_CACHE') or '~/.cache/mdl_nbdev')) # `Path` fails for a user without a home
 
 def write_error(
     path:str|Path, # What cannot be written
