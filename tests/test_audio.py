@@ -13,7 +13,8 @@ import soundfile as sf
 
 import mdl_nbdev.data.remote as remote
 from mdl_nbdev.base.html import audio_player
-from mdl_nbdev.data.audio import audio_info, from_int16, load_audio, resolve, to_int16
+from mdl_nbdev.data.audio import audio_info, from_int16, load_audio, to_int16
+from mdl_nbdev.data.clips import resolve
 from mdl_nbdev.data.pictures import spectrogram_html, waveform_html
 from mdl_nbdev.data.remote import AudioError, fetch
 

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 from hypothesis import HealthCheck, assume, given, settings
@@ -107,7 +109,7 @@ def test_cells_of_several_lines(tmp_path):
 def test_not_given(tmp_path):
     path = write(tmp_path, 'audio,system_prompt,user_prompt,prediction\na,,null,None\nb,"","null",NULL\nnull,nan, null,""\nc,,,null\nd,,,"null"\n')
     given = [(r.audio, r.system_prompt, r.user_prompt, r.prediction) for r in read_rows(path)]
-    assert given == [("a", None, None, "None"), ("b", None, None, "NULL"), (None, "nan", " null", None), ("c", None, None, "null"), ("d", None, None, "null")]
+    assert given == [("a", None, None, "None"), ("b", None, "null", "NULL"), (None, "nan", " null", None), ("c", None, None, "null"), ("d", None, None, "null")]
     assert cells(path)[0] == ("a", "", "null", "None"), "cells stay as they were written"
 
 
@@ -419,8 +421,23 @@ def test_many_labels(tmp_path, clips):
 
 def test_plain_settings_do(tmp_path, clips):
     s = SimpleNamespace(input=write(tmp_path, "audio,prediction\na.wav,x\n"), base_dir=clips, system_prompt=None, user_prompt=None,
-                        max_audio_seconds=600., num_workers=1, decode=False, predictions=True, encoding="utf-8")
+                        max_audio_seconds=600., num_workers=1, decode=False, predictions=True, encoding="utf-8", channel="mix")
     assert check(s).rows == 1
+
+
+def test_null_in_quotes_is_a_word(tmp_path):
+    "In prompts, through inference and back; without quotes nothing is given; a Parquet file has missing values of its own"
+    text = 'audio,user_prompt,system_prompt,prediction\na.wav,"null",null,x\n"b,""c"".wav",null,"null",null\nc.wav,"two\nlines","null","null"\n'
+    f = CsvFile(write(tmp_path, text))
+    prompts = [("null", None), (None, "null"), ("two\nlines", "null")]
+    assert [(r.user_prompt, r.system_prompt) for r in f] == prompts and all(type(r.user_prompt) in (str, type(None)) for r in f)
+    again = write(tmp_path, f.header() + "".join(f.format(r, r.prediction) for r in f), "again.csv")
+    assert again.read_text() == text.replace('"two\nlines","null","null"', '"two\nlines","null",null')
+    tsv = write(tmp_path, f.header("\t") + "".join(f.format(r, r.prediction, "\t") for r in f), "again.tsv")
+    pq.write_table(pa.table(dict(audio=["a", "b", "c"], user_prompt=[p for p, _ in prompts], system_prompt=[p for _, p in prompts])), tmp_path/"t.parquet")
+    parquet = open_rows(tmp_path/"t.parquet", ())
+    out = write(tmp_path, parquet.header() + "".join(parquet.format(r, "x") for r in parquet), "out.csv")
+    for path in (again, tsv, out): assert [(r.user_prompt, r.system_prompt) for r in CsvFile(path)] == prompts
 
 
 # Other encodings
@@ -449,4 +466,4 @@ def test_silent_clips_are_listed(tmp_path):
     sf.write(tmp_path/"loud.wav", wave, 16000)
     write(tmp_path, "audio,prediction\nopposite.wav,x\nloud.wav,y\n", "t.csv")
     report = check(CheckSettings(input=tmp_path/"t.csv", base_dir=tmp_path, num_workers=1))
-    assert [r.line for r in report.silent] == [2] and "1 row with a silent clip" in str(report) and not report.bad
+    assert [r.line for r in report.notes["silent"]] == [2] and "1 row with a silent clip" in str(report) and not report.bad

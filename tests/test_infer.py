@@ -26,8 +26,8 @@ from mdl_nbdev.base.settings import InferSettings
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.data.tables import CsvFile
 from mdl_nbdev.infer.identity import identity_changes, run_identity
-from mdl_nbdev.infer.output import InferOutput, LoggedShard, OutputPart, remaining_shards
-from mdl_nbdev.infer.run import DEFAULT_NEW_TOKENS, infer
+from mdl_nbdev.infer.output import InferOutput, LoggedShard, OutputPart
+from mdl_nbdev.infer.run import DEFAULT_NEW_TOKENS, infer, remaining_shards
 from mdl_nbdev.model.chat import Chat
 from mdl_nbdev.model.load import load_processor
 from mdl_nbdev.model.midashenglm_family import tiny_model

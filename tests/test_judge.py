@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings, ConvertSettings, InferSettings
+from mdl_nbdev.data.audio import load_audio, to_int16
 from mdl_nbdev.data.check import check
 from mdl_nbdev.data.rows import to_conversation
 from mdl_nbdev.data.sources import open_rows
@@ -25,11 +26,13 @@ from mdl_nbdev.train.dataset import AudioDataset
 pytestmark = pytest.mark.usefixtures("one_thread")
 fixtures = Path(__file__).parent/"fixtures"/"audio"
 BROKEN = ["d_half_h_right.wav", "d_html.mp3", "j_cbr.mp3", "h_empty.wav"]
-clips = st.sampled_from(["a.wav", "a.wav", "b c.flac", "tiny.wav", "missing.wav", "a.wav#t=0.1,0.3", "a.wav#t=5,6", "h_plus_44.wav", "cbr.mp3", "opus.ogg", *BROKEN, ""])
+clips = st.sampled_from(["a.wav", "a.wav", "b c.flac", "tiny.wav", "missing.wav", "a.wav#t=0.1,0.3", "a.wav#t=5,6", "stereo.wav", "stereo.wav", "stereo.wav#channel=1", "h_plus_44.wav", "cbr.mp3", "opus.ogg", *BROKEN, ""])
 texts = st.sampled_from(["", "Q", "Is it loud?", "<audio>Q", "<audio> or <audio>?", " ", "null", "café", "a\nb", 'say "x"'])
 answers = st.sampled_from(["A", "A", "two words", "", "null", "NA", "  "])
 times = st.sampled_from([None, None, None, ("0", "0.2"), ("0.1", ""), ("0.4", "0.2"), ("x", "1")])
-table = st.lists(st.tuples(clips, texts, answers, times), min_size=1, max_size=4)
+channels = st.sampled_from([None, None, None, "mix", "left", "RIGHT", "0", "1", "BBC"]) # Of a row
+options = st.sampled_from(["mix", "mix", "left", 1]) # Of all rows
+table = st.lists(st.tuples(clips, texts, answers, times, channels), min_size=1, max_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,7 @@ def sounds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sounds")
     noise = np.random.default_rng(0).uniform(-.3, .3, 8000)
     sf.write(folder/"a.wav", noise, 16000)
+    sf.write(folder/"stereo.wav", noise.reshape(-1, 2), 16000)
     sf.write(folder/"b c.flac", noise[:4410], 44100)
     sf.write(folder/"tiny.wav", noise[:3], 16000)
     for name in ["h_plus_44.wav", "cbr.mp3", "opus.ogg", *BROKEN]: shutil.copy(fixtures/name, folder)
@@ -50,8 +54,11 @@ def sounds(tmp_path_factory):
 def write_table(path, rows):
     "The same rows in a kind of file"
     columns = ["audio", "user_prompt", "prediction"]
-    if any(t for *_, t in rows): columns += ["start", "end"]
-    cells = [[clip, text, answer, *(t or ("", ""))][:len(columns)] for clip, text, answer, t in rows]
+    if any(t for *_, t, _ in rows): columns += ["start", "end"]
+    cells = [[clip, text, answer, *(t or ("", ""))][:len(columns)] for clip, text, answer, t, _ in rows]
+    if any(channel for *_, channel in rows):
+        columns.append("channel")
+        for row, (*_, channel) in zip(cells, rows): row.append(channel or "")
     if path.suffix == ".jsonl": path.write_text("".join(json.dumps({k: v for k, v in zip(columns, row) if v}) + "\n" for row in cells))
     elif path.suffix == ".parquet": pq.write_table(pa.table({name: [row[i] or None for row in cells] for i, name in enumerate(columns)}, pa.schema([(name, pa.string()) for name in columns])), path)
     else:
@@ -68,12 +75,12 @@ def is_good(path, row, **options):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(table, st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]))
-def test_what_check_passes_the_others_take(tmp_path, chat, sounds, rows, suffix):
+@given(table, st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]), options)
+def test_what_check_passes_the_others_take(tmp_path, chat, sounds, rows, suffix, channel):
     "A table with a bad row is not converted; without it, it is, with the clips and texts that were read"
     path, out = tmp_path/f"t{suffix}", tmp_path/"out"
-    good = [row for row in rows if is_good(tmp_path/f"one{suffix}", row, base_dir=sounds, num_workers=1)]
-    shared = dict(input=path, base_dir=sounds, num_workers=1)
+    good = [row for row in rows if is_good(tmp_path/f"one{suffix}", row, base_dir=sounds, num_workers=1, channel=channel)]
+    shared = dict(input=path, base_dir=sounds, num_workers=1, channel=channel)
     write_table(path, rows)
     assert len(lines(check(CheckSettings(**shared)).bad)) == len(rows) - len(good)
     if len(good) < len(rows):
@@ -84,18 +91,19 @@ def test_what_check_passes_the_others_take(tmp_path, chat, sounds, rows, suffix)
         report = check(CheckSettings(**shared))
         convert(ConvertSettings(**shared, output=out, model_name="tiny", overwrite=True), chat)
         made = AudioDataset(out, chat.fingerprint, "t")
-        read = [to_conversation(row, base_dir=sounds) for row in open_rows(path)]
+        read = [to_conversation(row, base_dir=sounds, channel=channel) for row in open_rows(path)]
         assert len(made) == report.rows == len(good) and [made[i].conversation.messages for i in range(len(made))] == [c.messages for c in read]
         heard = sorted(len(clip)/16000 for i in range(len(made)) for clip in made[i].clips)
         np.testing.assert_allclose(heard, sorted(report.seconds), atol=1e-4)
+        for i, c in enumerate(read): np.testing.assert_array_equal(np.concatenate(made[i].clips or [[]]), np.concatenate([to_int16(load_audio(clip)) for clip in c.clips] or [[]]))
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(table, st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]))
-def test_what_check_passes_is_answered(tmp_path, chat, sounds, rows, suffix):
+@given(table, st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]), options)
+def test_what_check_passes_is_answered(tmp_path, chat, sounds, rows, suffix, channel):
     "Inference rejects the rows that `mdl_check --predictions false` reports, and no others"
     path = tmp_path/f"t{suffix}"
-    shared = dict(input=path, base_dir=sounds, num_workers=1)
+    shared = dict(input=path, base_dir=sounds, num_workers=1, channel=channel)
     write_table(path, rows)
     bad, broken = check(CheckSettings(**shared, predictions=False)), []
     prompter = Prompter(InferSettings(**shared, output=tmp_path/"o", model_name="tiny"), chat, 4096)

@@ -49,8 +49,8 @@ def metavar(
     kinds = [t for t in (get_args(tp) if get_origin(tp) in (Union, types.UnionType) else [tp]) if t is not type(None)]
     if get_origin(kinds[0]) is list: kinds = get_args(kinds[0])
     if get_origin(kinds[0]) is dict: return 'NAME=X'
-    if get_origin(kinds[0]) is Literal: return '{' + ','.join(map(str, get_args(kinds[0]))) + '}'
-    return '|'.join({bool:'BOOL', int:'N', float:'X', str:'TEXT', Path:'PATH'}[k] for k in kinds)
+    names = {bool:'BOOL', int:'N', float:'X', str:'TEXT', Path:'PATH'}
+    return '|'.join(names.get(k) or '{' + ','.join(map(str, get_args(k))) + '}' for k in kinds)
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c10
 class SettingsParser(argparse.ArgumentParser):

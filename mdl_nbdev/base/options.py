@@ -152,6 +152,7 @@ class Settings:
 
 def _check_bounds(f, number):
     "Raise `InputError` if a value is outside the bounds of its option"
+    if isinstance(number, str): return # the name of a choice
     facts = option_facts(f)
     for name,(words, holds) in BOUNDS.items():
         bound = getattr(facts, name)

@@ -26,6 +26,8 @@ class DataSettings(Settings):
     user_prompt:str|None=opt(None, convert=True) # User prompt for rows that have none of their own
     # Folder that relative audio paths start from; otherwise the working directory
     base_dir:Path|None=opt(None, resume=True, convert=True, location=True)
+    # Channel of clips whose row names none: the mean of all, the left or right one, or a number that counts from 0
+    channel:Literal['mix', 'left', 'right']|int=opt('mix', minimum=0, convert=True)
     encoding:str=opt('utf-8', resume=True, convert=True) # Encoding of CSV, TSV and JSONL files, by its name in Python
     # Maximum length of a clip in seconds; longer clips are rejected without being decoded
     max_audio_seconds:float=opt(600., minimum=0.1, convert=True)

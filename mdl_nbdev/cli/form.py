@@ -159,6 +159,7 @@ def menu(self:SettingsForm,
     kinds = get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (tp,)
     choices = next((get_args(k) for k in kinds if get_origin(k) is Literal), ())
     if set(kinds)=={bool, type(None)}: choices = (True, False)
+    if int in kinds: choices = ()
     if choices and type(None) in kinds: choices = (None, *choices)
     return [(option_text(c), c) for c in choices]
 

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.html import Html, as_html, html_box, html_table
 from ..base.settings import InferSettings
-from ..base.text import shorten
+from ..base.text import plural, shorten
 from .background import Run
 from .view import Pace, View, marked_answer, small_player
 from ..infer.metrics import score
@@ -167,7 +167,7 @@ class InferRun(Run):
         "Wait for the end; the report. A run that was stopped raises `InputError`"
         report = super().wait()
         if report: return report
-        raise InputError(f"{self.s.output}: stopped after {self.view.done:,} rows, so it is incomplete; continue with resume()")
+        raise InputError(f"{self.s.output}: stopped after {plural(self.view.done, 'row')}, so it is incomplete; continue with resume()")
 
 # %% ../../nbs/5_cli/05_inference.ipynb #c14
 def start_inference(

@@ -21,8 +21,8 @@ from ..base.html import Html, html_bar, html_table
 from ..base.processes import DaemonPool
 from ..base.settings import CheckSettings
 from ..base.text import format_duration, plural, shorten
-from .audio import SAMPLE_RATE, audio_info, is_silent, load_audio, resolve
-from .clips import prepare_clips, split_segment
+from .audio import SAMPLE_RATE, audio_info, load_audio
+from .clips import NOTES, collected_notes, prepare_clips, resolve, split_segment
 from .conversations import Conversation, message_text
 from .rows import BadRow
 from .sources import open_rows
@@ -46,7 +46,7 @@ class CheckReport:
     conflicting:int=0 # Rows that repeat the prompt of an earlier row with another answer
     bad:list[BadRow]=field(default_factory=list) # Every bad row, in the order of the file
     short:list[BadRow]=field(default_factory=list) # Rows with a very short clip, which can be used
-    silent:list[BadRow]=field(default_factory=list) # Rows with a clip in which nothing can be heard
+    notes:dict[str,list[BadRow]]=field(default_factory=lambda: {kind:[] for kind in NOTES}) # Rows with clips of note
     hints:list[str]=field(default_factory=list) # What would repair many rows at once
     other:Counter=field(default_factory=Counter) # Rows for each column or key that is ignored
     unused:Counter=field(default_factory=Counter) # Rows for each key inside of messages that is not used
@@ -111,7 +111,7 @@ def summary(self:CheckReport)->list[str]: # Lines
               "with the prompt and answer of an earlier row": self.repeated,
               "with the prompt of an earlier row, but another answer": self.conflicting,
               f"with a clip shorter than {MIN_AUDIO_SECONDS:g} s, of which a model hears mostly padding": len(self.short),
-              "with a silent clip": len(self.silent)}
+              **{f"with a {noun}{what}": len(self.notes[kind]) for kind, (noun, what, _) in NOTES.items()}}
     lines += [f"{plural(n, 'row')} {what}" for what, n in counts.items() if n]
     def remark(name): return f"; did you mean {self.misnamed[name]}?" if name in self.misnamed else ""
     ignored = [f"{name} ({plural(n, 'row')}{remark(name)})" for name, n in most_frequent(self.other, 10)]
@@ -135,7 +135,8 @@ def histograms(self:CheckReport)->dict[str,list]: # Title -> names and counts
 @patch
 def lists(self:CheckReport)->dict[str,list]: # Title -> rows
     "The rows that need a look"
-    return {title: rows for title, rows in {"short clips":self.short, "silent clips":self.silent, "bad rows":self.bad}.items() if rows}
+    noted = {f"{noun}s{what}": self.notes[kind] for kind, (noun, what, _) in NOTES.items()}
+    return {title: rows for title, rows in {"short clips":self.short, **noted, "bad rows":self.bad}.items() if rows}
 
 @patch
 def __repr__(self:CheckReport):
@@ -216,13 +217,14 @@ def add_rows(self:CheckReport,
 # %% ../../nbs/1_data/13_check.ipynb #c22
 def measure_clip(
     audio:str, # A clip, as a row names it
-    s:CheckSettings, # The limit, the base folder, and whether to decode
-)->tuple[float,bool]: # Its duration in seconds, and whether it is known to be silent
+    s:CheckSettings, # The limit, the base folder, the channel, and whether to decode
+)->tuple[float,list[str]]: # Its duration in seconds, and the kinds of notes on it, of `NOTES`
     "Measure a clip; raises `InputError` if it could not be used"
-    source, limit = resolve(audio, s.base_dir), s.max_audio_seconds
-    if not s.decode: return audio_info(source, limit).seconds, False
-    waveform = load_audio(source, limit)
-    return len(waveform)/SAMPLE_RATE, is_silent(waveform)
+    source, limit = resolve(audio, s.base_dir, s.channel), s.max_audio_seconds
+    with collected_notes(s.input) as notes:
+        if s.decode: seconds = len(load_audio(source, limit))/SAMPLE_RATE
+        else: seconds = audio_info(source, limit).seconds
+    return seconds, list(notes)
 
 # %% ../../nbs/1_data/13_check.ipynb #c24
 @patch
@@ -242,9 +244,9 @@ def add_clips(self:CheckReport,
                 self.bad += rows(audio, result)
                 yield audio
                 continue
-            seconds, silent = result
+            seconds, notes = result
             self.seconds.extend([seconds]*len(clips[audio]))
-            if silent: self.silent += rows(audio, f"{audio}: silent once its channels are mixed; check them, or remove the row")
+            for kind in notes: self.notes[kind] += rows(audio, f"{audio}: {NOTES[kind][2]}")
             if seconds < MIN_AUDIO_SECONDS:
                 self.short += rows(audio, f"{audio}: {seconds:.3f} s long; check where it was cut, or remove the row")
 
@@ -260,7 +262,5 @@ def check(
     missing = [audio for audio in files if not os.path.exists(resolve(audio, s.base_dir))]
     beside = sum(os.path.isfile(folder/audio) for audio in missing)
     if beside: report.hints.append(f"missing clips that --base-dir {folder} would find: {beside:,}")
-    report.bad.sort()
-    report.short.sort()
-    report.silent.sort()
+    for rows in (report.bad, report.short, *report.notes.values()): rows.sort()
     return report

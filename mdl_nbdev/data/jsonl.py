@@ -15,10 +15,10 @@ from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.html import as_html
 from ..base.text import shorten
-from .audio import is_sound_file, names_clip
+from .clips import cut_clip, is_sound_file, names_clip, segment_names
 from .conversations import Located, message_clips, message_text, messages_html, text_message
 from .messages import KEYS, kind_of, read_messages, text_value, unused_keys
-from .rows import BadRow, RowFile, cut_clip, line_fault, open_text, segment_names
+from .rows import BadRow, RowFile, line_fault, open_text
 
 # %% ../../nbs/1_data/10_jsonl.ipynb #c7
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from ..base.text import shorten
 from ..base.files import cache_dir
 from .remote import cached_file
 from .rows import COLUMNS, BadRow, Row
-from .tables import TableFile, header_fault
+from .tables import QuotedNull, TableFile, header_fault
 
 # %% ../../nbs/1_data/11_parquet.ipynb #c6
 def holds_clips(
@@ -42,7 +42,7 @@ def cell_text(
     value:Any, # A value of a Parquet column
 )->str: # Empty for null
     "A value as text, as a CSV would have it"
-    if isinstance(value, str): return value
+    if isinstance(value, str): return QuotedNull(value) if value=="null" else value
     if value is None: return ""
     if isinstance(value, (bool, dict, list)): return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_NEW_TOKENS', 'BATCHES_PER_SHARD', 'completion_limit', 'PromptedRow', 'Prompter', 'Pipeline', 'InferReport',
            'prompt_html', 'reference_mark', 'open_output', 'check_output', 'lock_output', 'load_engine', 'join_output',
-           'stop_at_reject', 'rows_of_shards', 'prepare_output', 'InferProgressBar', 'infer']
+           'remaining_shards', 'stop_at_reject', 'rows_of_shards', 'prepare_output', 'InferProgressBar', 'infer']
 
 # %% ../../nbs/4_infer/02_run.ipynb #c4
 import os, socket, sys, time
@@ -23,14 +23,14 @@ from ..base.processes import DaemonPool, Ranks, is_main_process, silence_librari
 from ..base.settings import InferSettings
 from ..base.text import plural, same_text
 from ..data.audio import audio_info
-from ..data.clips import prepare_clips
+from ..data.clips import collected_notes, note_lines, prepare_clips
 from ..data.remote import set_host_policy
 from ..data.sources import note_misnamed, open_rows
 from ..data.conversations import Conversation
 from ..data.pictures import clip_html
 from ..data.rows import to_conversation
 from .identity import run_identity
-from .output import InferOutput, LoggedProgress, OutputPart, remaining_shards
+from .output import InferOutput, LoggedProgress, OutputPart
 from ..model.engine import Engine, GenerationOptions, Request, TransformersEngine
 from ..model.families import load_chat
 from ..model.load import device_note, load_model, pick_dtype
@@ -68,6 +68,7 @@ class PromptedRow:
     kept:bool=False # Whether the answer is that of an earlier run
     truncated:bool=False # Whether the limit ended the answer
     reason:str|None=None # Why there is no answer; None: there is one
+    notes:dict=field(default_factory=dict) # On its clips, from `collected_notes`
 
     @property
     def reference(self)->str|None:
@@ -98,7 +99,7 @@ class Prompter:
         row, s = prompted.row, self.s
         if prompted.kept: return prompted, None
         try:
-            prompted.conversation = to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir, with_prediction=False)
+            prompted.conversation = to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir, False, s.channel)
             clips = [audio_info(path, s.max_audio_seconds) for path in prompted.conversation.clips]
             tokenized, = self.chat.tokenize([prompted.conversation])
             self.limit(prompted, tokenized.n_tokens([c.samples_at(self.chat.family.sample_rate) for c in clips]))
@@ -114,7 +115,9 @@ def decode(self:Prompter,
     "Decode the clips of a row; one that cannot be decoded gets a reason"
     prompted, tokenized = pair
     try:
-        example = tokenized.example(self.chat.load_clips(prompted.conversation, self.s.max_audio_seconds))
+        with collected_notes(prompted.row.where) as prompted.notes:
+            clips = self.chat.load_clips(prompted.conversation, self.s.max_audio_seconds)
+        example = tokenized.example(clips)
         self.limit(prompted, len(example.input_ids)) # a header may be wrong
         return prompted, example
     except InputError as e: prompted.reason = str(e).removeprefix(f'{prompted.row.where}: ')
@@ -166,6 +169,7 @@ class InferReport:
     resumed:int=0 # Rows that an earlier run had answered
     rejected:list=field(default_factory=list) # Rows without an answer: row, line, audio, reason
     truncated:list[int]=field(default_factory=list) # Lines whose answer was ended by the token limit
+    notes:dict=field(default_factory=dict) # Counts of silent clips and the like, from `count_notes`
     seconds:float=0. # Time spent on answering
     sample:list[PromptedRow]=field(default_factory=list) # The first rows with their answers
 
@@ -182,6 +186,7 @@ class InferReport:
             answers = plural(len(self.truncated), 'answer')
             lines.append(f"{answers} truncated at the token limit, the first in line {self.truncated[0]}; "
                          "to get them in full, raise --max-new-tokens")
+        lines += note_lines(self.notes)
         if self.rejected:
             _, line, _, reason = self.rejected[0]
             rows = plural(len(self.rejected), 'row')
@@ -273,7 +278,18 @@ def join_output(
     part.create(out.header)
     return part
 
-# %% ../../nbs/4_infer/02_run.ipynb #c21
+# %% ../../nbs/4_infer/02_run.ipynb #c22
+def remaining_shards(
+    shards:int, # Number of shards of the input
+    finished:list[int], # Numbers of the finished ones
+    rank:int=0, # Rank of this process
+    world:int=1, # Number of processes
+)->list[int]: # Numbers, ascending
+    "The shards that a rank has to compute"
+    known = set(finished)
+    return [n for n in range(shards) if n not in known][rank::world]
+
+# %% ../../nbs/4_infer/02_run.ipynb #c25
 def stop_at_reject(
     rows:list[PromptedRow], # Finished rows
     s:InferSettings, # Settings of the run
@@ -298,7 +314,7 @@ def rows_of_shards(
     shards = islice(chunked(rows, shard_rows), max(numbers, default=-1) + 1)
     return (rows for number,rows in enumerate(shards) if number in wanted)
 
-# %% ../../nbs/4_infer/02_run.ipynb #c22
+# %% ../../nbs/4_infer/02_run.ipynb #c26
 def prepare_output(
     out:InferOutput, # The output
     s:InferSettings, # Settings of the run
@@ -333,7 +349,7 @@ class InferProgressBar:
         self.bar.close()
         self.progress.close()
 
-# %% ../../nbs/4_infer/02_run.ipynb #c24
+# %% ../../nbs/4_infer/02_run.ipynb #c28
 def infer(
     s:InferSettings, # What to answer, with what, and where to
     callbacks:Iterable[Callable]=(), # Each gets a shard's `PromptedRow`s, the rows done and the rows in total
@@ -366,7 +382,7 @@ def infer(
             for callback in callbacks: callback(rows, done, total)
         ranks.wait(bar.update)
         bar.update() # what was written since the last call
-        if ranks.is_main: report.rejected, report.truncated = out.finish(shard_rows, total)
+        if ranks.is_main: report.rejected, report.truncated, report.notes = out.finish(shard_rows, total)
         if rejected is not None: report.resumed = total - sum((n - 1)//shard_rows not in finished for n in rejected)
         report.seconds = time.perf_counter() - start
     return report

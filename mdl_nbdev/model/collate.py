@@ -8,6 +8,7 @@ __all__ = ['DESCRIPTIONS', 'SAMPLE_COLOURS', 'pad_tokens', 'Collator', 'batch_of
 # %% ../../nbs/2_model/05_collate.ipynb #c4
 import numpy as np
 from fastcore.basics import patch
+from ..base.text import plural
 from .chat import Example
 from .family import Family
 
@@ -107,13 +108,14 @@ class Batch(dict):
 # %% ../../nbs/2_model/05_collate.ipynb #c11
 @patch
 def __repr__(self:Batch):
-    return f"{len(self['task'])} samples in {len(self['sample'])} rows of {self['sample'].shape[1]} tokens"
+    rows, tokens = self['sample'].shape
+    return f"{plural(len(self['task']), 'sample')} in {plural(rows, 'row')} of {plural(tokens, 'token')}"
 
 @patch
 def _repr_html_(self:Batch):
     sample, labels = self['sample'].cpu().numpy(), self['labels'].cpu().numpy()
     clips = self['n_samples']
-    audio = f", {len(clips)} clips, {int(clips.sum())/self.sample_rate:.1f} s" if len(clips) else ''
+    audio = f", {plural(len(clips), 'clip')}, {int(clips.sum())/self.sample_rate:.1f} s" if len(clips) else ''
     strips = ''.join(sample_strip(s, l, min(3, 900/sample.shape[1])) for s,l in zip(sample, labels))
     legend = '<small>one colour for each sample, dark where there is loss; white: padding</small>'
     return f"<div>{self!r} ({(sample<0).mean():.0%} padding){audio}<br>{strips}{legend}</div>"

@@ -10,6 +10,7 @@ from itertools import count, groupby
 import numpy as np
 from fastcore.basics import patch
 from ..base.html import Html, audio_player, escape
+from ..base.text import plural
 from .chat import Chat, Example
 from .tokenizers import chat_of
 
@@ -53,7 +54,7 @@ class LabelView:
     @property
     def counts(self)->str:
         "How many tokens there are, and how many carry loss"
-        return f'{len(self.example.input_ids)} tokens, {int((self.example.labels>=0).sum())} with loss'
+        return f'{plural(len(self.example.input_ids), "token")}, {int((self.example.labels>=0).sum())} with loss'
 
     def __str__(self):
         shown = []

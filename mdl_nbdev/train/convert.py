@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'OWN_FILES', 'RECORD_BATCH', 'row_schema', 'to_columns', 'record_batch', 'bad_row', 'convert_rows',
-           'ShardJob', 'Shard', 'write_shard', 'HashedFile', 'finished_shard', 'start_worker', 'write_in_worker',
-           'write_shards', 'read_conversations', 'plan_shards', 'conversion_key', 'write_small_files', 'ConvertReport',
-           'convert']
+           'ShardJob', 'Shard', 'notes_of', 'write_shard', 'HashedFile', 'finished_shard', 'start_worker',
+           'write_in_worker', 'write_shards', 'read_conversations', 'plan_shards', 'conversion_key',
+           'write_small_files', 'ConvertReport', 'convert']
 
 # %% ../../nbs/3_train/00_convert.ipynb #c4
 import hashlib, json, multiprocessing, os, shutil, sys
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from ..base.files import check_inputs, make_folder, new_output, output_lock, wri
 from ..base.processes import end_with_parent
 from ..base.settings import ConvertSettings
 from ..base.text import format_duration, plural
-from ..data.clips import clip_state, prepare_clips
+from ..data.clips import clip_state, collected_notes, count_notes, note_lines, prepare_clips
 from ..data.conversations import Conversation
 from ..data.rows import BadRow, bad_rows_error, to_conversation
 from ..data.sources import note_misnamed, open_rows
@@ -81,16 +81,17 @@ def convert_rows(
     chat:Chat, # Of the model
     max_seconds:float, # Longer clips are rejected
     audio_dtype:str, # 'int16' or 'float32'
-)->tuple[list[dict], list[BadRow]]: # Good rows as columns, and the others
+)->tuple[list[dict], list[BadRow]]: # Good rows as columns, with `notes` on their clips; and the others
     "Load and tokenize some rows"
-    good, clips, bad = [], [], []
+    good, clips, notes, bad = [], [], [], []
     for c in conversations:
         try:
             chat.check(c)
-            clips.append(chat.load_clips(c, max_seconds, audio_dtype))
+            with collected_notes(c.where) as found: clips.append(chat.load_clips(c, max_seconds, audio_dtype))
+            notes.append(found)
             good.append(c)
         except InputError as e: bad.append(bad_row(c, e))
-    return [to_columns(t.example(c)) for t,c in zip(chat.tokenize(good), clips)], bad
+    return [dict(to_columns(t.example(c)), notes=n) for t,c,n in zip(chat.tokenize(good), clips, notes)], bad
 
 # %% ../../nbs/3_train/00_convert.ipynb #c10
 @dataclass(frozen=True)
@@ -122,7 +123,17 @@ class Shard(NamedTuple):
     samples:int=0 # Audio samples in it
     digests:dict={} # Of its `file`, and of its `audio` alone
     bad:list[BadRow]=() # Rows that could not be converted
+    notes:dict={} # Counts of silent clips and the like, from `count_notes`
 
+def notes_of(
+    shards:list[Shard], # In any order
+)->dict: # From `count_notes`
+    "Count the notes on the clips of all shards"
+    counts = {}
+    for shard in sorted(shards, key=lambda shard: shard.path.name): count_notes(counts, shard.notes)
+    return counts
+
+# %% ../../nbs/3_train/00_convert.ipynb #c13
 RECORD_BATCH = 2**20 # Samples and tokens from which on rows are written as a record batch
 
 def write_shard(
@@ -135,7 +146,11 @@ def write_shard(
     part, bad, n = path.with_suffix('.tmp'), [], 0
     waiting, size = [], 0 # rows of the next record batch
     with writing(part), pa.OSFile(str(part), 'wb') as f, pa.ipc.new_stream(f, schema) as writer:
-        def write(): writer.write_batch(record_batch(waiting, schema))
+        def write():
+            notes = {}
+            for row in waiting: count_notes(notes, row['notes'])
+            extra = dict(notes=json.dumps(notes)) if notes else None
+            writer.write_batch(record_batch(waiting, schema), custom_metadata=extra)
         for i in range(0, len(job.conversations), job.batch_size):
             rows, wrong = convert_rows(job.conversations[i:i+job.batch_size], chat, job.max_seconds, job.audio_dtype)
             bad += wrong
@@ -155,7 +170,7 @@ def write_shard(
         os.replace(part, path)
     return finished_shard(path, n)
 
-# %% ../../nbs/3_train/00_convert.ipynb #c12
+# %% ../../nbs/3_train/00_convert.ipynb #c14
 class HashedFile:
     "A file that is hashed while something else reads it from beginning to end"
     def __init__(self,
@@ -171,17 +186,19 @@ def finished_shard(
     rows:int, # Its rows
 )->Shard:
     "What the manifest says about a shard; its audio is hashed alone too, since the rest names files, which may move"
-    samples, digest = 0, hashlib.sha256()
+    samples, digest, notes = 0, hashlib.sha256(), {}
     with open(path, 'rb') as f:
         hashed = HashedFile(f)
-        for batch in pa.ipc.open_stream(pa.PythonFile(hashed, 'r')):
+        for batch,extra in pa.ipc.open_stream(pa.PythonFile(hashed, 'r')).iter_batches_with_custom_metadata():
+            if extra: count_notes(notes, json.loads(extra['notes']))
             audio = batch['audio'].flatten()
             samples += len(audio)
             digest.update(np.ascontiguousarray(audio.to_numpy()))
         hashed.read() # what follows the last batch
-    return Shard(path, rows, samples, dict(file=hashed.sha256.hexdigest(), audio=digest.hexdigest()))
+    digests = dict(file=hashed.sha256.hexdigest(), audio=digest.hexdigest())
+    return Shard(path, rows, samples, digests, notes=notes)
 
-# %% ../../nbs/3_train/00_convert.ipynb #c14
+# %% ../../nbs/3_train/00_convert.ipynb #c16
 _worker_chat = None # Of a worker process
 
 def start_worker(
@@ -217,7 +234,7 @@ def write_shards(
             raise InputError("a worker process was killed, most likely because memory ran out; use fewer --num-workers. "
                              "Finished work is kept: run the same command again") from None
 
-# %% ../../nbs/3_train/00_convert.ipynb #c16
+# %% ../../nbs/3_train/00_convert.ipynb #c18
 def read_conversations(
     s:ConvertSettings, # Names the file, the prompts and the base folder
 )->list[Conversation]: # One for each row
@@ -227,7 +244,7 @@ def read_conversations(
     for row in source.rows(bad.append):
         unused.update(source.ignored_inside(row))
         try:
-            c = to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir)
+            c = to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir, channel=s.channel)
             good.append(c.learning_last() if s.learn_answers=='last' else c)
         except InputError as e: bad.append(bad_row(row, e))
     found = ', '.join(f"{key} ({plural(n, 'row')})" for key, n in unused.items())
@@ -258,7 +275,7 @@ def conversion_key(
     names = [f'data-{j.index:05d}-{j.digest}.arrow' for j in jobs] # as files were named when keys were first written
     return hashlib.sha256('\n'.join(names).encode()).hexdigest()[:16]
 
-# %% ../../nbs/3_train/00_convert.ipynb #c18
+# %% ../../nbs/3_train/00_convert.ipynb #c20
 def write_small_files(
     s:ConvertSettings, # What was converted
     chat:Chat, # Of the model
@@ -280,17 +297,20 @@ def write_small_files(
     write_json(folder/MANIFEST, dict(
         format=2, source=str(s.input), rows=sum(shard.rows for shard in shards), audio_seconds=round(seconds, 3),
         sample_rate=rate, tokenizer=chat.fingerprint, model_name=s.model_name,
-        system_prompt=s.system_prompt, user_prompt=s.user_prompt, learn_answers=s.learn_answers,
-        shards={shard.path.name:shard.digests for shard in shards}))
+        system_prompt=s.system_prompt, user_prompt=s.user_prompt, learn_answers=s.learn_answers, channel=s.channel,
+        notes=notes_of(shards), shards={shard.path.name:shard.digests for shard in shards}))
 
-# %% ../../nbs/3_train/00_convert.ipynb #c19
+# %% ../../nbs/3_train/00_convert.ipynb #c21
 @dataclass
 class ConvertReport:
     "What a conversion made"
     path:Path # Folder of the dataset
     rows:int # Rows in it
     audio_seconds:float # Seconds of audio in it
-    def __str__(self): return f"{plural(self.rows, 'row')}, {format_duration(self.audio_seconds)} of audio in {self.path}"
+    notes:dict=field(default_factory=dict) # Counts of silent clips and the like, from `count_notes`
+    def __str__(self):
+        made = f"{plural(self.rows, 'row')}, {format_duration(self.audio_seconds)} of audio in {self.path}"
+        return '\n'.join([made, *note_lines(self.notes)])
 
 def convert(
     s:ConvertSettings, # What to convert, and where to
@@ -317,4 +337,4 @@ def convert(
         with writing(out, 'folder'):
             if out.exists(): shutil.rmtree(out)
             os.replace(part, out)
-    return ConvertReport(out, total, sum(shard.samples for shard in shards)/chat.family.sample_rate)
+    return ConvertReport(out, total, sum(shard.samples for shard in shards)/chat.family.sample_rate, notes_of(shards))

@@ -113,7 +113,8 @@ def dataset_manifest(
     if not manifest.exists(): return {}
     try:
         values = json.loads(manifest.read_text(encoding='utf-8'))
-        return dict(values, rows=int(values['rows']), sample_rate=int(values.get('sample_rate', 16_000)))
+        notes = {str(kind):[int(n), str(where)] for kind,(n,where) in values.get('notes', {}).items()}
+        return dict(values, rows=int(values['rows']), sample_rate=int(values.get('sample_rate', 16_000)), notes=notes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"{manifest}: is damaged ({one_line(e, 200)}); convert the file again") from None
 
@@ -291,16 +292,16 @@ def open_dataset(
 def check_conversion(
     ds:AudioDataset, # A converted dataset
     chat:Chat, # Of the model
-    settings:dict, # May name a system_prompt, a user_prompt, and which answers are learned
+    settings:dict, # May name a system_prompt, a user_prompt, a channel, and which answers are learned
 )->AudioDataset: # The same
     "Raise `InputError` if a dataset was converted with other prompts or for another sample rate"
     if ds.sample_rate != chat.family.sample_rate:
         raise InputError(f"{ds.path}: its clips have {ds.sample_rate:,} samples per second, and the model takes "
                          f"{chat.family.sample_rate:,}; convert the file again for this model")
-    for name in ('system_prompt', 'user_prompt', 'learn_answers'):
+    for name in ('system_prompt', 'user_prompt', 'learn_answers', 'channel'):
         wanted, present = settings.get(name), ds.manifest.get(name)
-        if name=='learn_answers' and wanted=='all': continue # what a dataset says itself
-        if not wanted or wanted == present: continue
+        if wanted==dict(learn_answers='all', channel='mix').get(name): continue # what a dataset says itself
+        if wanted in (None, '') or wanted == present: continue
         had = f'with {option(name)} {present!r}' if present else f'without {option(name)}'
         raise InputError(f"{ds.path}: was converted {had}, and its rows cannot be changed now; "
                          f"convert them again with {wanted!r}, or leave {option(name)} out")

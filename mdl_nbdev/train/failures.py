@@ -10,7 +10,7 @@ import signal, sys, threading, time
 from typing import Callable
 from ..base.errors import InputError, WriteError
 from ..base.processes import LostRank
-from ..base.text import one_line
+from ..base.text import one_line, plural
 from .loop import TaskTrainer
 from .memory import is_out_of_memory, memory_advice
 
@@ -57,7 +57,7 @@ def explain_error(
     if is_out_of_memory(e):
         try: advice = memory_advice(trainer.s, measure)
         except InputError as no_estimate: advice = str(no_estimate)
-        return InputError(f"out of memory after {trainer.state.global_step} steps. {advice}")
+        return InputError(f"out of memory after {plural(trainer.state.global_step, 'step')}. {advice}")
     if isinstance(e, (OSError, WriteError)) and not trainer.s.output.is_dir():
         return InputError(f"{trainer.s.output}: this run folder was moved or removed while the run wrote into it, "
                           f"at step {trainer.state.global_step}; if it still exists, resume with --resume-from-checkpoint true "

@@ -25,7 +25,7 @@ from ..base.errors import InputError
 from ..base.html import Html, html_table
 from ..base.options import option
 from ..base.settings import TrainSettings
-from ..base.text import format_bytes, one_line
+from ..base.text import format_bytes, one_line, plural
 from ..model.collate import Batch
 from ..model.adapters import adapt, without_input_casts
 from ..model.load import pick_device, pick_dtype, quantization_config, recompute_activations, unwrap_model
@@ -277,7 +277,7 @@ def __repr__(self:MemoryEstimate):
     all_gradients = self.optimizer//2
     later = f'{format_bytes(all_gradients)} at the end of the backward pass' if self.gradients < all_gradients else ''
     notes = dict(weights=by_type, gradients=later, optimizer='AdamW',
-                 activations=f'{self.rows} rows of {self.tokens:,} tokens, {how}')
+                 activations=f'{plural(self.rows, "row")} of {plural(self.tokens, "token")}, {how}')
     parts = [f"  {k:<12}{format_bytes(n):>10}  {notes.get(k, '')}".rstrip() for k,n in self.parts().items()]
     return '\n'.join([f"memory: about {format_bytes(self.total)}{of}", *parts])
 

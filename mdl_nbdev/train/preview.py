@@ -11,6 +11,7 @@ import numpy as np
 from ..base.errors import InputError
 from ..base.html import as_html
 from ..base.settings import TrainSettings
+from ..base.text import plural
 from ..model.chat import Chat
 from ..model.collate import Batch
 from ..model.label_view import LabelView
@@ -42,7 +43,7 @@ class DryRun:
         rows, tokens = self.batch['labels'].shape
         clips = self.batch['n_samples']/self.batch.sample_rate
         audio = f", clips of up to {clips.max():.1f} s" if len(clips) else ""
-        return f"the longest batch: {rows} rows of up to {tokens:,} tokens{audio}"
+        return f"the longest batch: {plural(rows, 'row')} of up to {plural(tokens, 'token')}{audio}"
     def __str__(self):
         rows = [f'{view}\n' for view in self.first]
         head = [str(self.trainable), *filter(None, [self.trainable.note]), self.rows, '', 'the first batch:']
