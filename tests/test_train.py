@@ -16,6 +16,7 @@ from mdl_nbdev.base.settings import ConvertSettings, TrainSettings, TuneSettings
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.load import load_model
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
 from mdl_nbdev.model.save import load_adapter, merge
@@ -40,6 +41,9 @@ def settings(csv, out, **kw):
     return TrainSettings(**dict(train_dataset=csv, base_dir=csv.parent, output=out, model_name="tiny", lr=2e-3, batch_size=8, logging_steps=1, lora_rank=8) | kw)
 
 
+def rows_of(s): return run_module.open_mixes(s, load_chat("tiny"))[0]
+
+
 def losses(metrics): return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics if "loss" in m]
 
 
@@ -49,9 +53,9 @@ def run(csv, tmp_path_factory):
     return train(settings(csv, tmp_path_factory.mktemp("runs") / "run", eval_dataset=csv, num_epochs=2.0, eval_steps=3, save_steps=2))
 
 
-def test_evaluation_is_the_mean_over_all_tokens(run):
+def test_evaluation_is_the_mean_over_all_tokens(csv, run):
     "Against one row at a time, logits of all positions, in float64"
-    model, ds = load_model(str(run.final)).double(), AudioDataset(run.output / "data" / "eval" / "0-sounds")
+    model, ds = load_model(str(run.final)).double(), rows_of(settings(csv, run.output))
     total = n = 0
     for i in range(len(ds)):
         batch = Collator(TOK.pad_token_id, MiDashengLMFamily())([ds[i]])
@@ -110,7 +114,7 @@ def test_adapter_only(csv, tmp_path, run):
     s = settings(csv, tmp_path / "a", merge_lora=False, max_steps=2, train_target=["decoder", "lm_head"])
     adapter, merged = train(s), train(replace(s, output=tmp_path / "m", merge_lora=True))
     assert (adapter.final / "adapter_model.safetensors").exists() and not (adapter.final / "model.safetensors").exists()
-    batch = {k: v for k, v in Collator(TOK.pad_token_id, MiDashengLMFamily())([AudioDataset(s.output / "data" / "train" / "0-sounds")[i] for i in range(3)]).items() if k != "labels"}
+    batch = {k: v for k, v in Collator(TOK.pad_token_id, MiDashengLMFamily())([rows_of(s)[i] for i in range(3)]).items() if k != "labels"}
     with torch.no_grad(): a, b = load_adapter(load_model("tiny"), adapter.final)(**batch).logits, load_model(str(merged.final))(**batch).logits
     assert torch.allclose(a, b, atol=1e-5)
     assert not torch.equal(load_file(merged.final / "model.safetensors")["decoder.lm_head.weight"], tiny_model().state_dict()["decoder.lm_head.weight"])
