@@ -233,7 +233,7 @@ def _repr_html_(self:AudioDataset):
     caption = f"{plural(len(self), 'row')}, {audio} of audio, {self.n_tokens.sum():,} tokens"
     return html_table(rows, ('line', 'clips', 'tokens', 'with loss'), caption)
 
-# %% ../../nbs/3_train/01_dataset.ipynb #c23
+# %% ../../nbs/3_train/01_dataset.ipynb #c24
 def conversion_place(
     s:ConvertSettings, # Names the file, and all that its conversion depends on; its output is the folder of all conversions
     chat:Chat, # Of the model
@@ -270,7 +270,7 @@ def convert_once(
             convert(replace(s, output=folder), chat, jobs)
     return folder
 
-# %% ../../nbs/3_train/01_dataset.ipynb #c24
+# %% ../../nbs/3_train/01_dataset.ipynb #c25
 def open_dataset(
     path:str|Path, # CSV, TSV, Parquet or JSONL file, or a converted folder
     chat:Chat, # Of the model
