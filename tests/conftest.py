@@ -22,6 +22,14 @@ def pytest_collection_modifyitems(config, items):
         if "slow" in item.keywords: item.add_marker(pytest.mark.skip(reason="slow: make test-slow"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    "Show what tests have recorded as their `summary`, such as the counts of a series"
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, []) if r.when == "call"]
+    lines = [line for r in reports for name, line in r.user_properties if name == "summary"]
+    if lines: terminalreporter.section("series")
+    for line in lines: terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def frozen():
     "What a module has imported is out of reach of the garbage collector, which each training run calls"

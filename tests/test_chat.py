@@ -1,10 +1,12 @@
 "Token ids and labels: for any conversation, templates and tokenizers of many kinds, and against transformers' own tokenization"
 import copy
 import itertools
+import json
 import pickle
 import re
 import string
 import unicodedata
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import ConvertSettings
 from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.model.chat import Chat, Example
 from mdl_nbdev.model.families import load_chat
@@ -24,6 +27,8 @@ from mdl_nbdev.model.midashenglm_family import AUDIO, CHATML, tiny_tokenizer
 from mdl_nbdev.model.template import find_premises, render, render_shape
 from mdl_nbdev.model.text_family import ROLE_MARKERS, TextFamily, tiny_text_tokenizer
 from mdl_nbdev.model.tokenizers import decode_answer, encode, fingerprint, load_tokenizer, tokenize
+from mdl_nbdev.train.convert import convert
+from mdl_nbdev.train.dataset import AudioDataset
 
 TINY = tiny_tokenizer()
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML
@@ -140,10 +145,10 @@ def said(ids, labels):
 def test_labels_are_the_answers_and_their_end_tokens(tok, case):
     conv, clips = case
     (ids, labels), = tokenize([conv], [clips], tok)
-    runs = said(ids, labels)
+    runs, learned = said(ids, labels), answers(conv)[-1:] if tok.chat_template == THINKING else answers(conv)
     assert [int(r[-1]) for r in runs] == [tok.eos_token_id] * len(runs)
-    assert [tok.decode(r[:-1], clean_up_tokenization_spaces=False) for r in runs] == answers(conv)
-    assert [decode_answer(r, tok) for r in runs] == answers(conv)
+    assert [tok.decode(r[:-1], clean_up_tokenization_spaces=False) for r in runs] == learned
+    assert [decode_answer(r, tok) for r in runs] == learned
     assert int((ids == tok.convert_tokens_to_ids(AUDIO)).sum()) == sum(n_audio_tokens(n) for n in clips)
 
 
@@ -284,6 +289,52 @@ def test_earlier_answers_that_are_not_learned_are_what_the_template_makes_of_the
     assert tok.decode(ids) == show(said_twice) and "<think>hm</think>4" not in tok.decode(ids)
     assert tok.decode(prompt) == show(said_twice[:-1], add_generation_prompt=True)
     assert [tok.decode(r) for r in said(ids, labels)] == ["<think>hm</think>yes<|im_end|>"]
+
+
+# As Qwen3's: an empty thought ends a prompt, a thought is shown with the last answer only, and with those after the last question
+QWEN3 = """{% set last = namespace(query=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.query = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' and loop.index0 > last.query %}
+{%- set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m.content else '' %}
+{{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}{{ m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+LAST_SYSTEM = """{% for m in messages %}{% if m.role == 'user' %}[INST] {{ messages[0].content + ' ' if loop.index0 >= messages | length - 2 and messages[0].role == 'system' }}{{ m.content }}[/INST]
+{%- elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("template, system, learned", [(QWEN3, [], ["4"]), (QWEN3, [("system", "S")], ["4"]), (LAST_SYSTEM, [], ["3", "4"]), (LAST_SYSTEM, [("system", "S")], ["4"])],
+    ids=["thoughts", "thoughts and system", "system last, none", "system last"])
+def test_an_answer_is_learned_only_after_the_prompt_that_the_model_gets(template, system, learned):
+    tok = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(BPE.backend_tokenizer), eos_token="<|im_end|>", chat_template=template)
+    chat = Chat(tok, TextFamily())
+    messages = [{"role": r, "content": [text(t)]} for r, t in [*system, ("user", "1+2?"), ("assistant", "3"), ("user", "2+2?"), ("assistant", "4")]]
+    e = chat.tokenize([Conversation(messages, "t.csv", 1)])[0].example([])
+    assert [tok.decode(r) for r in said(e.input_ids, e.labels)] == [f"{a}<|im_end|>" for a in learned]
+    for turn in chat.learned_turns(messages): # what comes before each learned answer is the prompt at that turn
+        prompt = chat.tokenize([Conversation(messages[:turn], "t.csv", 1)])[0].example([]).input_ids
+        assert e.input_ids[:len(prompt)].tolist() == prompt.tolist() and e.labels[len(prompt)] >= 0
+    plain = [{"role": m["role"], "content": m["content"][0]["text"]} for m in messages]
+    assert tok.decode(e.input_ids) == tok.apply_chat_template(plain, tokenize=False, enable_thinking=False)
+
+
+def test_answers_that_are_not_learned_are_counted(tmp_path, capsys):
+    rows = [dict(messages=[dict(role=r, content=t) for r, t in zip(["user", "assistant"]*n, ["a", "<think>hm</think>b"]*(n - 1) + ["a", "b"])]) for n in (1, 2, 3)]
+    (tmp_path/"rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(BPE.backend_tokenizer), eos_token="<|im_end|>", chat_template=QWEN3), TextFamily())
+    s = ConvertSettings(input=tmp_path/"rows.jsonl", output=tmp_path/"out", model_name="tiny-text", num_workers=1)
+    convert(s, chat)
+    assert "rows.jsonl: 3 answers not learned: in a whole conversation, the chat template shows earlier answers after another prompt" in capsys.readouterr().err
+    data = AudioDataset(tmp_path/"out", chat.fingerprint)
+    for e in (data[i] for i in range(3)): assert chat.tok.decode(e.labels[e.labels >= 0]) == "b<|im_end|>"
+    convert(replace(s, learn_answers="last", overwrite=True), chat)
+    assert "not learned" not in capsys.readouterr().err, "nobody asked for more"
+    rows[1]["messages"][-1]["weight"] = 0
+    (tmp_path/"rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(InputError, match="rows.jsonl:2: none of its answers can be learned: in a whole conversation"): convert(replace(s, overwrite=True), chat)
 
 
 def test_the_last_answer_alone_is_learned():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import count
 from pathlib import Path
 
@@ -16,10 +17,19 @@ import pytest
 import soundfile as sf
 import training_runs
 
+from mdl_nbdev.base.text import plural
 from mdl_nbdev.data.sounds import make_sounds
 
 numbers = count()
 KILLS = int(os.environ.get("KILLS", 200)) # of each command in a series
+
+
+@pytest.fixture
+def seed():
+    "Decides when a test kills; `SEED=...` repeats one, as far as a machine runs at the same speed"
+    number = int(os.environ.get("SEED") or random.randrange(2**32))
+    print(f"SEED={number}") # seen if the test fails
+    return number
 
 
 def start(folder, command, *args, **env):
@@ -95,8 +105,8 @@ def resumed(out): return int(re.search(r", (\d+) of them answered before", out)[
 
 
 @pytest.mark.parametrize("suffix, kills", [("csv", [(1, 3), (4, 6)]), ("jsonl", [(1, 6)]), pytest.param("tsv", [(1, 6)], marks=pytest.mark.slow)])
-def test_inference(tmp_path, suffix, kills):
-    n, window, rng = 120, 16, random.Random(os.urandom(8))
+def test_inference(tmp_path, suffix, kills, seed):
+    n, window, rng = 120, 16, random.Random(seed)
     args = ["mdl_infer", *infer_args((records if suffix == "jsonl" else table)(tmp_path, f"rows.{suffix}", n)), "--output"]
     finish(start(tmp_path, *args, f"whole.{suffix}"), code=2)
     part, log = tmp_path/f"out.{suffix}.part", tmp_path/f"out.{suffix}.part.log"
@@ -132,9 +142,9 @@ def rank(process, number):
 
 
 @pytest.mark.slow
-def test_inference_of_several_processes(tmp_path):
+def test_inference_of_several_processes(tmp_path, seed):
     "One of them is killed at any moment, first under a launcher, then without; then the run goes on with another number of them"
-    n, rng = 120, random.Random(os.urandom(8))
+    n, rng = 120, random.Random(seed)
     args = [*infer_args(table(tmp_path, "rows.csv", n)), "--output"]
     finish(start(tmp_path, "mdl_infer", *args, "whole.csv"), code=2)
     logs = [tmp_path/"out.csv.part.log", tmp_path/"out.csv.part-1.log"]
@@ -158,9 +168,9 @@ def test_inference_of_several_processes(tmp_path):
     same_files(tmp_path, "csv", n, len(range(5, n, 8)))
 
 
-def test_conversion(tmp_path):
+def test_conversion(tmp_path, seed):
     "The parent alone is killed: its workers must not go on without it"
-    n, rng, noise = 260, random.Random(os.urandom(8)), np.random.default_rng(0)
+    n, rng, noise = 260, random.Random(seed), np.random.default_rng(0)
     lines = ["audio,prediction"]
     for i in range(n):
         sf.write(tmp_path/f"{i}.flac", noise.normal(0, .1, int(44100*noise.uniform(.5, 2))), 44100)
@@ -186,34 +196,54 @@ def test_conversion(tmp_path):
     assert {p.name: p.stat().st_ino for p in (tmp_path/"out").glob("*.arrow")}.items() >= finished.items(), "finished shards are kept"
 
 
-SERIES = { # Arguments of a command but for its output, and what is equal in two of its results
-    "mdl_infer": (infer_args("rows.csv"), lambda folder, name: {k.removeprefix(name): v for k, v in contents(folder, f"{name}*").items()}),
-    "mdl_convert": (["sounds.csv", "--model-name", "tiny", "--num-workers", "2", "--output"], lambda folder, name: contents(folder/name, "**/*")),
+def shards_of_infer(folder): return windows_of(folder/"out.part.log")
+def shards_of_convert(folder): return len(list((folder/"out.part").glob("*.arrow")))
+def checkpoints(folder): return len(list((folder/"out").glob("checkpoint-*")))
+
+
+# Arguments of a command but for its output; what is equal in two of its results; how far it is, and in what
+SERIES = {
+    "mdl_infer": (infer_args("rows.csv"), lambda folder, name: {k.removeprefix(name): v for k, v in contents(folder, f"{name}*").items()}, shards_of_infer, "shard"),
+    "mdl_convert": (["sounds.csv", "--model-name", "tiny", "--num-workers", "2", "--output"], lambda folder, name: contents(folder/name, "**/*"), shards_of_convert, "shard"),
     "mdl_train": (["--train-dataset", "sounds.csv", "--model-name", "tiny", "--batch-size", "8", "--max-steps", "8", "--save-steps", "2", "--logging-steps", "1",
         "--gradient-checkpointing", "false", "--resume-from-checkpoint", "true", "--output"],
-        lambda folder, name: (training_runs.weights(folder/name), training_runs.history(folder/name)))}
+        lambda folder, name: (training_runs.weights(folder/name), training_runs.history(folder/name)), checkpoints, "checkpoint")}
+
+
+class Series:
+    "Counts kills by how far a run was, and the results that followed"
+    def __init__(self, command, unit, seed): self.command, self.unit, self.seed, self.places, self.ends, self.equal = command, unit, seed, Counter(), 0, 0
+    @property
+    def kills(self): return self.places.total()
+    def __str__(self):
+        places = ", ".join(f"{n} with {plural(place, f'finished {self.unit}')}" for place, n in sorted(self.places.items()))
+        return f"{self.command}: {plural(self.kills, 'kill')} ({places}), {plural(self.ends, 'result')}, {self.equal} equal to that of an undisturbed run; SEED={self.seed}"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SERIES)
-def test_kill_series(tmp_path, command, capsys):
+def test_kill_series(tmp_path, command, seed, record_property):
     "Each killed run is started again, until it gets to its end: its result is then that of an undisturbed run"
-    (args, result), rng = SERIES[command], random.Random(os.urandom(8))
+    (args, result, progress, unit), rng = SERIES[command], random.Random(seed)
     if command == "mdl_infer": args = [*args, "--output"]
     table(tmp_path, "rows.csv", 96) # and sounds.csv
     for name in ("first", "whole"): # the first one also starts the server of processes
         begin = time.monotonic()
         finish(start(tmp_path, command, *args, name), code=2 if command == "mdl_infer" else 0)
-    seconds, kills, ends = time.monotonic() - begin, 0, 0
+    seconds, series = time.monotonic() - begin, Series(command, unit, seed)
     whole = result(tmp_path, "whole")
-    while kills < KILLS or not ends:
-        process = start(tmp_path, command, *args, "out")
-        process.join(rng.uniform(0, .8*seconds) if kills < KILLS else None)
-        kill(process)
-        kills += process.exitcode == -signal.SIGKILL
-        assert "Traceback" not in process.log.read_text()
-        if process.exitcode == -signal.SIGKILL: continue
-        assert process.exitcode == 0 or command == "mdl_infer" or "exists already" in process.log.read_text() # killed at the very end
-        assert result(tmp_path, "out") == whole
-        ends += 1
-        for path in tmp_path.glob("out*"): shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with capsys.disabled(): print(f"\n{command}: {kills} kills, {ends} results, all equal to that of an undisturbed run")
+    try:
+        while series.kills < KILLS or not series.ends:
+            process = start(tmp_path, command, *args, "out")
+            process.join(rng.uniform(0, .8)*seconds if series.kills < KILLS else None)
+            kill(process)
+            assert "Traceback" not in process.log.read_text()
+            if process.exitcode == -signal.SIGKILL:
+                series.places[progress(tmp_path)] += 1
+                continue
+            assert process.exitcode == 0 or command == "mdl_infer" or "exists already" in process.log.read_text() # killed at the very end
+            series.ends += 1
+            series.equal += result(tmp_path, "out") == whole
+            assert series.equal == series.ends
+            for path in tmp_path.glob("out*"): shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finally: record_property("summary", str(series))

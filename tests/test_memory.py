@@ -52,6 +52,7 @@ def plain(kind, **changes):
     if kind == "gpt2": return GPT2LMHeadModel(GPT2Config(vocab_size=500, bos_token_id=0, eos_token_id=0, n_embd=96, n_layer=4, n_head=6, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
     if kind == "qwen2": return Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=2))
     if kind == "qwen3": return Qwen3ForCausalLM(Qwen3Config(**shape, num_key_value_heads=2, head_dim=32))
+    if kind == "mixtral": return MixtralForCausalLM(MixtralConfig(**shape, num_key_value_heads=2, num_local_experts=4))
     if kind == "qwen2-audio":
         audio = dict(d_model=64, encoder_layers=3, encoder_attention_heads=4, encoder_ffn_dim=128, num_mel_bins=32, max_source_positions=150)
         text = dict(model_type="qwen2", num_key_value_heads=2, **shape)
@@ -138,6 +139,7 @@ cases = [*[(kind, k) for kind in ("qwen2", "qwen3", "neox", "llama", "gpt2", "qw
          *[("audio", dict(k, train_target=t)) for k in lora for t in ("decoder", "projector", "encoder")],
          *[("qwen2", dict(k, **v)) for k in lora for v in (dict(use_dora=True), dict(lora_dropout=0.1), dict(pad=False), dict(train_target="decoder,embed_tokens,lm_head"))],
          ("audio", dict(tuning="full", train_target="decoder")), ("audio", dict(tuning="full", train_target="decoder", bf16=True)),
+         *[("mixtral", dict(k, tuning="full", train_target="decoder")) for k in lora],
          ("audio", dict(lora_target_modules=r".*(attn\.(qkv|proj)|net\.[02]|mlp\.(gate|up|down)_proj)"))]
 
 
@@ -147,7 +149,7 @@ def slow_but(cases, *fast):
     return [c if c in fast else pytest.param(*(c if isinstance(c, tuple) else [c]), marks=pytest.mark.slow) for c in cases]
 
 
-@pytest.mark.parametrize("kind, k", slow_but(cases, ("audio", lora[0]), ("qwen2", dict(use_dora=True)), ("neox", lora[1]), ("qwen2", for_text[2])), ids=str)
+@pytest.mark.parametrize("kind, k", slow_but(cases, ("audio", lora[0]), ("qwen2", dict(use_dora=True)), ("neox", lora[1]), ("qwen2", for_text[2]), ("mixtral", dict(tuning="full", train_target="decoder"))), ids=str)
 def test_all_kept(kind, k):
     e, found, most = measure(kind, gradient_checkpointing=False, **k)
     assert 0.9 < e.activations/found < 1.2, (e.activations, found)

@@ -304,7 +304,7 @@ def rows_of_shards(
     out:InferOutput, # Knows the input
     shard_rows:int, # Rows of a shard
     numbers:list[int], # Numbers of shards, ascending
-    rejected:set[int]|None=None, # Numbers of the rows to ask, from 1; the others keep the answers that they have. None: all
+    rejected:set[int]|None=None, # Numbers of the rows to answer, from 1; the others keep the answers that they have. None: all
 )->Iterator[list]: # The `PromptedRow`s of each
     "Read some shards of the input"
     wanted, rows = set(numbers), map(PromptedRow, out.source.rows())
@@ -319,7 +319,7 @@ def prepare_output(
     out:InferOutput, # The output
     s:InferSettings, # Settings of the run
     shard_rows:int, # Rows of a shard
-)->tuple[list[int], set[int]|None]: # Numbers of the finished shards, and of the only rows to ask
+)->tuple[list[int], set[int]|None]: # Numbers of the finished shards, and of the only rows to answer
     "Start or continue an output, on the main process"
     identity = run_identity(s)
     if s.refresh_cache: prepare_clips(s, out.clips(out.source.rows()))

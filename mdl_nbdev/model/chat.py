@@ -150,6 +150,14 @@ def segments(self:Chat,
         self.plans[shape] = tuple(replace(s, inner=inner(i), turns=turns[i]) for i,s in enumerate(found))
     return self.plans[shape]
 
+@patch
+def learned_turns(self:Chat,
+    messages:list[dict], # Of a conversation that ends with an answer
+)->list[int]: # Numbers of turns
+    "The answers that carry the loss"
+    turns = [turn for s in self.segments(shape_of(messages)) if s.kind=='completion' and s.learned for turn in s.turns]
+    return [turn for turn in dict.fromkeys(turns) if messages[turn].get('learn', True)]
+
 def segment_turns(
     shape:tuple, # From `shape_of`
     segments:list[Segment], # From `segments_of`
@@ -167,7 +175,7 @@ def shown_texts(self:Chat,
     messages:list[dict], # Of a conversation
 )->list[str]: # All texts of it, in order
     "Texts as the chat template shows them, which may trim them; `InputError` if it changes them in another way"
-    shape, parts = shape_of(messages), [(m, p['text']) for m in messages for p in m['content'] if p['type']=='text']
+    shape, parts = shape_of(messages), [(turn, p['text']) for turn,m in enumerate(messages) for p in m['content'] if p['type']=='text']
     texts, is_prompt = [text for _,text in parts], shape[-1][0] != 'assistant'
     if shape==TEXT_RECORD: return texts
     def marked(): return render_shape(self.tok, self.family, shape, is_prompt)
@@ -179,8 +187,9 @@ def shown_texts(self:Chat,
     if premises and premises.hold(texts): return texts
     shown = render(self.tok, self.family, messages, is_prompt)
     if shown==''.join(texts[int(p)] if i % 2 else p for i,p in enumerate(split(known))): return texts
-    def pattern(message, text): # the template may do anything with an answer that carries no loss
-        free = message['role']=='assistant' and (is_prompt or not message.get('learn', True))
+    learned = set() if is_prompt else set(self.learned_turns(messages))
+    def pattern(turn, text): # the template may do anything with an answer that carries no loss
+        free = messages[turn]['role']=='assistant' and turn not in learned
         return '(.*?)' if free else rf'(\s*{re.escape(text.strip())}\s*)'
     pieces = split(marked()) # anew, as some templates show the date
     patterns = [pattern(*parts[int(p)]) if i % 2 else re.escape(p) for i,p in enumerate(pieces)]
@@ -242,7 +251,7 @@ def example(self:TokenizedConversation,
     for segment,own in zip(self.segments, self.ids):
         if segment.kind=='clip': own = own*self.family.clip_tokens(next(lengths))
         ends = previous=='completion' and segment.kind=='control' # the token after a completion ends it
-        learned = segment.kind=='completion' and skipped.isdisjoint(segment.turns) or ends
+        learned = segment.kind=='completion' and segment.learned and skipped.isdisjoint(segment.turns) or ends
         bounds.append((len(ids), len(ids)+len(own)))
         ids += own
         labels += own if learned else [-100]*len(own)

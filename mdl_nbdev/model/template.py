@@ -6,8 +6,8 @@
 __all__ = ['ROLE_START', 'ROLE_END', 'TEMPLATE_LINES', 'MARKER', 'RENDERING', 'STATEMENTS', 'TYPE_TESTS', 'TEXT_RECORD',
            'TemplateError', 'template_error', 'template_line', 'bounded_template', 'shape_of', 'roles_text', 'render',
            'render_shape', 'check_rendering', 'LooksInside', 'Premises', 'OpaqueText', 'without_opaque', 'trim_opaque',
-           'opaque_template', 'find_premises', 'completion_lead', 'Segment', 'rendered_items', 'split_run',
-           'split_rendering', 'with_brackets', 'adds_begin_token', 'segments_of']
+           'opaque_template', 'find_premises', 'completion_lead', 'misplaced_texts', 'Segment', 'rendered_items',
+           'split_run', 'split_rendering', 'with_brackets', 'adds_begin_token', 'segments_of']
 
 # %% ../../nbs/2_model/02_template.ipynb #c4
 import re, sys
@@ -266,6 +266,23 @@ def completion_lead(
         "so training would not match inference; "
         f"prompt: {prompt[-60:]!r}, trained: {text[:len(prompt)+20][-80:]!r}")
 
+# %% ../../nbs/2_model/02_template.ipynb #early1
+def misplaced_texts(
+    tok, # A tokenizer with a chat template
+    family:Family, # The model's family
+    shape:tuple, # A shape that ends with an assistant
+    text:str, # From `render_shape`
+)->set[int]: # Numbers of texts
+    "The texts of earlier answers that do not stand after the prompt that the model gets at that turn"
+    def prompted(turn):
+        if not turn: return True # nothing comes before it
+        try: prompt = render_shape(tok, family, shape[:turn], add_generation_prompt=True)
+        except InputError: return False
+        return text.startswith(prompt) and bool(re.compile('\\s*\ue000').match(text, len(prompt)))
+    wrong = {turn for turn,(role,_) in enumerate(shape[:-1]) if role=='assistant' and not prompted(turn)}
+    turns = [turn for turn,(_,types) in enumerate(shape) for t in types if t != 'audio']
+    return {number for number,turn in enumerate(turns) if turn in wrong}
+
 # %% ../../nbs/2_model/02_template.ipynb #c35
 @dataclass(frozen=True)
 class Segment:
@@ -275,6 +292,7 @@ class Segment:
     run:tuple=() # Of a text or completion: template text (str) and numbers of texts (int), in order
     inner:bool=False # Tokenized without the space that some tokenizers put before a text
     turns:tuple[int, ...]=() # Turns of the conversation whose texts or clip it holds
+    learned:bool=True # Whether a completion may carry the loss: not if it is one of `misplaced_texts`
 
 # %% ../../nbs/2_model/02_template.ipynb #c36
 def rendered_items(
@@ -375,4 +393,6 @@ def segments_of(
     check_rendering(tok, family, shape, text)
     lead = completion_lead(tok, family, shape[:answers[-1]+1]) if answers else ''
     completions = {i for i,role in enumerate(roles) if role=='assistant'}
-    return with_brackets(tok, family, split_rendering(tok, family, text, completions, lead))
+    misplaced = misplaced_texts(tok, family, shape, text) if answers[-1:]==[len(shape)-1] else set()
+    segments = [replace(s, learned=misplaced.isdisjoint(s.run)) for s in split_rendering(tok, family, text, completions, lead)]
+    return with_brackets(tok, family, segments)
