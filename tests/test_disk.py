@@ -124,7 +124,8 @@ def check(command, kind, made, capsys, exhaustive=False):
         if code != normal or "Finished work is kept" in err:
             told += 1
             assert code == 2 and len(said) == 1 and err.splitlines()[-1] == said[0], where
-            assert re.search(r"(set|out\.csv|merged|figures\.json|run|cache)\S*: ", said[0]) and "run the command again" in said[0], where
+            assert re.search(r"(set|out\.csv|merged|figures\.json|run|cache)\S*: ", said[0]), where
+            assert re.search("run the command again|resume with --resume-from-checkpoint true", said[0]), where
         elif results() == whole: continue # the last write of all
         code, err = call(command, again, capsys)
         assert code == normal and results() == whole, where + err
