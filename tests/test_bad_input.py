@@ -56,6 +56,7 @@ def refused(capfd, command, *args, lost=()):
     after = digests()
     assert {p: after.get(p) for p in before} == before, "a file was changed or removed"
     assert e.value.code == 2, (e.value.code, out, err)
+    err = re.sub(r"downloaded clips are kept in .*\n", "", err)
     return check_message(command, err) if command != "mdl_check" or err.startswith("mdl_check: ") else out
 
 
