@@ -16,6 +16,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from mdl_nbdev import watch
+
 root = Path(__file__).parent.parent
 chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 if not chromium: pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
@@ -170,7 +172,7 @@ def save_and_stop(nb, run, name):
     nb.shot(f"running-{name}")
     nb.click("Stop")
     until(lambda: "Stopped by you" in nb.text())
-    assert not nb.buttons(), "what is left is the report"
+    assert nb.buttons() == ["Continue"]
     last = max(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))
     assert f"checkpoint-{last} has everything so far" in nb.text() and saved != [f"checkpoint-{last}"] and not (run/"final").exists()
     nb.shot(f"stopped-{name}")
@@ -184,6 +186,41 @@ def test_save_and_stop(browser, lab):
     nb.run_all()
     last = save_and_stop(nb, lab[1]/"waiting", "waiting")
     until(lambda: f"waited for waiting/checkpoint-{last}" in nb.text())
+
+
+def restart(nb):
+    "Restart the kernel by the menu"
+    nb.page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    nb.page.get_by_role("menuitem", name=re.compile("^Restart Kernel…")).first.click()
+    nb.page.get_by_role("button", name="Confirm Kernel Restart").click()
+
+
+@pytest.mark.slow
+def test_a_saved_notebook_shows_the_run(browser, lab):
+    "Save, close the tab, restart the kernel, open it again: the picture that was saved is there, with the code that shows the rest, and no dead button"
+    bar = "from mdl_nbdev.base.progress import progress_bar\nwith progress_bar(40, 'counting', 'row') as bar: bar.update(40)"
+    path = notebook(lab, "saved.ipynb", setup, training.format(name="saved"), bar, "from mdl_nbdev import SettingsForm\nSettingsForm(TrainSettings, output='runs/form')")
+    nb, run = Notebook(browser, lab, path), lab[1]/"saved"
+    nb.run_all()
+    until(lambda: nb.step() > 20)
+    assert nb.page.get_by_text("This is how it was at").count() == 0 or not nb.page.get_by_text("This is how it was at").first.is_visible(), "the widgets hide the picture"
+    until(lambda: "step 2" in (nb.page.keyboard.press("Control+s") or (lab[1]/path).read_text()))
+    restart(nb)
+    until(lambda: nb.page.get_by_text("This is how it was at").first.is_visible())
+    nb.shot("restarted")
+    nb.page.reload()
+    until(lambda: nb.page.get_by_text("This is how it was at").first.is_visible())
+    text = nb.text()
+    assert "Error displaying widget" not in text and "watch('saved') shows how it is now" in text and "Training saved" in text
+    assert not [b for b in nb.page.locator(".jp-OutputArea button.jupyter-button").all() if b.is_visible()]
+    assert "40 of 40" in text and "runs/form" in text
+    nb.shot("reloaded")
+    html = subprocess.run([sys.executable, "-m", "nbconvert", "--to", "html", "--stdout", lab[1]/path], capture_output=True, text=True, check=True).stdout
+    page = browser.new_page()
+    page.set_content(html)
+    assert "Training saved" in page.inner_text("body") and "Error displaying widget" not in page.inner_text("body")
+    killed = watch(run)
+    until(lambda: killed.poll() or killed.view.phase == "no longer running", 15)
 
 
 @pytest.mark.slow

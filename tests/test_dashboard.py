@@ -1,9 +1,9 @@
 "Dashboards without a browser: what they remember, how they die, and what they cost"
+import contextlib
 import json
 import logging
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,14 +22,17 @@ from mdl_nbdev.base.command_line import from_args, read_config
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.options import required_options
 from mdl_nbdev.base.settings import CheckSettings, InferSettings, TrainSettings
+from mdl_nbdev.base.status import RunStatus, read_status
+from mdl_nbdev.base.status import phase as phase_of_run
 from mdl_nbdev.cli.background import warnings_noted
 from mdl_nbdev.cli.charts import Curve, chart
 from mdl_nbdev.cli.demo import plot_answer
 from mdl_nbdev.cli.form import SettingsForm
 from mdl_nbdev.cli.inference import start_inference
 from mdl_nbdev.cli.live import Live
-from mdl_nbdev.cli.training import TrainRun, TrainView, start_training, watch
+from mdl_nbdev.cli.training import TrainRun, start_training
 from mdl_nbdev.cli.view import Pace, View, marked_answer
+from mdl_nbdev.cli.watch import TrainView, watch
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.infer.metrics import score
 from mdl_nbdev.infer.run import infer, reference_mark
@@ -262,7 +265,7 @@ def boom(*args, **kwargs): raise Boom("no paper")
 def test_a_dashboard_that_dies_leaves_the_run_alone(what, sounds, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(View if what == "note" else TrainView, what, boom)
     run = start_training(train_settings(sounds, tmp_path/"run"))
-    if what == "curves": run.bundle()
+    if what == "curves": run.picture()
     report = run.wait()
     assert report.whole and report.final.is_dir()
     assert capfd.readouterr().err.count("switched itself off") == 1
@@ -329,10 +332,6 @@ def test_watch_follows_a_file(tmp_path):
     path.write_text(line(10) + line(20))
     news()
     assert [x for x, _ in seen.view.shown["loss"].line] == [10, 20] and "0:10 elapsed, 0:30 left" in seen._repr_html_()
-    assert "no news" not in seen._repr_html_()
-    os.utime(path, (time.time() - 125,)*2)
-    news()
-    assert re.search("no news for 2:[01]", seen._repr_html_()), "it may have died"
     new = tmp_path/"new"
     new.write_text(line(10) + line(15))
     os.replace(new, path)
@@ -343,36 +342,64 @@ def test_watch_follows_a_file(tmp_path):
     assert not seen.running and seen.view.phase == "finished"
 
 
-@pytest.fixture
-def resumed(tmp_path):
-    "The folder of a run that was finished an hour ago and resumed a moment ago"
+@pytest.mark.parametrize("phase, alive, shown", [("converting", True, "converting"), ("saving", True, "saving"), ("training", False, "no longer running"),
+    ("failed", False, "failed"), ("stopped", False, "stopped"), ("finished", False, "finished")])
+def test_watch_says_how_a_run_is(tmp_path, phase, alive, shown):
+    "A run that ended has said so; one that stopped writing in between was killed. final/ may be older than either"
     (tmp_path/"final").mkdir()
-    (tmp_path/"metrics.jsonl").write_text(json.dumps(dict(step=10, loss=1., epoch=1., time=time.time() - 3700)) + "\n")
-    os.utime(tmp_path/"final", (time.time() - 3600,)*2)
-    return tmp_path
+    status = RunStatus(tmp_path)
+    status.set(phase, done=3, total=40, reason="rows.csv:7: empty")
+    status.write()
+    if not alive: os.utime(tmp_path/"status.json", (time.time() - 3600,)*2)
+    seen = watch(tmp_path)
+    assert seen.view.phase == shown and f"● {shown}" in seen._repr_html_()
+    assert seen.running == (shown not in ("failed", "stopped", "finished"))
+    if shown == "failed": assert "rows.csv:7: empty" in seen._repr_html_()
+    if shown == "no longer running": assert "while training" in seen._repr_html_()
 
 
-def test_watch_knows_a_resumed_run_from_a_finished_one(resumed):
-    seen = watch(resumed)
-    assert seen.running and seen.view.phase == "running", "it has written its lines anew, after final/"
-    os.utime(resumed/"metrics.jsonl", (time.time() - 3650,)*2)
-    assert watch(resumed).view.phase == "finished", "without a resume"
-    (resumed/"config.json").write_text("{}")
-    assert watch(resumed).running, "it has just begun"
-    with open(resumed/"metrics.jsonl", "a") as f: f.write(json.dumps(dict(step=11, loss=1., time=time.time() - 900)) + "\n")
-    for name in ("metrics.jsonl", "config.json"): os.utime(resumed/name, (time.time() - 900,)*2)
-    assert watch(resumed).running, "a line is newer than final/, however long ago it was written"
-    shutil.rmtree(resumed/"final")
-    (resumed/"final").mkdir()
-    assert not watch(resumed).running and watch(resumed).view.phase == "finished"
+def test_a_silent_run_is_given_ten_seconds(tmp_path, monkeypatch):
+    "Clocks of two machines may differ by less than a minute: what counts is whether the file changes"
+    status, now = RunStatus(tmp_path), time.monotonic()
+    status.write()
+    os.utime(tmp_path/"status.json", (time.time() - 40,)*2)
+    seen = watch(tmp_path)
+    def after(seconds):
+        monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
+        seen.poll()
+        return seen.view.phase
+    assert after(5) == "starting" and after(11) == "no longer running"
+    status.write()
+    assert after(13) == "starting", "its file system was slow"
 
 
-def test_watch_a_copy_of_a_finished_run(resumed):
-    "Copying sets new times in any order"
-    for name, ago in dict(final=800, **{"metrics.jsonl": 700, "config.json": 650}).items():
-        if not (resumed/name).exists(): (resumed/name).write_text("{}")
-        os.utime(resumed/name, (time.time() - ago,)*2)
-    assert watch(resumed).view.phase == "finished"
+@pytest.mark.parametrize("end, phase, reason", [(InputError("t.csv:2: empty"), "failed", "t.csv:2: empty"), (KeyError("x"), "failed", "KeyError: 'x'"),
+    (KeyboardInterrupt(), "stopped", "it was interrupted"), (None, "finished", None)])
+def test_a_run_says_how_it_ended(tmp_path, end, phase, reason):
+    with contextlib.suppress(BaseException), RunStatus(tmp_path), phase_of_run("training"):
+        if end: raise end
+    found = read_status(tmp_path)
+    assert (found["phase"], found.get("reason")) == (phase, reason)
+    if end: assert found["during"] == "training"
+
+
+def test_a_full_disk_can_still_be_told(tmp_path):
+    "The file keeps its size, so no block is needed for the last word"
+    status = RunStatus(tmp_path)
+    status.write()
+    size = (tmp_path/"status.json").stat().st_size
+    status.set("failed", reason="checkpoint-20: the disk is full" + "\N{MUSICAL SYMBOL G CLEF}"*1900)
+    status.write()
+    assert (tmp_path/"status.json").stat().st_size == size and read_status(tmp_path)["phase"] == "failed"
+
+
+def test_watch_a_run_of_an_earlier_version(tmp_path):
+    "It has no status"
+    assert watch(tmp_path).view.phase == "starting"
+    (tmp_path/"metrics.jsonl").write_text(json.dumps(dict(step=10, loss=1., epoch=1., time=time.time())) + "\n")
+    assert watch(tmp_path).view.phase == "training"
+    (tmp_path/"final").mkdir()
+    assert watch(tmp_path).view.phase == "finished"
 
 
 def test_a_run_that_is_resumed_beside_its_older_result(sounds, tmp_path):
@@ -384,7 +411,7 @@ def test_a_run_that_is_resumed_beside_its_older_result(sounds, tmp_path):
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs): seen.append(watch(s.output).view.phase)
     train(replace(s, max_steps=8, resume_from_checkpoint=True, allow_changes=True), [Look()])
-    assert seen == ["running"]*4 and watch(s.output).view.phase == "finished"
+    assert seen == ["training"]*4 and watch(s.output).view.phase == "finished"
 
 
 class Control:

@@ -155,9 +155,12 @@ def make_folder(
     path:str|Path, # Folder to make, with its parents
 )->Path: # The same
     "Make a folder that can be written to"
-    with writing(path, 'folder'):
+    try:
         Path(path).mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK): raise PermissionError(errno.EACCES, 'no permission')
+    except OSError as e: # no disk is to blame for what stands in the way
+        if why_not_written(e): raise write_error(path, e, 'folder') from None
+        raise InputError(f"{path}: cannot make this folder: {e.strerror}; choose another --output") from None
     return Path(path)
 
 @contextmanager

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Iterator
 import numpy as np
 from fastcore.basics import patch
-from tqdm import tqdm
 from ..base.errors import InputError
 from ..base.html import Html, html_bar, html_table
 from ..base.processes import DaemonPool
+from ..base.progress import progress_bar
 from ..base.settings import CheckSettings
 from ..base.text import format_duration, plural, shorten
 from .audio import SAMPLE_RATE, audio_info, load_audio
@@ -237,7 +237,7 @@ def add_clips(self:CheckReport,
         try: return measure_clip(audio, s)
         except InputError as e: return str(e)
     def rows(audio, reason): return [BadRow(self.file, line, reason) for line in dict.fromkeys(clips[audio])]
-    with DaemonPool(s.num_workers) as pool, tqdm(total=len(clips), unit="clip", disable=None) as bar:
+    with DaemonPool(s.num_workers) as pool, progress_bar(len(clips), "checking", "clip", disable=None) as bar:
         for audio, result in zip(clips, pool.map(read, clips, ahead=1024)):
             bar.update()
             if isinstance(result, str):

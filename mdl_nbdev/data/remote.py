@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator
 from ..base.errors import InputError
 from ..base.files import cache_dir, file_digest
 from ..base.processes import DaemonPool, is_main_process
+from ..base.progress import progress_bar
 from ..base.text import plural, shorten
 
 # %% ../../nbs/1_data/00_remote.ipynb #c5
@@ -349,13 +350,13 @@ def refresh_cache(
     num_workers:int, # Requests at a time
 )->list[str]: # Addresses of the clips that have changed
     "Download the cached clips that have changed on their servers, and print what was found"
-    from tqdm import tqdm
     urls = [url for url in dict.fromkeys(clips) if is_url(url) and cached_path(url).exists()]
     def ask(url):
         try: return update(url, clip_record(cached_path(url)))
         except AudioError as e: return e
     with DaemonPool(num_workers) as pool:
-        found = list(tqdm(pool.map(ask, urls, ahead=4*num_workers), 'refreshing the cache', len(urls), unit='clip', disable=None))
+        asked = pool.map(ask, urls, ahead=4*num_workers)
+        found = list(progress_bar(len(urls), 'refreshing the cache', 'clip', iterable=asked, disable=None))
     changed, errors = [url for url,result in zip(urls, found) if result is True], [e for e in found if isinstance(e, AudioError)]
     parts = [f'{plural(len(urls), "clip")} in {cache_dir()/"audio"} asked for again, {len(changed):,} changed']
     if errors: parts.append(f'{len(errors):,} could not be asked for and kept their copies, the first because {errors[0]}')

@@ -15,11 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 from fastcore.basics import chunked, patch
-from tqdm.auto import tqdm
 from ..base.errors import InputError
 from ..base.files import make_folder, new_output
 from ..base.html import Html, as_html, html_table
 from ..base.processes import DaemonPool, Ranks, is_main_process, silence_libraries
+from ..base.progress import in_kernel, library_bars_hidden, progress_bar
 from ..base.settings import InferSettings
 from ..base.text import plural, same_text
 from ..data.audio import audio_info
@@ -336,7 +336,7 @@ class InferProgressBar:
         hidden:bool=False, # Whether not to show it
     ):
         self.progress = progress
-        self.bar = tqdm(total=report.rows, initial=report.resumed, desc='answering', unit='row', mininterval=.5, disable=hidden)
+        self.bar = progress_bar(report.rows, 'answering', 'row', initial=report.resumed, disable=hidden)
 
     def update(self)->int: # Rows done
         "Bring the bar up to date"
@@ -359,6 +359,7 @@ def infer(
     set_host_policy(s.allow_private_hosts)
     with Ranks() as ranks, ExitStack() as stack:
         if not ranks.is_main: silence_libraries()
+        if in_kernel(): stack.enter_context(library_bars_hidden())
         out = ranks.agree(open_output, s)
         ranks.agree(make_folder, s.output.parent)
         lock_output(out, s, ranks, stack)

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from ..base.errors import InputError
 from ..base.files import json_lines, read_json_lines, write_text, writing
+from ..base.progress import progress_bar
 from .checkpoints import newest_first
 
 # %% ../../nbs/3_train/18_callbacks.ipynb #c5
@@ -19,9 +20,7 @@ class ProgressBar(TrainerCallback):
     names = dict(loss='loss', eval_loss='eval', learning_rate='lr', samples_per_second='rows/s')
     def __init__(self): self.bar, self.shown = None, {}
     def on_train_begin(self, args, state, control, **kwargs):
-        from tqdm.auto import tqdm
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc='training', unit='step', mininterval=0.5,
-                        disable=not state.is_world_process_zero)
+        self.bar = progress_bar(state.max_steps, 'training', 'step', initial=state.global_step, disable=not state.is_world_process_zero)
     def on_step_end(self, args, state, control, **kwargs): self.bar.update(state.global_step - self.bar.n)
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.shown |= {self.names[k]:f'{v:.4g}' for k,v in logs.items() if k in self.names}

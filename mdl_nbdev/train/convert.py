@@ -22,7 +22,9 @@ import numpy as np, pyarrow as pa
 from ..base.errors import InputError
 from ..base.files import check_inputs, make_folder, new_output, output_lock, write_json, writing
 from ..base.processes import end_with_parent, is_main_process
+from ..base.progress import progress_bar
 from ..base.settings import ConvertSettings
+from ..base.status import phase
 from ..base.text import format_duration, plural
 from ..data.clips import clip_state, collected_notes, count_notes, note_lines, prepare_clips
 from ..data.conversations import Conversation
@@ -340,7 +342,6 @@ def convert(
     jobs:list[ShardJob]|None=None, # From `plan_shards`, if the file has been read already
 )->ConvertReport: # What was written
     "Convert a file into a dataset folder; after a crash, a rerun continues with the shards that are missing"
-    from tqdm.auto import tqdm
     out = Path(s.output)
     with output_lock(out):
         new_output(out, s.overwrite, MANIFEST, (s.input, s.model_name, s.chat_template), OWN_FILES)
@@ -349,10 +350,11 @@ def convert(
         check_inputs(out, {os.path.dirname(p) or '.' for job in jobs for c in job.conversations for p in c.clips})
         part = make_folder(jobs[0].folder)
         total, shards = sum(len(job.conversations) for job in jobs), []
-        with tqdm(total=total, desc='converting', unit='row', mininterval=0.5) as bar:
+        with progress_bar(total, 'converting', 'row') as bar, phase('converting', total) as at:
             for shard in write_shards(jobs, chat, s.num_workers):
                 shards.append(shard)
                 bar.update(shard.rows + len(shard.bad))
+                at(bar.n)
         bad = sorted(row for shard in shards for row in shard.bad)
         if bad: raise bad_rows_error(bad)
         write_small_files(s, chat, part, shards)

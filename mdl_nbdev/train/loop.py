@@ -18,6 +18,7 @@ from transformers import SchedulerType, Trainer, TrainerCallback
 from ..base.errors import InputError
 from ..base.processes import Ranks, end_with_parent
 from ..base.settings import TrainSettings
+from ..base.status import phase
 from ..base.text import one_line
 from ..model.chat import dummy_example
 from ..model.collate import Batch, Collator
@@ -142,8 +143,9 @@ class ExactEvaluation(StoppedEvaluation):
         on_device = done = torch.zeros(2, len(self.tasks), dtype=torch.float64)
         loader = self.loader(ds, self.sampler(ds, self.args.eval_batch_size, train=False))
         self.callback_handler.eval_dataloader = loader
-        with eval_mode(self.model):
+        with eval_mode(self.model), phase('evaluating', len(loader)) as at:
             for i,batch in enumerate(loader, 1):
+                at(i - 1)
                 on_device = on_device.to(self.args.device) + self.task_token_losses(batch)
                 if every and i % every==0: done, on_device = done + on_device.cpu(), torch.zeros_like(on_device)
                 if self.leaves_evaluation(): return {'eval_loss':math.inf} # which is not logged, and never the best

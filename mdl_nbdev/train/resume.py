@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from ..base.errors import InputError
+from ..base.status import phase
 from ..model.targets import load_trainable_state, trainable_state
 from .checkpoints import check_checkpoint, keep, newest_first, write_checkpoint
 from .state import load_state, random_state, save_state, set_random_state
@@ -199,6 +200,7 @@ class SavedState(FiniteState):
         self.model.save_pretrained(folder, **(dict(state_dict=trained) if self.s.tuning=='lora' else {}))
         self.processor.save_pretrained(folder)
 
+    @phase('saving')
     def _save_checkpoint(self, model=None, trial=None):
         "Write `checkpoint-N`, with `--extra-save-by-epoch` also `epoch-N`, and remove old ones beyond `--save-total-limit`"
         run, step, main = Path(self.args.output_dir), self.state.global_step, self.is_world_process_zero()

@@ -24,10 +24,14 @@ from ..base.errors import InputError
 from ..base.files import cache_dir, file_lock, make_folder, replacing_folder
 from ..base.options import options_where
 from ..base.processes import Ranks, is_main_process
+from ..base.progress import in_kernel, library_bars_hidden
 from ..base.settings import TrainSettings
+from ..base.status import RunStatus, phase
 from ..data.clips import count_notes, note_lines
 from ..data.remote import set_host_policy
 from ..data.sources import find_tasks
+
+# %% ../../nbs/3_train/20_run.ipynb #c4b
 from ..model.adapters import adapt, without_input_casts
 from ..model.chat import Chat, silent_example
 from ..model.collate import Collator
@@ -211,6 +215,7 @@ def load_adapted(
     return model
 
 # %% ../../nbs/3_train/20_run.ipynb #c15
+@phase('loading')
 def make_trainer(
     s:TrainSettings, # The run's settings
     chat:Chat, # Of the model
@@ -275,7 +280,7 @@ def run_loop(
     checkpoint = trainer.resumed_from
     if checkpoint and trainer.restore_end(): return # nothing is left to do
     try:
-        with StopSignals(trainer), without_input_casts(trainer.model, trainer.args.bf16):
+        with phase('training'), StopSignals(trainer), without_input_casts(trainer.model, trainer.args.bf16):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as e:
         message = explain_error(trainer, e, partial(memory_of_longest, trainer))
@@ -286,6 +291,7 @@ def run_loop(
             if isinstance(c, ProgressBar): c.close() # before a message is printed
 
 # %% ../../nbs/3_train/20_run.ipynb #c21
+@phase('saving')
 def save_final(
     trainer:TaskTrainer, # After the loop
     report:TrainReport, # For the model card
@@ -345,6 +351,9 @@ def train(
     PartialState(cpu=not torch.cuda.is_available()) # joins the processes of a launcher
     with Ranks() as ranks, ExitStack() as stack:
         checkpoint = ranks.on_main(open_run_folder, s, stack)
+        status = RunStatus(s.output)
+        if ranks.is_main and not s.dry_run: stack.enter_context(status)
+        if in_kernel(): stack.enter_context(library_bars_hidden())
         set_seed(s.seed)
         set_host_policy(s.allow_private_hosts)
         chat = ranks.agree(load_chat, s.model_name, s.from_modelscope, template_of(s.adapter, s.chat_template))
@@ -356,4 +365,6 @@ def train(
         ranks.on_main(start_run_folder, trainer)
         torch.manual_seed(s.seed + trainer.args.process_index) # dropout differs between ranks
         run_loop(trainer)
-        return finish_run(trainer)
+        report = finish_run(trainer)
+        if not report.whole: status.set('stopped', reason=report.stopped)
+        return report
