@@ -38,7 +38,7 @@ training = """run = start_training(TrainSettings(train_dataset=csv, eval_dataset
 run"""
 
 
-def until(happens, seconds=300, every=.2): # on a busy machine a click may take a minute
+def until(happens, seconds=60, every=.2): # on a busy machine a click may take a minute
     "Wait until `happens()` gives something true, and return it"
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -99,7 +99,7 @@ class Notebook:
     "A notebook in a tab of the browser"
     def __init__(self, browser, lab, path):
         self.page = browser.new_page(viewport=dict(width=1280, height=1000))
-        self.page.set_default_timeout(300_000)
+        self.page.set_default_timeout(40_000)
         self.page.goto(lab[0].format(path))
         self.page.locator(".jp-Notebook .jp-Cell").first.wait_for()
         self.page.get_by_text(re.compile(r"\| Idle$")).wait_for() # the kernel, in the status bar

@@ -19,7 +19,7 @@ def kept_picture(
     name:str, # Of its elements on the page
 )->Html: # A `<style>` and a `<div>` element
     "A picture of widgets for the saved notebook; boxes beside it whose widgets are gone are hidden"
-    style = f'.jp-OutputArea:has(.{name}) .jupyter-widgets:not(:has(*)) {{display:none}}'
+    style = f'.jp-OutputArea:has(.{name}) .jp-OutputArea-output.jupyter-widgets:not(:has(*)) {{display:none}}'
     return Html(f'<style>{style}</style><div class="{name}">{page}</div>')
 
 def widget_box(
