@@ -278,7 +278,7 @@ def test_only_rejected_rows_are_asked_again(monkeypatch):
     for end in ("", ".rejects.csv"): assert Path(f"out.csv{end}").read_bytes() == Path(f"whole.csv{end}").read_bytes()
     Path("sounds.csv").write_text("\n".join(rows) + "\n")
     assert (infer(again).resumed, sorted(p.name for p in Path().glob("out*"))) == (11, ["out.csv"])
-    with pytest.raises(InputError, match="there is no out.csv.rejects.csv, so there is nothing to ask again"): infer(again)
+    with pytest.raises(InputError, match="there is no out.csv.rejects.csv, so there is nothing to answer again"): infer(again)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])

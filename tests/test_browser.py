@@ -273,7 +273,7 @@ def test_form(browser, lab):
     nb = Notebook(browser, lab, notebook(lab, "form.ipynb", form, "print('rank', form.settings.lora_rank)"))
     nb.run_all()
     until(lambda: "mdl_train --train-dataset a.csv --output runs/a" in nb.text())
-    nb.page.get_by_text("What is trained", exact=True).first.click()
+    nb.page.locator(".jupyter-widgets").get_by_text("What is trained", exact=True).first.click()
     rank = nb.page.get_by_label("lora_rank", exact=True)
     rank.fill("0")
     until(lambda: "--lora-rank: got 0, expected at least 1" in nb.text())

@@ -453,11 +453,12 @@ def test_a_template_file_that_fails_later_names_row_file_and_line(tmp_path):
 
 
 def test_a_template_may_move_a_system_text():
+    "Before the first answer the model gets another prompt than this, so that answer is not learned"
     tok = neox("{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages if m.role != 'system' %}"
                "[{{ m.role }}]{{ messages[0].content + '/' if m == messages[ns.last] }}{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
     messages = [{"role": r, "content": [text(t)]} for r, t in zip(["system", "user", "assistant", "user", "assistant"], "SQAqa")]
     (ids, labels), = tokenize([Conversation(messages, "t", 1)], [[]], tok)
-    assert str(LabelView(Example(ids, labels, []), tok)).splitlines()[0] == "[user]Q<|endoftext|>[assistant]⟦A<|endoftext|>⟧[user]S/q<|endoftext|>[assistant]⟦a<|endoftext|>⟧"
+    assert str(LabelView(Example(ids, labels, []), tok)).splitlines()[0] == "[user]Q<|endoftext|>[assistant]A<|endoftext|>[user]S/q<|endoftext|>[assistant]⟦a<|endoftext|>⟧"
 
 
 def test_every_day_is_the_same_day():

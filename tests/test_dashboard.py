@@ -383,6 +383,17 @@ def test_a_run_says_how_it_ended(tmp_path, end, phase, reason):
     if end: assert found["during"] == "training"
 
 
+def test_an_attempt_that_is_refused_leaves_the_status(tmp_path):
+    "Until it trains"
+    with RunStatus(tmp_path), phase_of_run("training"): pass
+    os.utime(tmp_path/"status.json", (1000, 1000))
+    before = (tmp_path/"status.json").read_bytes()
+    with contextlib.suppress(InputError), RunStatus(tmp_path), phase_of_run("converting"): raise InputError("other rows")
+    assert (tmp_path/"status.json").read_bytes() == before and read_status(tmp_path)["beat"] == 1000
+    with contextlib.suppress(InputError), RunStatus(tmp_path), phase_of_run("training"): raise InputError("diverged")
+    assert read_status(tmp_path)["phase"] == "failed"
+
+
 def test_a_full_disk_can_still_be_told(tmp_path):
     "The file keeps its size, so no block is needed for the last word"
     status = RunStatus(tmp_path)

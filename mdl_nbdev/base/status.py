@@ -23,6 +23,8 @@ class RunStatus:
         folder:str|Path, # The run folder, which exists
     ):
         self.path = Path(folder)/'status.json'
+        self.earlier = (self.path.read_bytes(), self.path.stat()) if self.path.exists() else None # Of the run that is to be resumed
+        self.has_trained = False
         self.news, self.over = threading.Event(), threading.Event()
         self.values = {}
         self.set('starting')
@@ -33,14 +35,20 @@ class RunStatus:
     )->None:
         "Say what the run is doing from now on"
         process = f'process {os.getpid()} on {socket.gethostname()}'
+        self.has_trained |= phase=='training'
         self.values = dict(phase=phase, since=round(time.time(), 3), process=process, **facts)
         self.news.set()
 
     def write(self)->None:
         "Write the file in place; where that is not possible, the run goes on"
-        data = json.dumps(self.values, ensure_ascii=False).encode(errors='backslashreplace')
+        self.write_bytes(json.dumps(self.values, ensure_ascii=False).encode(errors='backslashreplace').ljust(STATUS_BYTES - 1) + b'\n')
+
+    def write_bytes(self,
+        data:bytes, # The whole file
+    )->None:
+        "Write the file in place"
         with suppress(OSError), open(os.open(self.path, os.O_WRONLY|os.O_CREAT, 0o644), 'wb', buffering=0) as f:
-            f.write(data.ljust(STATUS_BYTES - 1) + b'\n')
+            f.write(data)
 
     def write_until_over(self)->None:
         "Write news soon, and without news a sign of life"
@@ -73,6 +81,10 @@ def __exit__(self:RunStatus, kind, error, _):
     self.news.set()
     self.thread.join()
     self.write()
+    if not self.earlier or self.has_trained or not isinstance(error, InputError): return
+    data, stat = self.earlier # a run that could not be resumed is what it was
+    self.write_bytes(data)
+    with suppress(OSError): os.utime(self.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 # %% ../../nbs/0_base/09_status.ipynb #c9
 @contextmanager
