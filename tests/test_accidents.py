@@ -552,7 +552,7 @@ def server(monkeypatch, tmp_path):
     yield answer
     web.shutdown()
 
-def test_a_packed_answer_is_unpacked_piece_by_piece(server):
+def test_a_compressed_file_is_decompressed_piece_by_piece(server):
     sound = Path("sounds/0000.wav").read_bytes()
     server |= dict(headers={"Content-Encoding": "gzip"}, body=gzip.compress(sound))
     assert fetch(server["url"]).read_bytes() == sound
@@ -560,10 +560,10 @@ def test_a_packed_answer_is_unpacked_piece_by_piece(server):
     with pytest.raises(InputError, match="larger than the limit of 1,048,576"): fetch(server["url"] + "?2", max_bytes=2**20)
     for body in (gzip.compress(sound)[:-9], b"no gzip"):
         server |= dict(body=body)
-        with pytest.raises(InputError, match="the packed body is"): fetch(server["url"] + "?3", retries=0)
+        with pytest.raises(InputError, match="the compressed body is"): fetch(server["url"] + "?3", retries=0)
     for encoding in ("gzip, gzip", "br", "x"*5000):
         server |= dict(headers={"Content-Encoding": encoding})
-        with pytest.raises(InputError, match="packs this file in a way that is not read") as e: fetch(server["url"] + "?4")
+        with pytest.raises(InputError, match="compresses this file in a way that is not supported") as e: fetch(server["url"] + "?4")
         assert len(str(e.value)) < 300
 
 def test_redirects_end(server):

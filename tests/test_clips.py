@@ -191,8 +191,8 @@ def test_hints(tmp_path, monkeypatch):
     Path("Clips/Deep").mkdir(parents=True)
     names = ["Clips/Deep/Bell.wav", "Clips/a b.wav", normalize("NFC", "Clips/é.wav"), normalize("NFD", "Clips/ü.wav"), "plain.wav"]
     for name in names: Path(name).write_bytes(b"x")
-    hints = {"clips/deep/bell.WAV": (names[0], "case"), "Clips\\Deep\\Bell.wav": (names[0], "backslashes"), " plain.wav ": ("plain.wav", "blanks at an end"), "Clips/a%20b.wav": (names[1], "percent-encoding"),
-             normalize("NFD", names[2]): (names[2], "its Unicode form (NFC and NFD)"), normalize("NFC", names[3]): (names[3], "its Unicode form (NFC and NFD)"), "clips\\a%20B.wav ": (names[1], "blanks at an end and backslashes and percent-encoding and case")}
+    hints = {"clips/deep/bell.WAV": (names[0], "case"), "Clips\\Deep\\Bell.wav": (names[0], "backslashes"), " plain.wav ": ("plain.wav", "leading or trailing spaces"), "Clips/a%20b.wav": (names[1], "percent-encoding"),
+             normalize("NFD", names[2]): (names[2], "its Unicode form (NFC and NFD)"), normalize("NFC", names[3]): (names[3], "its Unicode form (NFC and NFD)"), "clips\\a%20B.wav ": (names[1], "leading or trailing spaces and backslashes and percent-encoding and case")}
     for wrong, (right, how) in hints.items(): assert missing_hint(wrong) == f"; there is {right}, which differs in {how}"
     for name in ["Clips/none.wav", "none/none.wav", "", "/", "a"*300, "a/"*2000, "clips"]: assert missing_hint(name) == ""
     assert "no such file; there is ./Clips/Deep/Bell.wav, which differs in case; correct" in no_clip("./clips/Deep/bell.wav")
