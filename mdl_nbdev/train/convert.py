@@ -117,7 +117,7 @@ class ShardJob:
         "A digest of the shard's input"
         rows = [(c.messages, [clip_state(p) for p in c.clips], c.line, c.task) for c in self.conversations]
         facts = [rows, self.audio_dtype, self.max_seconds, self.fingerprint]
-        if self.sample_rate != 16_000: facts.append(self.sample_rate) # as digests were before there were other rates
+        if self.sample_rate != 16_000: facts.append(self.sample_rate) # left out at 16 kHz, so that digests of earlier versions stay valid
         text = json.dumps(facts, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -140,7 +140,7 @@ def notes_of(
     return counts
 
 # %% ../../nbs/3_train/00_convert.ipynb #c13
-RECORD_BATCH = 2**20 # Samples and tokens from which on rows are written as a record batch
+RECORD_BATCH = 2**20 # Write a record batch when its rows have so many samples and tokens
 
 def write_shard(
     job:ShardJob, # What to convert
@@ -191,7 +191,7 @@ def finished_shard(
     path:Path, # A finished shard
     rows:int, # Its rows
 )->Shard:
-    "What the manifest says about a shard; its audio is hashed alone too, since the rest names files, which may move"
+    "What the manifest says about a shard; its audio has a digest of its own, since other columns contain paths, which may change"
     samples, digest, notes = 0, hashlib.sha256(), {}
     with open(path, 'rb') as f:
         hashed = HashedFile(f)
@@ -258,7 +258,7 @@ def read_conversations(
     if bad: raise InputError(f"{bad_rows_error(bad)}\nThe clips have not been checked yet; mdl_check checks them as well")
     return good
 
-# %% ../../nbs/3_train/00_convert.ipynb #unlearned0
+# %% ../../nbs/3_train/00_convert.ipynb #c20
 def note_unlearned(
     s:ConvertSettings, # Names the file
     chat:Chat, # Of the model
@@ -274,7 +274,7 @@ def note_unlearned(
     if n and is_main_process():
         print(f"{s.input}: {plural(n, 'answer')} not learned: {MISPLACED}", file=sys.stderr, flush=True)
 
-# %% ../../nbs/3_train/00_convert.ipynb #plan0
+# %% ../../nbs/3_train/00_convert.ipynb #c21
 def plan_shards(
     s:ConvertSettings, # What to convert
     chat:Chat, # Of the model
@@ -285,8 +285,8 @@ def plan_shards(
     prepare_clips(s, [clip for c in rows for clip in c.clips])
     size = min(4096, max(64, -(-len(rows)//64)))
     rate, longest = chat.family.sample_rate, min(s.max_audio_seconds, chat.family.max_clip_seconds)
-    most_samples = rate*longest*max(1, max(len(c.clips) for c in rows))
-    fits = max(1, int((2**31 - RECORD_BATCH)/most_samples)) # an Arrow record batch has 32-bit offsets
+    max_samples = rate*longest*max(1, max(len(c.clips) for c in rows)) # in one row
+    fits = max(1, int((2**31 - RECORD_BATCH)/max_samples)) # an Arrow record batch has 32-bit offsets
     batch_size = min(s.tokenizing_batch_size, fits)
     shared = dict(audio_dtype=s.audio_dtype, max_seconds=s.max_audio_seconds, batch_size=batch_size,
                   fingerprint=chat.fingerprint, sample_rate=rate)
@@ -299,14 +299,14 @@ def conversion_key(
     names = [f'data-{j.index:05d}-{j.digest}.arrow' for j in jobs] # as files were named when keys were first written
     return hashlib.sha256('\n'.join(names).encode()).hexdigest()[:16]
 
-# %% ../../nbs/3_train/00_convert.ipynb #c20
+# %% ../../nbs/3_train/00_convert.ipynb #c23
 def write_small_files(
     s:ConvertSettings, # What was converted
     chat:Chat, # Of the model
     folder:Path, # Holds the shards
     shards:list[Shard], # All of them, in any order
 )->None:
-    "Make a folder of shards a dataset, and remove shards of other input"
+    "Turn a folder of shards into a dataset, and remove shards of other input"
     shards = sorted(shards, key=lambda shard: shard.path.name)
     names = [shard.path.name for shard in shards]
     for path in folder.glob('data-*'):
@@ -324,7 +324,7 @@ def write_small_files(
         system_prompt=s.system_prompt, user_prompt=s.user_prompt, learn_answers=s.learn_answers, channel=s.channel,
         notes=notes_of(shards), shards={shard.path.name:shard.digests for shard in shards}))
 
-# %% ../../nbs/3_train/00_convert.ipynb #c21
+# %% ../../nbs/3_train/00_convert.ipynb #c24
 @dataclass
 class ConvertReport:
     "What a conversion made"
