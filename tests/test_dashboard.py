@@ -265,7 +265,7 @@ def boom(*args, **kwargs): raise Boom("no paper")
 def test_a_dashboard_that_dies_leaves_the_run_alone(what, sounds, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(View if what == "note" else TrainView, what, boom)
     run = start_training(train_settings(sounds, tmp_path/"run"))
-    if what == "curves": run.picture()
+    if what == "curves": run.snapshot()
     report = run.wait()
     assert report.whole and report.final.is_dir()
     assert capfd.readouterr().err.count("switched itself off") == 1

@@ -17,7 +17,7 @@ from ..base.html import Html, as_html, html_box, html_table
 from ..base.options import Settings, default_value, option, option_facts, options_where, required_options
 from ..base.text import shorten
 from ..base.progress import in_kernel
-from .live import kept_picture, widget_box
+from .live import snapshot_html, widget_box
 
 # %% ../../nbs/5_cli/07_form.ipynb #c6
 def option_text(
@@ -42,7 +42,7 @@ class SettingsForm:
         self.values = {} # Name -> value; the text that was typed, if it is not valid
         self.faults = {} # Name -> why its value is not valid
         self.boxes = {} # Name -> its widget
-        self.name = f'mdl-{uuid.uuid4().hex[:12]}' # Of its picture on a page
+        self.name = f'mdl-{uuid.uuid4().hex[:12]}' # CSS class of its snapshot
         for name,value in values.items(): self.set(name, value)
 
     def set(self,
@@ -193,7 +193,7 @@ def field_row(self:SettingsForm,
     def check(change):
         self.set(name, change['new'])
         help.value, self.bottom.value = self.explanation(name, text), self.verdict()
-        update_display(self.picture(), raw=True, display_id=self.name)
+        update_display(self.snapshot(), raw=True, display_id=self.name)
     field.observe(check, 'value')
     self.boxes[name] = field
     return w.HBox([field, help])
@@ -208,12 +208,12 @@ def widget(self:SettingsForm): # An ipywidgets widget
     return widget_box(self.name, w.Accordion(pages, titles=list(groups), selected_index=0), self.bottom)
 
 @patch
-def picture(self:SettingsForm)->dict: # MIME type -> value
+def snapshot(self:SettingsForm)->dict: # MIME type -> value
     "What the notebook keeps"
-    return {'text/plain':self.command(), 'text/html':kept_picture(self._repr_html_(), self.name)}
+    return {'text/plain':self.command(), 'text/html':snapshot_html(self._repr_html_(), self.name)}
 
 @patch
 def _ipython_display_(self:SettingsForm):
     from IPython.display import display
-    display(self.picture(), raw=True, display_id=self.name)
+    display(self.snapshot(), raw=True, display_id=self.name)
     if in_kernel(): display({'text/plain':''} | {k:v for k,v in self.widget()._repr_mimebundle_().items() if 'widget' in k}, raw=True)

@@ -81,7 +81,7 @@ def read_answers(self:TrainView)->None:
 @patch
 def take_status(self:TrainView,
     status:dict, # From `read_status`
-    alive:bool=True, # Whether the run has lately shown a sign of life
+    alive:bool=True, # Whether there was a heartbeat lately
 )->None:
     "Take in what the run says about itself"
     self.status, is_over = status, status['phase'] in ('finished', 'stopped', 'failed')
