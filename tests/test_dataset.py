@@ -179,6 +179,16 @@ def test_a_flipped_bit_is_found_before_training(tmp_path):
     with pytest.raises(InputError, match="--verify: .*d has no checksums"): opened(own, verify=True)
 
 
+def test_wherever_a_bit_flips(tmp_path):
+    "The header of the file, its columns and its end: everything has been hashed"
+    folder = convert(settings(make_sounds(tmp_path / "s", 3, seed=1), tmp_path / "d")).path
+    shard = next(folder.glob("data-*"))
+    data = shard.read_bytes()
+    for at in [*range(0, 4000, 41), *range(4000, len(data), len(data)//40), len(data) - 1]:
+        shard.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at+1:])
+        with pytest.raises(InputError, match="damaged|of the .* rows|lacks the columns"): open_dataset(folder, CHAT, tmp_path).verify()
+
+
 def test_a_changed_clip_is_converted_again(tmp_path):
     csv = make_sounds(tmp_path / "s", 5, seed=1)
     out = dict(model_name="tiny", base_dir=csv.parent)
