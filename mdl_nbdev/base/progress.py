@@ -10,7 +10,7 @@ import sys, uuid
 from contextlib import contextmanager
 from contextvars import ContextVar
 from tqdm import tqdm
-from .html import Html, as_html, html_bar
+from .html import as_html, html_bar
 
 # %% ../../nbs/0_base/10_progress.ipynb #c5
 def in_kernel()->bool: # False in scripts and in a terminal

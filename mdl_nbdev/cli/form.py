@@ -17,7 +17,7 @@ from ..base.html import Html, as_html, html_box, html_table
 from ..base.options import Settings, default_value, option, option_facts, options_where, required_options
 from ..base.text import shorten
 from ..base.progress import in_kernel
-from .live import snapshot_html, widget_box
+from .live import snapshot_html, widget_box, widget_bundle
 
 # %% ../../nbs/5_cli/07_form.ipynb #c6
 def option_text(
@@ -216,4 +216,4 @@ def snapshot(self:SettingsForm)->dict: # MIME type -> value
 def _ipython_display_(self:SettingsForm):
     from IPython.display import display
     display(self.snapshot(), raw=True, display_id=self.name)
-    if in_kernel(): display({'text/plain':''} | {k:v for k,v in self.widget()._repr_mimebundle_().items() if 'widget' in k}, raw=True)
+    if in_kernel(): display(widget_bundle(self.widget()), raw=True)

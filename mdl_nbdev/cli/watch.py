@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.files import read_json_lines
 from ..base.html import Html, as_html, html_box, html_table
-from ..base.status import Pulse, read_status
+from ..base.status import OVER, Pulse, read_status
 from ..base.text import shorten
 from .charts import Curve, chart
 from .live import Live
@@ -84,7 +84,7 @@ def take_status(self:TrainView,
     alive:bool=True, # Whether there was a heartbeat lately
 )->None:
     "Take in what the run says about itself"
-    self.status, is_over = status, status['phase'] in ('finished', 'stopped', 'failed')
+    self.status, is_over = status, status['phase'] in OVER
     if not alive and not is_over: self.phase = 'no longer running'
     elif is_over or self.phase != 'stopping': self.phase = status['phase']
 
@@ -200,7 +200,7 @@ class Watch(Live):
     @property
     def running(self)->bool: # False when it was closed, or the run is over
         "Whether more may come"
-        return not self.closed and self.view.phase not in ('finished', 'stopped', 'failed')
+        return not self.closed and self.view.phase not in OVER
 
     def close(self)->None:
         "Stop watching"
