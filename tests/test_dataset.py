@@ -4,12 +4,16 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile as sf
 
@@ -22,7 +26,7 @@ from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.data.tables import read_rows
 from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.train import dataset
-from mdl_nbdev.train.convert import conversion_key, convert, plan_shards
+from mdl_nbdev.train.convert import conversion_key, convert, finished_shard, plan_shards, record_batch, row_schema
 from mdl_nbdev.train.dataset import AudioDataset, open_dataset
 from mdl_nbdev.train.mix import BatchRows, Mix, describe_conversions, limit_length, open_mix, split
 from mdl_nbdev.train.run import open_datasets
@@ -97,6 +101,38 @@ def test_all_bad_rows_in_one_report_and_finished_shards_kept(csv, tmp_path):
     out = convert(s).path
     assert all(os.stat(out / n).st_mtime_ns == t for n, t in kept.items())
     assert len(AudioDataset(out)) == 150 and not Path(f"{s.output}.part").exists()
+
+
+@pytest.mark.parametrize("audio_dtype", ["int16", "float32"])
+def test_columns_are_as_pyarrow_makes_them(audio_dtype):
+    rng, schema = np.random.default_rng(0), row_schema(audio_dtype)
+    def row(lengths):
+        samples = (100*rng.normal(size=sum(lengths))).astype(audio_dtype) if lengths else []
+        return dict(input_ids=np.arange(5, dtype=np.int32), labels=np.array([-100, 3], np.int32), audio=samples, audio_lengths=lengths,
+                    line=7, task="", conversation='{"a": "ü 你"}', spans=np.array([1, 2, 3, 4]))
+    for rows in [[row([5, 2]), row([]), row([9])], [row([])], [row([0]), row([3])]]:
+        made = record_batch(rows, schema)
+        made.validate(full=True)
+        assert made.equals(pa.RecordBatch.from_arrays([pa.array([r[f.name] for r in rows], f.type) for f in schema], schema=schema))
+
+
+def test_digests_of_a_shard(csv, tmp_path):
+    "Of its file and of its audio; a rerun that finds the shard written computes the same"
+    out = convert(settings(csv, tmp_path / "d")).path
+    for name, digests in json.loads((out / "mdl_nbdev.json").read_text())["shards"].items():
+        audio = pa.ipc.open_stream(out / name).read_all().column("audio").combine_chunks().flatten().to_numpy().tobytes()
+        assert digests == dict(file=sha256((out / name).read_bytes()).hexdigest(), audio=sha256(audio).hexdigest())
+        assert finished_shard(out / name).digests == digests
+
+
+def test_conversion_imports_neither_torch_nor_pandas(csv, tmp_path):
+    "Each of them takes longer to import than a hundred clips to convert"
+    code = f"""
+import sys
+from mdl_nbdev import convert, ConvertSettings
+convert(ConvertSettings(input={str(csv)!r}, output={str(tmp_path / "d")!r}, model_name='tiny', base_dir={str(csv.parent)!r}, num_workers=1))
+print(*{{'torch', 'pandas'}} & set(sys.modules))"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 def test_runs_of_the_same_data_share_one_conversion(csv, tmp_path, monkeypatch):

@@ -339,7 +339,8 @@ def to_int16(
     waveform:np.ndarray, # float32 in [-1, 1]
 )->np.ndarray: # int16, the same shape
     "Scale by 32768, round to the nearest, clip to the range of int16"
-    return np.clip(np.rint(waveform*np.float32(32768)), -32768, 32767).astype(np.int16)
+    x = waveform*np.float32(32768)
+    return np.clip(np.rint(x, out=x), -32768, 32767, out=x).astype(np.int16)
 
 def from_int16(
     x:np.ndarray, # int16

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'OWN_FILES', 'MISPLACED', 'RECORD_BATCH', 'row_schema', 'to_columns', 'record_batch', 'bad_row',
-           'convert_rows', 'ShardJob', 'Shard', 'notes_of', 'write_shard', 'HashedFile', 'finished_shard',
+           'convert_rows', 'ShardJob', 'Shard', 'notes_of', 'HashedFile', 'ShardFacts', 'finished_shard', 'write_shard',
            'start_worker', 'write_in_worker', 'write_shards', 'read_conversations', 'note_unlearned', 'plan_shards',
            'conversion_key', 'write_small_files', 'ConvertReport', 'convert']
 
@@ -60,14 +60,17 @@ def record_batch(
     rows:list[dict], # From `to_columns`
     schema:pa.Schema, # From `row_schema`
 )->pa.RecordBatch: # The rows as columns
-    "Make a record batch; the samples are copied once, which takes less memory than pyarrow's conversion"
+    "Make a record batch without `pa.array`, which copies samples twice and imports pandas"
+    def numbers(values, type):
+        dtype = f'{"float" if pa.types.is_floating(type) else "int"}{type.bit_width}'
+        return pa.Array.from_buffers(type, len(values), [None, pa.py_buffer(np.asarray(values).astype(dtype, copy=False))])
     def column(field):
-        values = [row[field.name] for row in rows]
-        if field.name != 'audio': return pa.array(values, field.type)
-        dtype = field.type.value_type.to_pandas_dtype()
-        ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
-        samples = np.concatenate(values, dtype=dtype, casting='unsafe')
-        return pa.ListArray.from_arrays(ends, samples, type=field.type)
+        type, values = field.type, [row[field.name] for row in rows]
+        if type==pa.int32(): return numbers(values, type)
+        if type==pa.string(): values = [text.encode() for text in values]
+        ends = pa.py_buffer(np.cumsum([0, *map(len, values)], dtype=np.int32))
+        if type==pa.string(): return pa.Array.from_buffers(type, len(values), [None, ends, pa.py_buffer(b''.join(values))])
+        return pa.Array.from_buffers(type, len(values), [None, ends], children=[numbers(np.concatenate(values), type.value_type)])
     return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
 
 # %% ../../nbs/3_train/00_convert.ipynb #c8
@@ -125,7 +128,7 @@ class ShardJob:
 class Shard(NamedTuple):
     "What became of a shard"
     path:Path # Its file; absent if it has bad rows
-    rows:int # Rows in it
+    rows:int # Rows of the input that it is made from
     samples:int=0 # Audio samples in it
     digests:dict={} # Of its `file`, and of its `audio` alone
     bad:list[BadRow]=() # Rows that could not be converted
@@ -139,6 +142,54 @@ def notes_of(
     for shard in sorted(shards, key=lambda shard: shard.path.name): count_notes(counts, shard.notes)
     return counts
 
+# %% ../../nbs/3_train/00_convert.ipynb #c14
+class HashedFile:
+    "A file that is hashed while something else reads or writes it from beginning to end"
+    def __init__(self,
+        f, # The file, open for reading or writing
+    ): self.f, self.sha256, self.closed = f, hashlib.sha256(), False
+    def read(self, size=-1):
+        data = self.f.read(size)
+        self.sha256.update(data)
+        return data
+    def write(self, data):
+        self.sha256.update(data)
+        return self.f.write(data)
+    def flush(self): self.f.flush()
+
+class ShardFacts:
+    "What the manifest says about a shard, gathered while the shard is read or written"
+    def __init__(self): self.rows, self.samples, self.audio, self.notes = 0, 0, hashlib.sha256(), {}
+    def add(self,
+        batch:pa.RecordBatch, # The next rows
+        notes:dict, # On their clips, from `count_notes`
+    )->None:
+        self.rows += len(batch)
+        count_notes(self.notes, notes)
+        audio = batch['audio'].flatten()
+        self.samples += len(audio)
+        self.audio.update(np.from_dlpack(audio))
+    def shard(self,
+        path:Path, # Of the shard
+        file:HashedFile, # The shard, all of which has been read or written
+    )->Shard:
+        "The shard with both digests"
+        digests = dict(file=file.sha256.hexdigest(), audio=self.audio.hexdigest())
+        return Shard(path, self.rows, self.samples, digests, notes=self.notes)
+
+# %% ../../nbs/3_train/00_convert.ipynb #finishedshard
+def finished_shard(
+    path:Path, # A finished shard
+)->Shard: # With its digests
+    "A shard that an earlier run has written"
+    facts = ShardFacts()
+    with open(path, 'rb') as f:
+        hashed = HashedFile(f)
+        for batch,extra in pa.ipc.open_stream(pa.PythonFile(hashed, 'r')).iter_batches_with_custom_metadata():
+            facts.add(batch, json.loads(extra['notes']) if extra else {})
+        hashed.read() # what follows the last batch
+    return facts.shard(path, hashed)
+
 # %% ../../nbs/3_train/00_convert.ipynb #c13
 RECORD_BATCH = 2**20 # Write a record batch when its rows have so many samples and tokens
 
@@ -148,21 +199,20 @@ def write_shard(
 )->Shard: # What was written
     "Convert and write a shard, unless it exists"
     path, schema = job.folder/f'data-{job.index:05d}-{job.digest}.v2.arrow', row_schema(job.audio_dtype)
-    if path.exists(): return finished_shard(path, len(job.conversations))
-    part, bad, n = path.with_suffix('.tmp'), [], 0
+    if path.exists(): return finished_shard(path)
+    part, bad, facts = path.with_suffix('.tmp'), [], ShardFacts()
     waiting, size = [], 0 # rows of the next record batch
-    with writing(part), pa.OSFile(str(part), 'wb') as f, pa.ipc.new_stream(f, schema) as writer:
+    with writing(part), open(part, 'wb') as f, pa.ipc.new_stream(pa.PythonFile(hashed := HashedFile(f), 'w'), schema) as writer:
         def write():
-            notes = {}
+            notes, batch = {}, record_batch(waiting, schema)
             for row in waiting: count_notes(notes, row['notes'])
-            extra = dict(notes=json.dumps(notes)) if notes else None
-            writer.write_batch(record_batch(waiting, schema), custom_metadata=extra)
+            writer.write_batch(batch, custom_metadata=dict(notes=json.dumps(notes)) if notes else None)
+            facts.add(batch, notes)
         for i in range(0, len(job.conversations), job.batch_size):
             rows, wrong = convert_rows(job.conversations[i:i+job.batch_size], chat, job.max_seconds, job.audio_dtype)
             bad += wrong
             if bad: continue # this shard will not be kept, but the other rows are still checked
             waiting += rows
-            n += len(rows)
             size += sum(len(r['audio']) + len(r['input_ids']) for r in rows)
             if size < RECORD_BATCH: continue
             write()
@@ -170,39 +220,11 @@ def write_shard(
         if waiting and not bad: write()
     if bad:
         part.unlink()
-        return Shard(path, n, bad=bad)
+        return Shard(path, len(job.conversations), bad=bad)
     with writing(part):
         with open(part, 'rb+') as f: os.fsync(f.fileno())
         os.replace(part, path)
-    return finished_shard(path, n)
-
-# %% ../../nbs/3_train/00_convert.ipynb #c14
-class HashedFile:
-    "A file that is hashed while something else reads it from beginning to end"
-    def __init__(self,
-        f, # The file, open for reading
-    ): self.f, self.sha256, self.closed = f, hashlib.sha256(), False
-    def read(self, size=-1):
-        data = self.f.read(size)
-        self.sha256.update(data)
-        return data
-
-def finished_shard(
-    path:Path, # A finished shard
-    rows:int, # Its rows
-)->Shard:
-    "What the manifest says about a shard; its audio has a digest of its own, since other columns contain paths, which may change"
-    samples, digest, notes = 0, hashlib.sha256(), {}
-    with open(path, 'rb') as f:
-        hashed = HashedFile(f)
-        for batch,extra in pa.ipc.open_stream(pa.PythonFile(hashed, 'r')).iter_batches_with_custom_metadata():
-            if extra: count_notes(notes, json.loads(extra['notes']))
-            audio = batch['audio'].flatten()
-            samples += len(audio)
-            digest.update(np.ascontiguousarray(audio.to_numpy()))
-        hashed.read() # what follows the last batch
-    digests = dict(file=hashed.sha256.hexdigest(), audio=digest.hexdigest())
-    return Shard(path, rows, samples, digests, notes=notes)
+    return facts.shard(path, hashed)
 
 # %% ../../nbs/3_train/00_convert.ipynb #c16
 _worker_chat = None # Of a worker process
@@ -353,7 +375,7 @@ def convert(
         with progress_bar(total, 'converting', 'row') as bar, phase('converting', total) as at:
             for shard in write_shards(jobs, chat, s.num_workers):
                 shards.append(shard)
-                bar.update(shard.rows + len(shard.bad))
+                bar.update(shard.rows)
                 at(bar.n)
         bad = sorted(row for shard in shards for row in shard.bad)
         if bad: raise bad_rows_error(bad)
