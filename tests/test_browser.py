@@ -144,7 +144,7 @@ def shorten(path):
 def test_first_steps(browser, lab):
     shorten(lab[1]/"tutorials"/"00_first_steps.ipynb")
     nb = Notebook(browser, lab, "tutorials/00_first_steps.ipynb")
-    until(lambda: nb.page.locator('.jp-OutputArea img[alt="curves"]').count() > 3) # what is stored is shown, although nobody here has run it
+    until(lambda: nb.page.locator('.jp-OutputArea img[alt^="loss per token"]').count() > 3) # what is stored is shown, although nobody here has run it
     nb.page.get_by_role("menuitem", name="Edit", exact=True).click()
     nb.page.get_by_role("menuitem", name="Clear Outputs of All Cells").click()
     nb.run_all()

@@ -1,9 +1,11 @@
 "Dashboards without a browser: what they remember, how they die, and what they cost"
+import base64
 import contextlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,13 +21,14 @@ from transformers import TrainerCallback
 
 from mdl_nbdev.base import settings
 from mdl_nbdev.base.command_line import from_args, read_config
+from mdl_nbdev.base.curves import Curve
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.options import required_options
 from mdl_nbdev.base.settings import CheckSettings, InferSettings, TrainSettings
 from mdl_nbdev.base.status import RunStatus, read_status
 from mdl_nbdev.base.status import phase as phase_of_run
 from mdl_nbdev.cli.background import warnings_noted
-from mdl_nbdev.cli.charts import Curve, chart
+from mdl_nbdev.cli.charts import COLOURS, INK, PAPER, RED, ChartLook, chart
 from mdl_nbdev.cli.demo import plot_answer
 from mdl_nbdev.cli.form import SettingsForm
 from mdl_nbdev.cli.inference import start_inference
@@ -88,6 +91,109 @@ def test_chart_of_any_values(ys, log):
     for i, y in enumerate(ys): c.add(i*10, y)
     svg = chart({"eval <loss>": c, "empty": Curve()}, "a & b", log=log)
     assert svg.startswith("<svg") and "nan" not in svg and "inf" not in svg and "<loss>" not in svg and "a & b" not in svg
+
+
+def test_a_part_of_a_long_curve_is_finer():
+    c = Curve()
+    for i in range(100_000): c.add(i, 1000. if i == 70_000 else 1.)
+    part = c.between(69_500, 70_500)
+    assert part.size < c.size/5 and len(part.buckets) > 10 and max(b.high for b in part.buckets) == 1000
+    assert sum(b.count for b in c.between(0, math.inf).buckets) == 100_000 and len(c.between(0, math.inf).buckets) <= 300
+    assert not c.between(200_000, math.inf).buckets
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 300, 5000])
+def test_a_smooth_curve_is_a_mean(n):
+    c = Curve()
+    for i in range(n): c.add(i, float(i))
+    smooth = c.smoothed(100)
+    assert len(smooth.buckets) == len(c.buckets) and smooth.latest[0] == n - 1
+    expected = [i for i in range(n) if i > n - 1 - 100]
+    assert smooth.latest[1] == pytest.approx(sum(expected)/len(expected), abs=c.size)
+
+
+def contrast(a, b):
+    "As WCAG defines it"
+    def luminance(colour):
+        parts = [int(colour[i:i + 2], 16)/255 for i in (1, 3, 5)]
+        return sum(w*(p/12.92 if p <= .04045 else ((p + .055)/1.055)**2.4) for w, p in zip((.2126, .7152, .0722), parts))
+    dark, light = sorted([luminance(a), luminance(b)])
+    return (light + .05)/(dark + .05)
+
+
+@pytest.mark.parametrize("pages", [PAPER, ("#f8fafc", "#222832")], ids=["JupyterLab", "site"])
+def test_colours_are_legible_on_light_and_dark_pages(pages):
+    for colour in [INK, RED, *COLOURS]: assert min(map(contrast, colour, pages)) >= 4.5
+
+
+def made_up_run(steps=300, phase="training"):
+    view = TrainView(Path("runs/a"), 1, steps)
+    view.phase = phase
+    for step in range(1, steps + 1):
+        view.add(dict(step=step, time=float(step), epoch=step/steps, loss=2.31 - .0063*step, loss_a=2., learning_rate=1e-4, samples_per_second=9.))
+        if step % 100 == 0: view.add(dict(step=step, time=float(step), eval_loss=3 - step/200))
+    return view
+
+
+def test_a_chart_is_described():
+    "In its live form and in the notebook's picture, and zoomed in as well"
+    view = made_up_run()
+    expected = "loss from 2.3037 at step 1 to 0.4200 at step 300; eval loss from 2.5000 at step 100 to 1.5000 at step 300"
+    assert f'role="img" aria-label="loss per token in nats, log scale: {expected}' in view.curves() and f"log scale: {expected}" in view._repr_html_()
+    assert view._repr_html_().count("<img alt=") == 3 and 'alt="learning rate 0.0001' not in view._repr_html_()
+    view.look = ChartLook(log=False, first="step 100", last="1,50")
+    assert 'aria-label="loss per token in nats: loss from 1.6800 at step 100 to 1.3650 at step 150; eval loss 2.5000 at step 100' in view.curves()
+    view.look.first = "1000"
+    assert view.curves().count("<svg") == 0 and "no values at these steps" in view.curves()
+
+
+def test_a_number_has_one_value():
+    "Raw and smoothed ones have different names, and what a chart says stands nowhere else"
+    view = made_up_run()
+    view.look.smoothing = .1
+    page = ''.join(getattr(view, part)() for part in view.parts)
+    texts = [t for t in re.findall(r"<text[^>]*>([^<]*)", page) if t.startswith(("loss", "eval loss"))]
+    assert texts == ["loss per token in nats, log scale", "loss 0.4200", "loss, mean of 30 steps 0.5114", "eval loss 1.5000", "loss a 2.0000", "loss a, mean of 30 steps 2.0000"]
+    assert ">loss<" not in page and "best eval loss" in page
+    view.add(dict(step=301, time=301., loss=.1))
+    assert "eval loss 1.5000 at step 300" in view.curves(), "a value that is older than the others says so"
+
+
+def test_values_under_the_pointer():
+    view = made_up_run(20)
+    for step in range(1, 21): assert f"step {step}</tspan>" in view.curves() and f"loss {2.31 - .0063*step:.4f}" in view.curves()
+    assert "mdl-hover" not in base64.b64decode(re.search("base64,(.*?)\"", view._repr_html_())[1]).decode(), "an image feels no pointer"
+    view.look.table = True
+    assert "<td" in view.curves() and view.curves().count("<tr>") == 21
+    long = made_up_run(3000)
+    assert re.search(r"steps [\d,]+ to [\d,]+: mean \(lowest to highest\)</tspan><tspan[^>]*>loss -?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)", long.curves()), "the mean and the range of many steps"
+
+
+@pytest.mark.parametrize("phase, waits", [("converting", True), ("starting", True), ("training", True), ("failed", False), ("stopped", False), ("no longer running", False)])
+def test_no_empty_charts(phase, waits):
+    view = TrainView(Path("runs/a"), 1)
+    view.phase = phase
+    assert "<svg" not in view.curves() and ("waiting for the first measurement" in view.curves()) == waits
+    view.add(dict(step=1, loss=math.nan))
+    assert not view.explorable() and "<svg" not in view.curves()
+    view.add(dict(step=2, loss=1.))
+    assert view.explorable() and view.curves().count("<svg") == 1, "what is not measured has no chart"
+
+
+def test_controls_draw_the_charts_again():
+    live = Live(made_up_run(phase="finished"))
+    live.make_widgets()
+    assert live.interactive(), "also after the run"
+    controls = {c.description: c for c in live.controls.children}
+    assert all(controls), "each has a name"
+    controls["log scale"].value = False
+    assert "log scale" not in live.boxes["curves"].value
+    controls["smoothing"].value = .05
+    assert "mean of 15 steps" in live.boxes["curves"].value and "mean of 15 steps" in live._repr_html_(), "what is saved is what was on the screen"
+    controls["from step"].value = "200"
+    assert "at step 200 to" in live.boxes["curves"].value
+    live.view.dead = "ink"
+    assert not live.interactive()
 
 
 def test_a_hundred_thousand_steps_are_cheap():

@@ -11,7 +11,7 @@ from typing import Callable, Iterable
 from fastcore.basics import patch
 from ..base.html import Html, as_html, html_box
 from ..base.progress import in_kernel
-from .view import View
+from .view import THEME, View
 
 # %% ../../nbs/5_cli/02_live.ipynb #c6
 def snapshot_html(
@@ -30,8 +30,8 @@ def widget_box(
     import ipywidgets as w
     lost = '.jupyter-widgets-disconnected'
     style = f'body:has(.{name}-live:not({lost})) .{name}, .{name}-live{lost} {{display:none}}'
-    box = w.VBox([w.HTML(f'<style>{style}</style>', layout=w.Layout(display='none')), *widgets])
-    box.add_class(f'{name}-live')
+    box = w.VBox([w.HTML(f'<style>{style}</style>{THEME}', layout=w.Layout(display='none')), *widgets])
+    for c in (f'{name}-live', 'mdl-view'): box.add_class(c)
     return box
 
 def widget_bundle(
@@ -60,6 +60,10 @@ class Live:
         "The buttons that make sense now"
         return {}
 
+    def interactive(self)->bool: # Whether it needs widgets
+        "Whether there is something to follow, to click or to explore"
+        return bool(self.running or self.actions() or self.view.explorable() and not self.view.dead)
+
     def poll(self)->None:
         "Look for news"
 
@@ -79,12 +83,13 @@ def pause_after(
 
 @patch
 def make_widgets(self:Live): # An ipywidgets `VBox`
-    "The buttons and one widget for each part, filled"
+    "The buttons and one widget for each part, filled; what changes them stands below the first part"
     import ipywidgets as w
     self.boxes = {name:w.HTML(layout=w.Layout(margin='0')) for name in self.view.parts}
-    self.buttons = w.HBox()
+    self.buttons, self.controls = w.HBox(), w.HBox(layout=w.Layout(flex_flow='row wrap', grid_gap='0 10px'))
     self.paint(self.boxes)
-    return widget_box(self.name, self.buttons, *self.boxes.values())
+    first, *others = self.boxes.values()
+    return widget_box(self.name, self.buttons, first, self.controls, *others)
 
 @patch
 def paint(self:Live,
@@ -98,6 +103,13 @@ def paint(self:Live,
         box.value = getattr(self.view, name)()
         self.due[name] = time.monotonic() + pause_after(time.thread_time()-start, PAUSES[0])
     self.show_buttons()
+    if self.view.explorable() and not self.controls.children: self.controls.children = self.view.controls(self.redraw)
+
+@patch
+def redraw(self:Live)->None:
+    "Draw everything now, after a control was changed"
+    self.view.safely(self.paint, self.boxes)
+    if not self.running: self.refresh()
 
 # %% ../../nbs/5_cli/02_live.ipynb #c11
 @patch
@@ -158,16 +170,16 @@ def _ipython_display_(self:Live):
     name = uuid.uuid4().hex
     display(self.snapshot(), raw=True, display_id=name)
     self.display_ids.append(name)
-    if not in_kernel() or not (self.running or self.actions()): return
+    if not in_kernel() or not self.interactive(): return
     live = self.view.safely(self.live_form)
     if live: display(live, raw=True, display_id=f'{name}-live')
     if not self.running: self.refresh() # it has ended meanwhile
 
 @patch
 def refresh(self:Live)->None:
-    "Renew the snapshot, and remove the widgets when nothing is left to follow or to click"
+    "Renew the snapshot, and remove the widgets when nothing is left to follow, to click or to explore"
     from IPython.display import update_display
-    over = not (self.running or self.actions())
+    over = not self.interactive()
     try:
         snapshot = self.snapshot() if self.display_ids else None
         for name in self.display_ids:
