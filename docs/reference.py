@@ -13,7 +13,7 @@ from fastcore.docments import docments
 root = Path(__file__).parent.parent
 sys.path.insert(0, str(root)) # the package of this checkout is the one described
 package = "mdl_nbdev"
-modules = sorted(".".join(p.relative_to(root/package).with_suffix("").parts) for p in (root/package).rglob("*.py") if not p.stem.startswith("_"))
+modules = sorted(".".join(p.relative_to(root/package).with_suffix("").parts) for p in (root/package).rglob("*.py") if not p.stem.startswith("_") and p.name != "all.py")
 commands = re.findall(rf"^\s*(?:console_scripts = )?(\w+)={package}\.cli\.commands:", (root/"settings.ini").read_text(encoding="utf-8"), re.M)
 EMPTY = inspect.Parameter.empty
 PLAIN = ("required", "half the cores") # said in words, not as code

@@ -21,10 +21,13 @@ __all__ = """
     convert ConvertReport AudioDataset open_dataset open_mix train dry_run read_metrics TrainReport
     infer InferReport evaluate score Scores EvalReport
     watch start_training start_inference SettingsForm demo""".split()
+# Those that need torch: they are imported when they are called, so that `from mdl_nbdev.all import *` is quick
+_CALLED_LATER = "load_model load_processor load_adapter merge_adapter save_model dry_run".split()
 
 
 def __getattr__(name):
     if name in _moved.MODULES: return importlib.import_module(f"{__name__}.{name}")
+    if name in _CALLED_LATER: return _moved.later(name)
     if name in __all__: return _moved.find(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

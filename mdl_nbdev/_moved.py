@@ -95,6 +95,22 @@ def find(name): # Of a public function or class by its present name, or of a con
     return getattr(importlib.import_module(f"mdl_nbdev.{module}"), new or name)
 
 
+class Later: # Without a docstring of its own: it has that of the function
+    def __init__(self, name): self.__name__ = name
+    @property
+    def __wrapped__(self): return find(self.__name__) # by which `inspect` finds the signature
+    @property
+    def __doc__(self): return self.__wrapped__.__doc__
+    def __call__(self, *args, **kwargs): return self.__wrapped__(*args, **kwargs)
+    def __repr__(self): return f"<function {self.__name__}, which is imported when it is called>"
+
+
+@functools.cache
+def later(name): # Of a public function
+    "A function whose module is imported when it is first called, or looked at"
+    return Later(name)
+
+
 def as_callback(listener):
     "A callback that shows a listener of version 0.1.0 rows with the fields that it knows"
     fields = OLD_FIELDS | {name: name for name in ("row", "conversation", "reason")}

@@ -16,8 +16,8 @@ from IPython.core.inputtransformer2 import TransformerManager
 root = Path(__file__).parent.parent
 package = root/"mdl_nbdev"
 notebooks = sorted(p for p in (root/"nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts))
-modules = sorted(".".join(p.relative_to(package).with_suffix("").parts) for p in package.rglob("*.py") if not p.stem.startswith("_"))
-light = ["", *(f".{m}" for m in modules if m.startswith(("base.", "data.")) or m in ("model.chat", "model.collate", "train.dataset", "train.batches", "cli.commands"))]
+modules = sorted(".".join(p.relative_to(package).with_suffix("").parts) for p in package.rglob("*.py") if not p.stem.startswith("_") and p != package/"all.py") # those from notebooks
+light = ["", ".all", *(f".{m}" for m in modules if m.startswith(("base.", "data.")) or m in ("model.chat", "model.collate", "train.dataset", "train.batches", "cli.commands"))]
 commands = [line.split("=")[0] for line in (root/"settings.ini").read_text().split("console_scripts = ")[1].split("\n\n")[0].split()]
 each_notebook = pytest.mark.parametrize("path", notebooks, ids=[str(p.relative_to(root/"nbs")) for p in notebooks])
 
@@ -186,6 +186,11 @@ def loaded(code):
 
 @pytest.mark.parametrize("module", light)
 def test_light_imports(module): assert not heavy & loaded(f"import mdl_nbdev{module}")
+
+
+def test_watch_is_light():
+    "It follows the runs of other processes, and never loads a model"
+    assert not {*heavy, "datasets", "pandas", "pyarrow", "matplotlib", "IPython", "ipywidgets"} & loaded("from mdl_nbdev import watch, read_metrics, TrainReport, CheckReport")
 
 
 def test_package_import_is_light(): assert not {*heavy, "datasets", "pandas", "numpy"} & loaded("import mdl_nbdev")

@@ -57,6 +57,17 @@ def test_short_imports():
     with pytest.raises(AttributeError): getattr(mdl_nbdev, nothing)
 
 
+def test_all_names_for_notebooks():
+    "`import *` binds every name, and those that need torch can be looked at and called like the functions that they stand for"
+    import mdl_nbdev
+    names = {}
+    exec("from mdl_nbdev.all import *", names)
+    assert {n: names[n] for n in mdl_nbdev.__all__} == {n: getattr(mdl_nbdev, n) for n in mdl_nbdev.__all__}
+    for name in mdl_nbdev._CALLED_LATER:
+        assert inspect.signature(names[name]) == inspect.signature(_moved.find(name)) and names[name].__doc__ == _moved.find(name).__doc__
+    with pytest.raises(mdl_nbdev.InputError, match="no such folder"): names["load_model"]("./nothing")
+
+
 @pytest.mark.parametrize("name", ["check", "train", "infer", "evaluate", "demo"])
 def test_functions_with_the_name_of_a_module(name):
     "`from mdl_nbdev import train` gave a module, and gives something that can be called as well"

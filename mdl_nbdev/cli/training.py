@@ -10,16 +10,14 @@ import ctypes, os, sys, time
 from dataclasses import replace
 from pathlib import Path
 from fastcore.basics import patch
-from transformers import TrainerCallback
 from ..base.settings import TrainSettings
 from ..base.status import read_status
 from .background import Run, UserRequest
 from .watch import TrainView
-from ..train.run import train
 
 # %% ../../nbs/5_cli/05_training.ipynb #c6
-class TrainFeed(TrainerCallback):
-    "Feeds a dashboard from a training run, and the run with the requests of its buttons"
+class TrainFeed:
+    "A callback that feeds a dashboard from a training run, and the run with the requests of its buttons"
     shows_progress = True # so that `train` shows no progress bar
     def __init__(self,
         run:'TrainRun', # The run with its view
@@ -70,7 +68,7 @@ class TrainRun(Run):
         self.s = s
         self.begun = 0. # When the work was started
         self.save_wanted = UserRequest()
-        self.callbacks = [TrainFeed(self), *callbacks]
+        self.callbacks = callbacks
 
     def actions(self):
         "The buttons that make sense now"
@@ -85,8 +83,13 @@ class TrainRun(Run):
     def work(self):
         "Train; the report says that you stopped the run, if you did"
         self.begun = time.time() - .01 # file times are rounded
+        self.view.phase = 'starting'
+        if 'torch' not in sys.modules: self.view.note('importing torch and transformers')
         keep_freed_memory()
-        report = train(self.s, self.callbacks)
+        from transformers import TrainerCallback
+        from mdl_nbdev.train.run import train
+        class Feed(TrainFeed, TrainerCallback): "With the events that need no answer"
+        report = train(self.s, [Feed(self), *self.callbacks])
         if self.stop_wanted.is_set() and not report.whole: report.stopped = 'you'
         return report
 
@@ -108,7 +111,7 @@ def resume(self:TrainRun)->TrainRun: # Itself
 
 def start_training(
     s:TrainSettings, # What to train, on what, and how
-    callbacks:list[TrainerCallback]=(), # Further callbacks of the trainer
+    callbacks:list=(), # Further callbacks of the trainer
 )->TrainRun: # Shows itself; `await` it for the `TrainReport`
     "Fine-tune a model in the background, with a dashboard"
     return TrainRun(s, callbacks).start()

@@ -31,11 +31,7 @@ from ..data.pictures import clip_html
 from ..data.rows import to_conversation
 from .identity import run_identity
 from .output import InferOutput, LoggedProgress, OutputPart
-from ..model.engine import Engine, GenerationOptions, Request, TransformersEngine
 from ..model.families import load_chat
-from ..model.load import device_note, load_model, pick_dtype
-from ..model.probe import check_vocabulary
-from ..model.save import load_adapter, merge, template_of
 
 # %% ../../nbs/4_infer/02_run.ipynb #c6
 DEFAULT_NEW_TOKENS = 256 # Maximum tokens of a completion where neither `--max-new-tokens` nor `--max-length` is given
@@ -129,7 +125,7 @@ BATCHES_PER_SHARD = 8
 class Pipeline:
     "Rows in, answered shards out"
     def __init__(self,
-        engine:Engine, # Completes prompts; knows the model's `Chat`
+        engine:'Engine', # Completes prompts; knows the model's `Chat`
         s:InferSettings, # Settings of the run
     ):
         self.engine, self.s = engine, s
@@ -143,6 +139,7 @@ class Pipeline:
         "Fill in the predictions of a shard"
         by_length = sorted((pair for pair in shard if pair[1] is not None), key=lambda pair: -pair[0].prompt_tokens)
         decoded = pool.map(self.prompter.decode, by_length, ahead=2*self.s.batch_size)
+        from mdl_nbdev.model.engine import Request
         requests = (Request(p.row.line, example, p.max_new_tokens) for p,example in decoded if example is not None)
         rows = {p.row.line:p for p,_ in by_length}
         for completion in self.engine.generate(requests):
@@ -254,8 +251,12 @@ def lock_output(
 # %% ../../nbs/4_infer/02_run.ipynb #c19
 def load_engine(
     s:InferSettings, # Settings of the run
-)->TransformersEngine: # Ready to generate
+)->'TransformersEngine': # Ready to generate
     "Load model, adapter and tokenizer"
+    from mdl_nbdev.model.engine import GenerationOptions, TransformersEngine
+    from mdl_nbdev.model.load import device_note, load_model, pick_dtype
+    from mdl_nbdev.model.probe import check_vocabulary
+    from mdl_nbdev.model.save import load_adapter, merge, template_of
     chat = load_chat(s.model_name, s.from_modelscope, template_of(s.adapter, s.chat_template))
     model = load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization)
     check_vocabulary(model, chat)
