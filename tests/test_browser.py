@@ -268,19 +268,47 @@ answering"""
 
 
 def test_form(browser, lab):
-    "The form checks while one types, and says the command"
-    form = "from mdl_nbdev.base.settings import TrainSettings\nfrom mdl_nbdev.cli.form import SettingsForm\nform = SettingsForm(TrainSettings, train_dataset='a.csv', output='runs/a')\nform"
-    nb = Notebook(browser, lab, notebook(lab, "form.ipynb", form, "print('rank', form.settings.lora_rank)"))
-    nb.run_all()
-    until(lambda: "mdl_train --train-dataset a.csv --output runs/a" in nb.text())
-    nb.page.locator(".jupyter-widgets").get_by_text("What is trained", exact=True).first.click()
-    rank = nb.page.get_by_label("lora_rank", exact=True)
+    "It checks while one types, says the command, takes one, and trains; by the keyboard too, and in a narrow window"
+    form = "from mdl_nbdev.all import *\nmake_sounds('sounds', 64, seed=1, csv_name='train.csv')\nform = SettingsForm(TrainSettings, train_dataset='a.csv', output='form', model_name='tiny')\nform"
+    nb = Notebook(browser, lab, notebook(lab, "form.ipynb", form, "print('rank', form.settings.lora_rank, (await form.run).steps)"))
+    page = nb.page
+    page.locator(".jp-CodeCell").first.locator(".cm-content").click()
+    page.keyboard.press("Control+Enter")
+    until(lambda: "mdl_train --train-dataset a.csv --output form" in nb.text())
+    assert "a.csv: No such file" in nb.text()
+    group = page.get_by_role("button", name=re.compile("What is trained"))
+    group.focus()
+    page.keyboard.press("Space")
+    rank = page.get_by_label("lora_rank", exact=True)
     rank.fill("0")
     until(lambda: "--lora-rank: got 0, expected at least 1" in nb.text())
+    train = page.get_by_role("button", name="Train", exact=True)
+    assert train.is_disabled()
     nb.shot("form-fault")
     rank.fill("16")
     until(lambda: "--lora-rank 16" in nb.text() and "expected at least" not in nb.text())
-    nb.shot("form")
-    nb.page.locator(".jp-CodeCell").last.locator(".cm-content").click()
-    nb.page.keyboard.press("Control+Enter")
-    until(lambda: "rank 16" in nb.text())
+    rank.press_sequentially("e")
+    until(lambda: "16e" in nb.text())
+    assert rank.input_value() == "16e", "what is typed stays"
+
+    page.get_by_label("Command line", exact=True).fill("mdl_train --lora-rnak 8")
+    until(lambda: "did you mean --lora-rank?" in nb.text())
+    command = "mdl_train --train-dataset sounds/train.csv --base-dir sounds --output form --model-name tiny --lora-rank 16 --max-steps 4"
+    page.get_by_label("Command line", exact=True).fill(command + " --gradient-checkpointing false")
+    until(lambda: rank.input_value() == "16" and not train.is_disabled())
+    assert "Wrong:" not in nb.text() and "Check:" not in nb.text()
+    page.context.grant_permissions(["clipboard-read"])
+    for button, text in {"Copy Command": "mdl_train --train-dataset sounds/train.csv", "Copy YAML for --config": "train_dataset:"}.items():
+        page.get_by_role("button", name=button).click()
+        assert page.evaluate("navigator.clipboard.readText()").startswith(text)
+    for width, stacks in {1280: False, 800: True}.items():
+        page.set_viewport_size(dict(width=width, height=1000))
+        label, field = page.locator(".mdl-field label", has_text="lora_rank").bounding_box(), rank.bounding_box()
+        assert (label["y"] + label["height"] <= field["y"]) == stacks
+        nb.shot(f"form-{width}", "SettingsForm")
+    train.focus()
+    page.keyboard.press("Space")
+    until(lambda: "Training form" in nb.text())
+    page.locator(".jp-CodeCell").last.locator(".cm-content").click()
+    page.keyboard.press("Control+Enter")
+    until(lambda: "rank 16 4" in nb.text())

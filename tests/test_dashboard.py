@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import fields, replace
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from mdl_nbdev.base.status import phase as phase_of_run
 from mdl_nbdev.cli.background import warnings_noted
 from mdl_nbdev.cli.charts import COLOURS, INK, PAPER, RED, ChartLook, chart
 from mdl_nbdev.cli.demo import plot_answer
-from mdl_nbdev.cli.form import SettingsForm
+from mdl_nbdev.cli.form import RUNS, SettingsForm, form_groups
 from mdl_nbdev.cli.inference import start_inference
 from mdl_nbdev.cli.live import Live
 from mdl_nbdev.cli.training import TrainRun, start_training
@@ -229,7 +230,7 @@ def test_form_says_the_same_as_command_and_file(cls, tmp_path):
     assert cls(**(read_config(tmp_path/"c.yaml", cls) if form.yaml() else {})) == form.settings
     form.widget()
     assert set(form.boxes) == names
-    assert {n for n in names if n in required_options(cls)} <= set(next(iter(form.groups().values()))), "what must be given comes first"
+    assert {n for n in names if n in required_options(cls)} <= set(next(iter(form_groups(cls).values()))), "what must be given comes first"
 
 
 values = dict(lr="3e-5", num_epochs="2.5", warmup_steps="0.1", eval_strategy="steps,epoch", task_weights="a=2,b=.5", bf16="false", merge_lora=False, lora_init="pissa",
@@ -252,13 +253,13 @@ def test_faults_are_told_while_typing(name, value, says):
     form = SettingsForm(TrainSettings, train_dataset="a.csv", output="o")
     form.widget()
     form.boxes[name].value = value
-    assert says in form.faults[name] and says in form.bottom.value and "color:#dc2626" in form._repr_html_()
+    assert says in form.faults[name] and says in form.bottom.value and f"<b>Wrong:</b> {escape(form.faults[name])}" in form._repr_html_() and form.button.disabled
     form.boxes[name].value = ""
-    assert not form.faults and "mdl_train --train-dataset a.csv" in form.bottom.value
+    assert not form.faults and "mdl_train --train-dataset a.csv" in form.bottom.value and not form.button.disabled
 
 
 def test_the_first_group_says_where_things_are():
-    names = {cls: list(SettingsForm(cls).groups()["Data, model and output"]) for cls in commands}
+    names = {cls: list(form_groups(cls)["Data, model and output"]) for cls in commands}
     assert set(names[TrainSettings]) == {"train_dataset", "eval_dataset", "base_dir", "model_name", "adapter", "chat_template", "output"}
     assert set(names[InferSettings]) == {"input", "base_dir", "model_name", "adapter", "chat_template", "output"}
     assert all("output" in names[cls] for cls in commands if cls is not CheckSettings)
@@ -269,6 +270,53 @@ def test_a_menu_begins_with_a_valid_choice():
     form.widget()
     assert form.boxes["lora_init"].value == "default" and form.boxes["bf16"].value is None
     assert form.faults.keys() == {"lora_init", "bf16"} and "perhaps" in form.bottom.value
+
+
+def test_a_form_reads_command_lines(tmp_path):
+    "Those that it writes and those that people paste; what is wrong is said in its field, or where it was pasted"
+    form, other = SettingsForm(TrainSettings, lr=1, model_name="tiny"), SettingsForm(TrainSettings, train_dataset="a,b.csv", output="o'ut", eval_strategy="steps,epoch", user_prompt='say "hi"', bf16=False)
+    form.widget()
+    form.read_command(other.command())
+    assert form.settings == other.settings and form.values == other.values, "what the command line leaves out is at its default"
+    (tmp_path/"c.yaml").write_text("lr: 0.01\nlora_rank: 0\n")
+    form.read_command(f"!CUDA_VISIBLE_DEVICES=0 accelerate launch /bin/mdl_train --config {tmp_path}/c.yaml \\\n --lora-init none --output o")
+    form.refresh()
+    assert form.values == dict(lr=.01, lora_rank=0, lora_init="none", output=Path("o")) and form.faults.keys() == {"lora_rank", "lora_init"}
+    assert form.boxes["lora_rank"].value == "0" and form.boxes["lora_init"].value == "default" and form.boxes["model_name"].value == ""
+    for line, says in {"mdl_infer a.csv": "mdl_infer", "python train.py": "python", "--lora-rnak 3": "did you mean --lora-rank", "mdl_train --output 'a": "complete", "mdl_train a.csv": "a.csv"}.items():
+        with pytest.raises(InputError, match=says): form.read_command(line)
+    assert form.values["lr"] == .01, "a command line that cannot be read changes nothing"
+
+
+def test_a_form_warns(sounds, tmp_path, monkeypatch):
+    "Of valid values that cannot be meant; the command may be for another machine, so it is shown all the same"
+    monkeypatch.chdir(tmp_path)
+    Path("labels.csv").write_text("file,label\na.wav,a\n")
+    Path("run/final").mkdir(parents=True)
+    Path("run/metrics.jsonl").write_text("")
+    form = SettingsForm(TrainSettings, train_dataset=sounds, base_dir=sounds.parent, output="o", model_name="tiny", lr=2e-3)
+    assert form.warnings == {}
+    wrong = dict(train_dataset={"labels.csv": "rename 'file' to 'audio'", "none.csv": "No such file"}, base_dir={"run": "000", "nowhere": "no such folder"}, lr={.5: "diverge", 1e-12: "learn"}, adapter={"run": "no LoRA adapter"},
+                 model_name={"./tiny": "no such folder", "tny": "built-in", "run": "its model is run/final", "owner/name-w4a16-gptq": "cannot be trained"}, output={"run": "resume"}, chat_template={"none.jinja": "No such file"})
+    for name, values in wrong.items():
+        for value, says in values.items():
+            warned = SettingsForm(TrainSettings, **form.values | {name: value})
+            assert not warned.faults and any(says in w for w in warned.warnings.values()), (name, value, warned.warnings)
+            assert "<b>Check:</b>" in warned.verdict() and "mdl_train" in warned.verdict()
+    assert not SettingsForm(InferSettings, input="labels.csv", output="o", model_name="owner/name-w4a16-gptq").warnings.keys() - {"input"}
+
+
+def test_the_button_starts_what_the_form_says(monkeypatch):
+    started = []
+    monkeypatch.setitem(RUNS, TrainSettings, ("Train", lambda s: started.append(s) or SimpleNamespace(running=True)))
+    form = SettingsForm(TrainSettings, train_dataset="a.csv")
+    form.widget()
+    assert form.button.disabled
+    form.boxes["output"].value = "o"
+    assert not form.button.disabled
+    form.button.click()
+    form.button.click()
+    assert started == [form.settings], "a second click while it is running starts nothing"
 
 
 def test_a_required_field_is_missed():
