@@ -8,10 +8,11 @@ __all__ = ['DEFAULT_MODEL', 'TARGETS', 'LOSS_MODES', 'half_the_cores', 'DataSett
            'ConvertSettings', 'TrainSettings', 'InferSettings', 'MergeSettings', 'EvalSettings', 'DemoSettings']
 
 # %% ../../nbs/0_base/06_settings.ipynb #c4
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
-from .options import Settings, opt
+from fastcore.basics import patch
+from .options import Settings, default_value, opt
 from .processes import available_cpus
 
 # %% ../../nbs/0_base/06_settings.ipynb #c6
@@ -252,3 +253,10 @@ class DemoSettings(Settings):
     output:Path=opt(Path('runs/demo'), location=True) # Folder for the sounds, the run and the answers
     overwrite:bool=opt(True, result=False) # Replace the output of an earlier demo
     seed:int=opt(42, minimum=0) # Seed of the sounds and of the training
+
+# %% ../../nbs/0_base/06_settings.ipynb #c21
+@patch(as_prop=True)
+def data_options(self:DataSettings)->dict: # Name -> value
+    "The options on clips and prompts that were set, for the settings of another command"
+    values = {f.name:(getattr(self, f.name), default_value(f)) for f in fields(DataSettings)}
+    return {name:value for name,(value, default) in values.items() if value != default}

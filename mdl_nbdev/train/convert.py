@@ -26,7 +26,7 @@ from ..base.progress import progress_bar
 from ..base.settings import ConvertSettings
 from ..base.status import phase
 from ..base.text import format_duration, plural
-from ..data.clips import clip_state, collected_notes, count_notes, note_lines, prepare_clips
+from ..data.clips import clip_state, collected_notes, count_notes, note_lines, prepare_clips, resolve
 from ..data.conversations import Conversation
 from ..data.rows import BadRow, bad_rows_error, to_conversation
 from ..data.sources import note_misnamed, open_rows
@@ -80,9 +80,10 @@ MISPLACED = ("in a whole conversation, the chat template shows earlier answers a
 def bad_row(
     row, # A conversation, or a row of a file
     error:InputError, # What is wrong with it
+    clip:str|None=None, # A clip of the row
 )->BadRow: # For the report
     "A row that cannot be converted, with the reason"
-    return BadRow(row.file, row.line, str(error).removeprefix(f'{row.where}: '))
+    return BadRow(row.file, row.line, str(error).removeprefix(f'{row.where}: '), clip or '')
 
 def convert_rows(
     conversations:list[Conversation], # A few rows
@@ -99,7 +100,7 @@ def convert_rows(
             with collected_notes(c.where) as found: clips.append(chat.load_clips(c, max_seconds, audio_dtype))
             notes.append(found)
             good.append(c)
-        except InputError as e: bad.append(bad_row(c, e))
+        except InputError as e: bad.append(bad_row(c, e, next(iter(c.clips), None)))
     return [dict(to_columns(t.example(c)), notes=n) for t,c,n in zip(chat.tokenize(good), clips, notes)], bad
 
 # %% ../../nbs/3_train/00_convert.ipynb #c10
@@ -142,7 +143,7 @@ def notes_of(
     for shard in sorted(shards, key=lambda shard: shard.path.name): count_notes(counts, shard.notes)
     return counts
 
-# %% ../../nbs/3_train/00_convert.ipynb #c14
+# %% ../../nbs/3_train/00_convert.ipynb #c13
 class HashedFile:
     "A file that is hashed while something else reads or writes it from beginning to end"
     def __init__(self,
@@ -177,7 +178,7 @@ class ShardFacts:
         digests = dict(file=file.sha256.hexdigest(), audio=self.audio.hexdigest())
         return Shard(path, self.rows, self.samples, digests, notes=self.notes)
 
-# %% ../../nbs/3_train/00_convert.ipynb #finishedshard
+# %% ../../nbs/3_train/00_convert.ipynb #c15
 def finished_shard(
     path:Path, # A finished shard
 )->Shard: # With its digests
@@ -190,7 +191,7 @@ def finished_shard(
         hashed.read() # what follows the last batch
     return facts.shard(path, hashed)
 
-# %% ../../nbs/3_train/00_convert.ipynb #c13
+# %% ../../nbs/3_train/00_convert.ipynb #c16
 RECORD_BATCH = 2**20 # Write a record batch when its rows have so many samples and tokens
 
 def write_shard(
@@ -226,7 +227,7 @@ def write_shard(
         os.replace(part, path)
     return facts.shard(path, hashed)
 
-# %% ../../nbs/3_train/00_convert.ipynb #c16
+# %% ../../nbs/3_train/00_convert.ipynb #c18
 _worker_chat = None # Of a worker process
 
 def start_worker(
@@ -262,7 +263,7 @@ def write_shards(
             raise InputError("a worker process was killed, most likely because memory ran out; use fewer --num-workers. "
                              "Finished work is kept: run the same command again") from None
 
-# %% ../../nbs/3_train/00_convert.ipynb #c18
+# %% ../../nbs/3_train/00_convert.ipynb #c20
 def read_conversations(
     s:ConvertSettings, # Names the file, the prompts and the base folder
 )->list[Conversation]: # One for each row
@@ -274,13 +275,13 @@ def read_conversations(
         try:
             c = to_conversation(row, s.system_prompt, s.user_prompt, s.base_dir, channel=s.channel)
             good.append(c.learning_last() if s.learn_answers=='last' else c)
-        except InputError as e: bad.append(bad_row(row, e))
+        except InputError as e: bad.append(bad_row(row, e, row.audio and resolve(row.audio, s.base_dir, s.channel)))
     found = ', '.join(f"{key} ({plural(n, 'row')})" for key, n in unused.items())
     if found: print(f"{s.input}: not used: {found}", file=sys.stderr, flush=True)
-    if bad: raise InputError(f"{bad_rows_error(bad)}\nThe clips have not been checked yet; mdl_check checks them as well")
+    if bad: raise bad_rows_error(bad, note="The clips have not been checked yet; mdl_check checks them as well")
     return good
 
-# %% ../../nbs/3_train/00_convert.ipynb #c20
+# %% ../../nbs/3_train/00_convert.ipynb #c22
 def note_unlearned(
     s:ConvertSettings, # Names the file
     chat:Chat, # Of the model
@@ -296,7 +297,7 @@ def note_unlearned(
     if n and is_main_process():
         print(f"{s.input}: {plural(n, 'answer')} not learned: {MISPLACED}", file=sys.stderr, flush=True)
 
-# %% ../../nbs/3_train/00_convert.ipynb #c21
+# %% ../../nbs/3_train/00_convert.ipynb #c23
 def plan_shards(
     s:ConvertSettings, # What to convert
     chat:Chat, # Of the model
@@ -321,7 +322,7 @@ def conversion_key(
     names = [f'data-{j.index:05d}-{j.digest}.arrow' for j in jobs] # as files were named when keys were first written
     return hashlib.sha256('\n'.join(names).encode()).hexdigest()[:16]
 
-# %% ../../nbs/3_train/00_convert.ipynb #c23
+# %% ../../nbs/3_train/00_convert.ipynb #c25
 def write_small_files(
     s:ConvertSettings, # What was converted
     chat:Chat, # Of the model
@@ -346,7 +347,7 @@ def write_small_files(
         system_prompt=s.system_prompt, user_prompt=s.user_prompt, learn_answers=s.learn_answers, channel=s.channel,
         notes=notes_of(shards), shards={shard.path.name:shard.digests for shard in shards}))
 
-# %% ../../nbs/3_train/00_convert.ipynb #c24
+# %% ../../nbs/3_train/00_convert.ipynb #c26
 @dataclass
 class ConvertReport:
     "What a conversion made"

@@ -21,6 +21,8 @@ from ..base.settings import ConvertSettings
 from ..base.text import format_duration, one_line, plural
 from ..data.conversations import Conversation
 from ..model.chat import Chat, Example
+from ..model.families import load_chat
+from ..model.label_view import batch_html
 from .convert import MANIFEST, ShardJob, conversion_key, convert, plan_shards
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c6
@@ -137,6 +139,7 @@ class AudioDataset:
         self.manifest = dataset_manifest(self.path)
         self.source = self.manifest.get('source', str(self.path))
         self.sample_rate = self.manifest.get('sample_rate', 16_000)
+        self.chat = None # The chat it was opened with, if any
         self.in_use = None # for a folder in the cache: an open file, which keeps other runs from replacing the folder
         self.check(fingerprint)
     def __len__(self): return int(self.ends[-1]) if len(self.ends) else 0
@@ -233,7 +236,23 @@ def _repr_html_(self:AudioDataset):
     caption = f"{plural(len(self), 'row')}, {audio} of audio, {self.n_tokens.sum():,} tokens"
     return html_table(rows, ('line', 'clips', 'tokens', 'with loss'), caption)
 
-# %% ../../nbs/3_train/01_dataset.ipynb #c24
+# %% ../../nbs/3_train/01_dataset.ipynb #c21
+@patch
+def show_batch(self:AudioDataset,
+    n:int=4, # Rows
+    seed:int=0, # Determines which ones
+    chat:Chat|None=None, # It was converted for; None: the one it was opened with, or that of its manifest
+)->Html: # Shows itself in a notebook
+    "Some rows, with players, and tokens with those that are learned in colour"
+    chat, name = chat or self.chat, self.manifest.get('model_name')
+    if not chat and not name:
+        raise InputError(f"{self.path}: does not name its model; give the chat, as in chat=load_chat('tiny')")
+    chat = chat or load_chat(name)
+    self.check(chat.fingerprint)
+    rows = np.random.default_rng(seed).permutation(len(self))[:n]
+    return batch_html([self[i] for i in rows], chat)
+
+# %% ../../nbs/3_train/01_dataset.ipynb #c27
 def conversion_prefix(
     s:ConvertSettings, # Names the file, and all that its conversion depends on; its output is the folder of all conversions
     chat:Chat, # Of the model
@@ -270,7 +289,7 @@ def convert_once(
             convert(replace(s, output=folder), chat, jobs)
     return folder
 
-# %% ../../nbs/3_train/01_dataset.ipynb #c25
+# %% ../../nbs/3_train/01_dataset.ipynb #c28
 def open_dataset(
     path:str|Path, # CSV, TSV, Parquet or JSONL file, or a converted folder
     chat:Chat, # Of the model
@@ -280,12 +299,16 @@ def open_dataset(
 )->AudioDataset: # Ready to read
     "Open a converted dataset, or convert a file first, unless that was done before"
     path = Path(path)
-    if path.is_dir(): return check_conversion(AudioDataset(path, chat.fingerprint), chat, settings)
+    if path.is_dir():
+        ds = check_conversion(AudioDataset(path, chat.fingerprint), chat, settings)
+        ds.chat = chat
+        return ds
     s = ConvertSettings(input=path, output=cache, **settings)
     s.output = conversion_prefix(s, chat)
     jobs, key_file = plan_shards(s, chat), earlier and earlier/'key'
     is_there = key_file and key_file.is_file() and key_file.read_text()==conversion_key(jobs)
     ds = AudioDataset(earlier if is_there else convert_once(s, chat, jobs), chat.fingerprint, path.stem)
+    ds.chat = chat
     if not is_there: ds.in_use = open_in_use(ds.path/MANIFEST)
     return ds
 
