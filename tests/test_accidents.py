@@ -422,10 +422,11 @@ def test_a_run_folder_that_is_moved():
     assert train(settings("sounds.csv", "elsewhere", resume_from_checkpoint=True)).whole
 
 
-@pytest.mark.parametrize("stops", [(2,), (2, 1), (5,), (5, 1)], ids=str)
-def test_a_stop_ends_an_evaluation(stops, monkeypatch):
+@pytest.mark.parametrize("schedule, stops", [("linear", (2,)), ("linear", (2, 1)), ("linear", (5,)), ("linear", (5, 1)), ("reduce_lr_on_plateau", (2, 1)), ("greedy", (5,))], ids=str)
+def test_a_stop_ends_an_evaluation(schedule, stops, monkeypatch):
     "Also the last one, and that with which a resumed run makes up for it; in the end the run is as an undisturbed one"
-    s = settings("sounds.csv", "run", eval_dataset=["sounds.csv"], eval_steps=2, save_steps=100, logging_steps=1, sample_answers=0)
+    s = settings("sounds.csv", "run", eval_dataset=["sounds.csv"], eval_steps=2, save_steps=100, logging_steps=1, sample_answers=0,
+                 lr_scheduler_type=schedule, scheduler_args={} if schedule == "linear" else dict(patience=0))
     def metrics(report): return [{k: v for k, v in m.items() if not k.endswith("per_second") and k not in ("time", "peak_memory_gib")} for m in report.metrics]
     whole, losses = train(dataclasses.replace(s, output="whole")), TaskTrainer.task_token_losses
     for stop in stops: # batches of evaluations, each of which has three

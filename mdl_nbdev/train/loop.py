@@ -117,10 +117,17 @@ class StoppedEvaluation(ExactLoss):
     "The part of the trainer that leaves an evaluation when the run has been asked to stop"
     def leaves_evaluation(self)->bool:
         "Whether to end an evaluation, since the run has been asked to stop; a resumed run begins with it"
-        if self.s.lr_scheduler_type in FOLLOWING or not self.is_asked_to_stop(): return False
+        if not self.is_asked_to_stop(): return False
         self.control.should_evaluate = False
         self.evaluation_due = self.control.should_save = self.control.should_training_stop = True
         return True
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        "Evaluate; a schedule that follows the loss takes a step, unless the evaluation was left"
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+        follows = self.s.lr_scheduler_type in FOLLOWING and not skip_scheduler
+        if follows and not self.evaluation_due: self.lr_scheduler.step(metrics['eval_loss'])
+        return metrics
 
     def _run_epoch(self, **kwargs):
         "An epoch; no step of it if the evaluation that a resumed run began with was its end"
