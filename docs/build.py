@@ -74,10 +74,11 @@ def notebook(page, names): # Its path inside nbs/, from `public_names`
         flags = set(re.findall(r"^#\| *(\w+)", c.source, re.M))
         if flags & {"hide", "default_exp"}: continue
         if c.cell_type == "code":
-            silent = re.search(r"^#\| *echo: *false", c.source, re.M)
+            tags = dict(echo="remove-input", hide_output="remove-output") # of cells that say `echo: false` or `hide_output`
+            tags = [tag for flag, tag in tags.items() if flag in flags]
             c.source = re.sub(r"^#\| .*\n?", "", c.source, flags=re.M).strip("\n")
             c.outputs = joined(c.outputs)
-            if silent: c.metadata = dict(tags=["remove-input"])
+            if tags: c.metadata = dict(tags=tags)
             if c.source or c.outputs: cells += api(c, module, names) if flags & {"export", "exporti", "exports"} else [c]
         elif c.cell_type == "markdown": cells.append(markdown(c, page, names))
     nb.cells = cells
@@ -98,16 +99,15 @@ def page_list(listed, *options): # Pages, and options of their `toctree`
     return f"| Page | |\n|---|---|\n{rows}\n\n```{{toctree}}\n{toc}\n```\n"
 
 
-def tutorials(listed): # Their pages
-    "The first page of the tutorials"
-    picture = "![The dashboard of a training run: progress, curves, and answers beside the references](../images/dashboard.png)"
-    lead = "Stories to run from top to bottom; each says at its top what you will have at the end"
-    return f"# Tutorials\n\n{{.lead}}\n{lead}\n\n{picture}\n\n{page_list(listed)}"
+def guides(listed): # Pages of the tutorials
+    "The first page of the guides: what somebody wants to do, and where that is explained"
+    toc = "\n".join(["```{toctree}", ":hidden:", "", *(f"/{p.with_suffix('').as_posix()}" for p in listed), "```"])
+    return f"{(root/'docs'/'guides.md').read_text(encoding='utf-8')}\n{toc}\n"
 
 
 def guide(listed): # The pages of all chapters, in order
-    "The first page of the guide: chapters by part, each part with what it is for"
-    text = "# Guide\n\n{.lead}\nHow it works, one chapter for each module: what it defines, why, and examples that run\n\n"
+    "The first page of the chapters, by part, each part with what it is for"
+    text = "# How it works\n\n{.lead}\nOne chapter for each module: what it defines, why, and examples that run\n\n"
     text += "The package has five parts on a common base. A chapter uses only what earlier chapters define, so they can be read in order.\n"
     for folder in dict.fromkeys(p.parent for p in listed):
         title, about = part(folder.name)
@@ -121,7 +121,7 @@ def write(source): # An empty folder
     for page in everything:
         nb = notebook(page, names)
         if page.name == "index.ipynb":
-            toc = "\n".join(["tutorials/index", "guide", "commands", "reference/index", "changelog", "index_zh"])
+            toc = "\n".join(["tutorials/index", "guide", "commands", "reference/index", "changelog", "中文 <index_zh>"])
             nb.cells.append(nbformat.v4.new_markdown_cell(f"```{{toctree}}\n:hidden:\n\n{toc}\n```"))
         (source/page).parent.mkdir(exist_ok=True)
         nbformat.write(nb, source/page)
@@ -130,7 +130,7 @@ def write(source): # An empty folder
         (source/"reference"/f"{name}.md").write_text(linked_reference(name, names), encoding="utf-8")
     numbered = [p for p in everything if p.as_posix() in {v[0] for v in chapters().values()}]
     texts = {"reference/index.md": reference_index(), "commands.md": commands_page(), "guide.md": guide(numbered),
-             "tutorials/index.md": tutorials([p for p in everything if p.parent.name == "tutorials"]),
+             "tutorials/index.md": guides([p for p in everything if p.parent.name == "tutorials"]),
              "changelog.md": (root/"CHANGELOG.md").read_text(encoding="utf-8")}
     for name, text in texts.items(): (source/name).write_text(text, encoding="utf-8")
     for folder in ("images", "tutorials/images"):

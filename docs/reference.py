@@ -1,4 +1,5 @@
 "The pages that are made from code: the API reference from signatures and docments, the command-line reference from the parsers"
+import ast
 import dataclasses
 import functools
 import importlib
@@ -186,11 +187,24 @@ def chapters(): # From the notebooks
     return found
 
 
+@functools.cache # each call would parse all modules
+def imported_names(): # From the sources
+    "Names that one module of the package imports from another"
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in (root/package).rglob("*.py") if not p.stem.startswith("_")]
+    return {a.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level for a in node.names}
+
+
+def most_called(m): # A module
+    "Its public names: those that notebooks import from the package, those that other modules import, the others; constants come last in each"
+    def rank(name): return name not in importlib.import_module(package).__all__, name not in imported_names(), not callable(getattr(m, name))
+    return sorted(m.__all__, key=rank)
+
+
 def module_page(name): # A module's name
-    "The reference of one module as MyST Markdown"
+    "The reference of one module as MyST Markdown; what people call comes first"
     m, (notebook, title, subtitle) = load()[name], chapters()[name]
     parts = [f"# {name}\n", f"{{.lead}}\n{subtitle}\n", f"The chapter [{title}](../{notebook}) explains it with examples.\n", f"```{{py:module}} {m.__name__}\n```\n"]
-    for public in m.__all__:
+    for public in most_called(m):
         o = getattr(m, public)
         parts.append(entry(o, public, m.__name__) if inspect.isfunction(o) or inspect.isclass(o) else constant(m, public))
     return "\n".join(parts)
@@ -202,15 +216,24 @@ def part(folder): # Such as `1_data`
     return {"cli": "Command line and dashboards"}.get(name, name.capitalize()), importlib.import_module(f"{package}.{name}").__doc__
 
 
+def called(inside): # Modules
+    "A table of what notebooks import from the package itself and these modules define; '' if there is nothing"
+    short = importlib.import_module(package).__all__
+    defined = [(m, name) for m in inside for name in most_called(load()[m]) if name in short]
+    rows = [f"| [`{name}`](#{package}.{m}.{name}) | {summary(getattr(load()[m], name)).partition(chr(10))[0]} |" for m, name in sorted(defined, key=lambda d: short.index(d[1]))]
+    return "\n".join(["| From `mdl_nbdev` | |", "|---|---|", *rows, "", ""]) if rows else ""
+
+
 def reference_index():
-    "The list of modules, by part"
-    about, text = chapters(), "# API reference\n\n{.lead}\nEvery public name of every module\n"
+    "What people call, and the list of modules, by part; the base comes last"
+    about, text = chapters(), "# API reference\n\n{.lead}\nWhat notebooks import from `mdl_nbdev`, and every public name of every module\n"
     folders = {}
     for m in sorted(modules, key=lambda m: about[m][0]): folders.setdefault(about[m][0].partition("/")[0], []).append(m)
-    for folder, inside in folders.items():
+    for folder in sorted(folders, key=lambda folder: (folder[0] == "0", folder)):
+        inside = folders[folder]
         rows = "\n".join(f"| [`{m}`]({m}.md) | {escape(about[m][2])} |" for m in inside)
         toc = "\n".join([f":caption: {part(folder)[0]}", ":hidden:", "", *inside])
-        text += f"\n## {part(folder)[0]}\n\n| Module | |\n|---|---|\n{rows}\n\n```{{toctree}}\n{toc}\n```\n"
+        text += f"\n## {part(folder)[0]}\n\n{called(inside)}| Module | |\n|---|---|\n{rows}\n\n```{{toctree}}\n{toc}\n```\n"
     return text
 
 
