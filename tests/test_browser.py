@@ -38,7 +38,7 @@ training = """run = start_training(TrainSettings(train_dataset=csv, eval_dataset
 run"""
 
 
-def until(happens, seconds=60, every=.2): # on a busy machine a click may take a minute
+def until(happens, seconds=120, every=.2): # on a busy machine a click may take a minute, and so may importing torch
     "Wait until `happens()` gives something true, and return it"
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -267,6 +267,7 @@ answering"""
     assert not list(lab[1].glob("answers.csv.*"))
 
 
+@pytest.mark.slow
 def test_form(browser, lab):
     "It checks while one types, says the command, takes one, and trains; by the keyboard too, and in a narrow window"
     form = "from mdl_nbdev.all import *\nmake_sounds('sounds', 64, seed=1, csv_name='train.csv')\nform = SettingsForm(TrainSettings, train_dataset='a.csv', output='form', model_name='tiny')\nform"

@@ -212,7 +212,7 @@ FORM_STYLE = """<style>
 .mdl-form :focus-visible {outline:2px solid #3b82f6 !important; outline-offset:1px}
 .mdl-form :is(input, textarea)::placeholder {color:inherit !important; opacity:.7}
 .mdl-form .widget-html-content > div {max-width:none !important}
-.mdl-form .mdl-fields {max-height:50vh; overflow:hidden auto; padding:2px 8px;
+.mdl-form .mdl-fields {max-height:45vh; overflow:hidden auto; padding:2px 8px;
                       border:1px solid rgba(128,128,128,.4); border-radius:4px}
 .mdl-form .mdl-group {width:auto; height:auto; padding:5px 10px; box-shadow:none !important;
                      font-weight:600; line-height:1.4; white-space:normal; text-align:left}
@@ -220,6 +220,7 @@ FORM_STYLE = """<style>
 .mdl-form .mdl-field > * {width:auto}
 .mdl-form .mdl-set label {font-weight:700}
 @container (max-width:780px) {
+  .mdl-form .mdl-fields {max-height:36vh}
   .mdl-form .mdl-field {grid-template-columns:minmax(0,1fr); padding-bottom:8px}
   .mdl-form :is(.widget-text, .widget-dropdown, .widget-textarea) {flex-direction:column; align-items:stretch; height:auto}
   .mdl-form :is(.widget-text, .widget-dropdown, .widget-textarea) > label {width:auto !important; text-align:left}
