@@ -144,7 +144,7 @@ def shorten(path):
 def test_first_steps(browser, lab):
     shorten(lab[1]/"tutorials"/"00_first_steps.ipynb")
     nb = Notebook(browser, lab, "tutorials/00_first_steps.ipynb")
-    until(lambda: nb.page.locator('.jp-OutputArea img[alt^="loss per token"]').count() > 3) # what is stored is shown, although nobody here has run it
+    until(lambda: nb.page.locator('.jp-OutputArea img[src^="data:image/svg"]').count() > 3) # what is stored is shown, although nobody here has run it
     nb.page.get_by_role("menuitem", name="Edit", exact=True).click()
     nb.page.get_by_role("menuitem", name="Clear Outputs of All Cells").click()
     nb.run_all()
@@ -221,6 +221,46 @@ def test_a_saved_notebook_shows_the_run(browser, lab):
     assert "Training saved" in page.inner_text("body") and "Error displaying widget" not in page.inner_text("body")
     killed = watch(run)
     until(lambda: killed.poll() or killed.view.phase == "no longer running", 15)
+
+
+@pytest.mark.slow
+def test_charts(browser, lab):
+    "Values under the pointer while the charts are redrawn; controls by keyboard, also after the run; and what is saved is what was on the screen"
+    path = notebook(lab, "charts.ipynb", setup, training.format(name="charts"))
+    nb = Notebook(browser, lab, path)
+    nb.run_all()
+    until(lambda: nb.step() > 40)
+    chart = nb.page.locator(".jp-OutputArea svg[role=img]").first
+    alt = lambda: chart.get_attribute("aria-label")
+    chart.scroll_into_view_if_needed()
+    area = chart.bounding_box()
+    nb.page.mouse.move(area["x"] + area["width"]/2, area["y"] + area["height"]*.7)
+    visible = "all => all.filter(t => getComputedStyle(t).visibility == 'visible').map(t => t.textContent)"
+    shown = lambda: nb.page.eval_on_selector_all(".mdl-hover text", visible)
+    until(shown)
+    at = nb.step()
+    until(lambda: nb.step() > at + 10)
+    assert until(shown)[0].startswith("step") and "loss" in shown()[0], "still there, although the chart was replaced"
+    nb.shot("charts")
+    nb.page.get_by_role("checkbox", name="log scale").focus()
+    nb.page.keyboard.press("Space")
+    until(lambda: "log scale" not in alt())
+    focused = "document.activeElement.labels[0].innerText.trim()"
+    names = []
+    for _ in range(4):
+        nb.page.keyboard.press("Tab")
+        names.append(nb.page.evaluate(focused))
+        if names[-1] == "from step": nb.page.keyboard.type("20")
+    assert names == ["smoothing", "from step", "to step", "values as a table"]
+    until(lambda: "at step 20 to" in alt())
+    nb.click("Stop")
+    until(lambda: "Stopped by you" in nb.text())
+    nb.page.get_by_label("smoothing").select_option(label="mean of 20 % of the steps")
+    until(lambda: ", mean of" in alt())
+    expected = alt()
+    until(lambda: expected[:60] in (nb.page.keyboard.press("Control+s") or (lab[1]/path).read_text()))
+    restart(nb)
+    until(lambda: nb.page.locator(f'img[alt="{expected}"]').is_visible() and not chart.is_visible())
 
 
 @pytest.mark.slow
