@@ -10,6 +10,8 @@ import pytest
 import soundfile as sf
 
 from mdl_nbdev import CheckSettings, ConvertSettings, InputError, TrainSettings, check, convert, show_batch, show_clips
+from mdl_nbdev.cli.background import Run
+from mdl_nbdev.cli.view import View
 from mdl_nbdev.data.gallery import RowSample
 from mdl_nbdev.data.rows import BadRow, Row, bad_rows_error, rows_html
 from mdl_nbdev.train.dataset import AudioDataset
@@ -133,10 +135,26 @@ def test_bad_rows_in_a_notebook(tmp_path, clips, monkeypatch):
         convert(ConvertSettings(input=path, base_dir=clips, output=tmp_path/"out", model_name="tiny"))
     assert e.value._render_traceback_()[0].count("rows.csv:") == 2 and not shown, "in a terminal"
     monkeypatch.setattr("mdl_nbdev.data.rows.in_kernel", lambda: True)
-    assert e.value._render_traceback_()[0] == "2 bad rows, listed above" and shown[0].count("<audio") == 1 and shown[0].count("<tr>") == 3
+    assert e.value._render_traceback_()[0].startswith("2 bad rows. The clips have") and shown[0].count("<audio") == 1 and shown[0].count("<tr>") == 3
     e.value.is_shown = True
-    assert len(e.value._render_traceback_()) == 2 and len(shown) == 1
+    assert e.value._render_traceback_() and len(shown) == 1
     assert str(bad_rows_error([BadRow("a.csv", 2, "why")])) == "a.csv:2: why"
+
+
+def test_bad_rows_on_a_dashboard(clips):
+    "The table is there until the run starts again, and a long list stays short"
+    class Failing(Run):
+        bad = [BadRow("rows.csv", i, f"reason <{i}>", str(clips/"long.wav")) for i in range(2, 42)]
+        def work(self):
+            if self.bad: raise bad_rows_error(self.bad)
+            return "fine"
+    class Remarks(View): parts = ("remarks",)
+    run = Failing(Remarks("Training")).start()
+    with pytest.raises(InputError, match="40 bad rows:"): run.wait()
+    page = run._repr_html_()
+    assert page.count("<audio") == 10 and "reason &lt;2&gt;" in page and "and 30 more" in page and len(page) < 300_000 and not run.error.is_shown
+    run.bad = []
+    assert run.start().wait() == "fine" and "<audio" not in run._repr_html_()
 
 
 def test_a_batch(tmp_path, clips):

@@ -9,10 +9,11 @@ __all__ = ['NoteHandler', 'warnings_noted', 'UserRequest', 'Run']
 import asyncio, contextvars, logging, sys, threading, warnings
 from contextlib import contextmanager
 from typing import Any
-from ..base.errors import InputError, python_spelling
+from ..base.html import Html
 from ..base.progress import bars_hidden, library_bars_hidden
 from .live import Live
 from .view import View
+from ..data.rows import BadRowsError
 
 # %% ../../nbs/5_cli/03_background.ipynb #c6
 class NoteHandler(logging.Handler):
@@ -48,7 +49,7 @@ def warnings_noted(
         warnings.showwarning = show
         for logger in loggers: logger.removeHandler(handler)
 
-# %% ../../nbs/5_cli/03_background.ipynb #c11
+# %% ../../nbs/5_cli/03_background.ipynb #c9
 class UserRequest(threading.Event):
     "A wish of the user that a run fulfils when it can"
     def take(self)->bool: # Whether there was one
@@ -57,7 +58,7 @@ class UserRequest(threading.Event):
         if wanted: self.clear()
         return wanted
 
-# %% ../../nbs/5_cli/03_background.ipynb #c14
+# %% ../../nbs/5_cli/03_background.ipynb #c12
 class Run(Live):
     "Work in a thread of its own, with a dashboard"
     def __init__(self,
@@ -86,12 +87,12 @@ class Run(Live):
             self.view.phase = 'finished' if finished else 'stopped'
         except BaseException as e:
             self.error, self.view.phase = e, 'failed'
-            self.view.note(python_spelling(str(e)) if isinstance(e, InputError) else f'{type(e).__name__}: {e}', True)
+            self.view.note_error(e)
 
     def start(self)->'Run': # Itself
         "Start the work, or continue it"
         self.stop_wanted.clear()
-        self.error = None
+        self.error, self.view.details = None, Html()
         self.view.phase = 'running'
         context = contextvars.copy_context() # ipykernel finds the cell's output by it
         self.thread = threading.Thread(target=context.run, args=(self.work_with_notes,), daemon=True)
@@ -99,7 +100,7 @@ class Run(Live):
         if self.boxes: self.start_painter()
         return self
 
-# %% ../../nbs/5_cli/03_background.ipynb #c16
+# %% ../../nbs/5_cli/03_background.ipynb #c14
 from fastcore.basics import patch
 
 @patch
@@ -118,6 +119,7 @@ def wait(self:Run)->Any: # The report
         print(f"{self.view.title} continues in the background; its Stop button ends it", file=sys.stderr)
         raise
     self.refresh()
+    if isinstance(self.error, BadRowsError): self.error.is_shown = bool(self.display_ids)
     if self.error: raise self.error
     return self.report
 

@@ -11,11 +11,12 @@ from collections import deque
 from functools import lru_cache
 from typing import Any, Callable
 from fastcore.basics import patch
-from ..base.errors import InputError
+from ..base.errors import InputError, python_spelling
 from ..base.html import Html, as_html, audio_player, html_bar, html_box, html_table
 from ..base.text import format_clock, one_line, same_text, shorten
 from .charts import BLUE, GREEN, INK, ORANGE, RED, with_images
 from ..data.audio import SAMPLE_RATE, load_audio
+from ..data.rows import BadRowsError, rows_html
 
 # %% ../../nbs/5_cli/01_view.ipynb #c6
 def figure_cards(
@@ -98,6 +99,7 @@ class View:
         self.phase = 'starting' # One of `PHASES`
         self.notes = deque(maxlen=6) # (time of day, text, whether it is a warning)
         self.pace = Pace()
+        self.details = Html() # More about how it ended, such as bad rows
         self.report = None # Of the run, once it is over
         self.dead = None # Why the dashboard switched itself off
 
@@ -118,13 +120,6 @@ class View:
         if not self.dead: print(f"The dashboard has switched itself off; the run continues. {why}", file=sys.stderr, flush=True)
         self.dead = why
 
-    def note(self,
-        text:str, # What happened
-        warning:bool=False, # Show it in red
-    )->None:
-        "Remember a remark"
-        self.notes.append((time.strftime('%H:%M:%S'), text, warning))
-
 # %% ../../nbs/5_cli/01_view.ipynb #c17
 @patch
 def headline(self:View,
@@ -138,6 +133,24 @@ def headline(self:View,
     title = Html(f'<b>{as_html(self.title)}</b> &nbsp;{phase}')
     return html_box(title, html_bar(share, colour), figure_cards(figures))
 
+# %% ../../nbs/5_cli/01_view.ipynb #c19
+@patch
+def note(self:View,
+    text:str, # What happened
+    warning:bool=False, # Show it in red
+)->None:
+    "Remember a remark"
+    self.notes.append((time.strftime('%H:%M:%S'), text, warning))
+
+@patch
+def note_error(self:View,
+    e:BaseException, # What ended the run
+)->None:
+    "Remember why a run failed; bad rows get a table with players"
+    if isinstance(e, BadRowsError): text, self.details = e.summary, rows_html(e.rows, most=10)
+    else: text = python_spelling(str(e)) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'
+    self.note(text, True)
+
 @patch
 def remarks(self:View)->Html: # A `<div>` element
     "The latest remarks"
@@ -145,14 +158,14 @@ def remarks(self:View)->Html: # A `<div>` element
     for at,text,warning in list(self.notes): # a copy: another thread may append
         style = f'color:{RED.css()}' if warning else 'opacity:.8'
         lines.append(Html(f'<div style="font-size:12px;{style}">{at} {as_html(one_line(text, 600))}</div>'))
-    return html_box(*lines)
+    return html_box(*lines, self.details)
 
 @patch
 def result(self:View)->Html: # Empty until the run is over
     "The report of a run that is over"
     return html_box(Html(f'<p style="white-space:pre-line">{as_html(self.report)}</p>')) if self.report else Html()
 
-# %% ../../nbs/5_cli/01_view.ipynb #c19
+# %% ../../nbs/5_cli/01_view.ipynb #c21
 @patch
 def explorable(self:View)->bool: # Whether there are controls
     "Whether the user can change how it is drawn, even after the run"
@@ -165,7 +178,7 @@ def controls(self:View,
     "Widgets that change how it is drawn"
     return []
 
-# %% ../../nbs/5_cli/01_view.ipynb #c21
+# %% ../../nbs/5_cli/01_view.ipynb #c23
 THEME = '<style>:is([data-jp-theme-light="false"], .vscode-dark) .mdl-view {color-scheme:dark}</style>'
 
 @patch

@@ -125,13 +125,19 @@ class BadRowsError(InputError):
     note = '' # The last line of its text
     is_shown = False # Whether a notebook shows the rows already
 
+    @property
+    def summary(self)->str:
+        "The text without the rows, as a notebook shows it"
+        return ". ".join(filter(None, [plural(len(self.rows), "bad row"), python_spelling(self.note)]))
+
     def _render_traceback_(self):
         "What a notebook shows instead of a traceback: the rows as a table with players"
         if not in_kernel(): return super()._render_traceback_()
         from IPython.display import display
         if not self.is_shown: display(rows_html(self.rows))
-        return list(filter(None, [f"{plural(len(self.rows), 'bad row')}, listed above", python_spelling(self.note)]))
+        return [self.summary]
 
+# %% ../../nbs/1_data/07_rows.ipynb #c18
 def bad_rows_error(
     bad:list[BadRow], # The bad rows
     most:int=20, # Maximum number of rows to name; the others are counted
@@ -144,24 +150,25 @@ def bad_rows_error(
     e.rows, e.note = bad, note
     return e
 
-# %% ../../nbs/1_data/07_rows.ipynb #c20
+# %% ../../nbs/1_data/07_rows.ipynb #c21
 def rows_html(
-    rows:list[BadRow], # The first 50 are shown, the others are counted
+    rows:list[BadRow], # What is listed
     title:str="bad rows", # Above the table
+    most:int=50, # Maximum number of rows; the others are counted
 )->Html: # A `<table>` element
     "Rows, and what is to be said of them"
-    shown = rows[:50]
-    seconds = player_seconds(sum(bool(r.clip) for r in shown), 60)
+    shown = rows[:most]
+    seconds = player_seconds(sum(bool(r.clip) for r in shown), 40)
     players = [start_player(r.clip, seconds) if r.clip else Html() for r in shown]
     one_file = len({r.file for r in rows})==1
     def place(r): return r.line if one_file else f"{Path(r.file).name}:{r.line}"
     def reason(r): return Html(f'<div style="overflow-wrap:anywhere">{as_html(python_spelling(r.reason))}</div>')
     cells = [(place(r), reason(r), player) for r, player in zip(shown, players)]
-    if len(rows) > 50: cells.append(("", f"... and {len(rows)-50:,} more", ""))
+    if len(rows) > most: cells.append(("", f"... and {len(rows)-most:,} more", ""))
     if not any(players): cells = [row[:2] for row in cells]
     return html_table(cells, ["line", "reason", "clip"][:len(cells[0])], title)
 
-# %% ../../nbs/1_data/07_rows.ipynb #c23
+# %% ../../nbs/1_data/07_rows.ipynb #c24
 def check_path(
     path:str|Path, # A file to be read
 )->None:
@@ -180,7 +187,7 @@ def file_kind(
     "The kind of a file, by the end of its name"
     return Path(str(path).lower().removesuffix(".part")).suffix
 
-# %% ../../nbs/1_data/07_rows.ipynb #c25
+# %% ../../nbs/1_data/07_rows.ipynb #c26
 ENCODINGS = dict(utf_16="UTF-16", gb18030="GB18030", big5="BIG5", shift_jis="SHIFT_JIS", euc_jp="EUC-JP", euc_kr="EUC-KR",
                  cp1252="WINDOWS-1252", cp1251="WINDOWS-1251") # Names in Python and in iconv of what tables are likely to be in
 
@@ -207,7 +214,7 @@ def open_text(
     except LookupError: raise InputError(f"--encoding: {shorten(encoding)!r} is no encoding that Python knows, such as gb18030") from None
     return open(path, encoding="utf-8-sig" if name=="utf-8" else name, errors="surrogateescape", newline=newline)
 
-# %% ../../nbs/1_data/07_rows.ipynb #c26
+# %% ../../nbs/1_data/07_rows.ipynb #c27
 def line_fault(
     line:str, # A line, decoded with `surrogateescape`
     number:int, # Its number
@@ -228,7 +235,7 @@ def line_fault(
     if nul < 0: return None
     return f"NUL character in column {nul+1} of line {number}; the file is damaged or not text: write it again"
 
-# %% ../../nbs/1_data/07_rows.ipynb #c30
+# %% ../../nbs/1_data/07_rows.ipynb #c31
 class RowFile:
     "A file of rows; `CsvFile`, `JsonlFile` and `ParquetFile` say how one kind is read and written"
     out_suffix = ".csv" # Suffix of what inference writes for this file
@@ -270,7 +277,7 @@ class RowFile:
         "What a notebook shows of the file"
         raise NotImplementedError
 
-# %% ../../nbs/1_data/07_rows.ipynb #c31
+# %% ../../nbs/1_data/07_rows.ipynb #c32
 @patch
 def ignored_inside(self:RowFile,
     row, # A row of this file
@@ -278,7 +285,7 @@ def ignored_inside(self:RowFile,
     "Keys inside of a conversation that are ignored"
     return []
 
-# %% ../../nbs/1_data/07_rows.ipynb #c32
+# %% ../../nbs/1_data/07_rows.ipynb #c33
 @patch
 def reject(self:RowFile,
     line:int, # Line on which a row starts
