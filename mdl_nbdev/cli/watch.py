@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CURVES', 'ENDED', 'SMALL', 'TrainView', 'curve_order', 'shown_sample', 'Watch', 'watch']
 
-# %% ../../nbs/5_cli/04_watch.ipynb #c4
+# %% ../../nbs/5_cli/04_watch.ipynb #c6
 import json, math, os, re, time
 from pathlib import Path
 from typing import Callable
@@ -20,7 +20,7 @@ from .charts import ChartLook, chart, chart_controls, value_table
 from .live import Live
 from .view import Pace, View, marked_answer, small_player
 
-# %% ../../nbs/5_cli/04_watch.ipynb #c6
+# %% ../../nbs/5_cli/04_watch.ipynb #c8
 class TrainView(View):
     "What is known about a training run"
     parts = ('head', 'curves', 'answers', 'remarks', 'result')
@@ -57,7 +57,7 @@ class TrainView(View):
         self.pace.at(done)
         for line in lines: self.add(line | dict(time=self.pace.start[1]))
 
-# %% ../../nbs/5_cli/04_watch.ipynb #c7
+# %% ../../nbs/5_cli/04_watch.ipynb #c9
 CURVES = re.compile(r'(eval_)?loss($|_)|(learning_rate|samples_per_second)$') # Names of the metrics that are drawn
 
 @patch
@@ -91,7 +91,7 @@ def take_status(self:TrainView,
     if not alive and not is_over: self.phase = 'no longer running'
     elif is_over or self.phase != 'stopping': self.phase = status['phase']
 
-# %% ../../nbs/5_cli/04_watch.ipynb #c9
+# %% ../../nbs/5_cli/04_watch.ipynb #c11
 @patch
 def steps_text(self:TrainView)->str: # Such as `step 40 of 120 · epoch 1.00 of 3 · 0:12 elapsed, 0:24 left`
     "How many steps are done"
@@ -117,12 +117,12 @@ def progress(self:TrainView)->tuple[str, float]: # In words, and between 0 and 1
 @patch
 def head(self:TrainView)->Html: # A `<div>` element
     "Progress and figures"
-    formats = {'peak memory (GiB)':('peak_memory_gib', '.2f'), 'padding':('padding', '.1%')}
+    formats = {'peak memory (GiB)':('peak_memory_gib', '.2f'), 'padding so far':('padding', '.1%')}
     figures = {title:format(self.last[name], form) for title,(name,form) in formats.items() if name in self.last}
     if self.best: figures['best eval loss'] = f'{self.best[0]:.4f} at step {self.best[1]:,}'
     return self.headline(*self.progress(), figures)
 
-# %% ../../nbs/5_cli/04_watch.ipynb #c11
+# %% ../../nbs/5_cli/04_watch.ipynb #c13
 def curve_order(
     name:str, # Of a metric
 )->tuple: # For sorting
@@ -158,7 +158,7 @@ def controls(self:TrainView,
     "Widgets to choose how the charts are drawn"
     return chart_controls(self.look, redraw)
 
-# %% ../../nbs/5_cli/04_watch.ipynb #c13
+# %% ../../nbs/5_cli/04_watch.ipynb #c15
 def shown_sample(
     sample:dict, # A line of samples.jsonl
     folder:Path, # The run folder, where its clips are
@@ -194,7 +194,7 @@ def result(self:TrainView)->Html: # Empty until the run is over
     best = f'\nThe best evaluation was {self.best[0]:.4f}, at step {self.best[1]:,}.' if self.best else ''
     return html_box(Html('<p style="white-space:pre-line">'), f'{r}{best}', Html('</p>'), html_table(rows))
 
-# %% ../../nbs/5_cli/04_watch.ipynb #c17
+# %% ../../nbs/5_cli/04_watch.ipynb #c19
 class Watch(Live):
     "The dashboard of a run folder that another process writes"
     def __init__(self,
@@ -229,7 +229,7 @@ class Watch(Live):
 
     def actions(self): return {'Close':self.close} if self.running else {}
 
-# %% ../../nbs/5_cli/04_watch.ipynb #c18
+# %% ../../nbs/5_cli/04_watch.ipynb #c20
 @patch
 def poll(self:Watch)->None:
     "Read what is new in the folder, at most once a second"
@@ -267,7 +267,7 @@ def read_phase(self:Watch)->None:
     if self.view.phase==before or not status: return
     if 'reason' in status: self.view.note(f"{self.view.phase}: {status['reason']}", self.view.phase=='failed')
 
-# %% ../../nbs/5_cli/04_watch.ipynb #c19
+# %% ../../nbs/5_cli/04_watch.ipynb #c21
 def watch(
     folder:str|Path, # The run folder
 )->Watch: # Shows itself
