@@ -46,11 +46,12 @@ from .callbacks import MetricsFile, ProgressBar, read_metrics
 from .checkpoints import check_checkpoint, check_run_inputs, last_checkpoint, newest_first, set_aside_later
 from .failures import StopSignals, explain_error
 from .identity import check_identity, identity
-from .loop import FOLLOWING, Flow, TaskTrainer, check_schedule
+from .loop import Flow, TaskTrainer
 from .mix import LengthReport, describe_conversions, limit_length, open_mix, split, verify_mix
 from .preview import DryRun, dry_run, memory_of_longest
 from .report import TrainReport, model_card
 from .samples import SampleAnswers
+from .schedule import FOLLOWING, check_schedule
 from .state import load_state
 
 # %% ../../nbs/3_train/20_run.ipynb #c6
