@@ -36,7 +36,7 @@ from transformers.utils import logging
 from mdl_nbdev import model as M
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import InferSettings, MergeSettings, TrainSettings, TuneSettings
-from mdl_nbdev.infer.run import load_engine
+from mdl_nbdev.model.engine import load_engine
 from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.load import check_trainable, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens

@@ -135,7 +135,7 @@ def test_checkpoints_and_files(csv, tmp_path):
     assert sorted(p.name for p in r.output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
     assert r.steps == 5 and json.loads((r.output / "config.json").read_text())["max_steps"] == 5
     card = (r.final / "README.md").read_text()
-    assert "24 rows" in card and "`lora_rank` | `8`" in card and "mdl_infer" in card
+    assert "| 24 |" in card and "`lora_rank` | `8`" in card and "mdl_infer" in card
 
 
 def test_a_short_run_tells_its_loss(csv, tmp_path):

@@ -203,6 +203,11 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
 @dataclass(kw_only=True)
 class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     "Answer every row of a file with a model"
+    # System prompt for rows that have none of their own; null: the one that the model was trained with, if there was
+    # exactly one; an empty text: none
+    system_prompt:str|None=None
+    # User prompt for rows that have none of their own; null and an empty text as for system_prompt
+    user_prompt:str|None=None
     input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to answer
     # File to write: the columns of the input, with the answer in `prediction`
     output:Path=opt(result=False, location=True)

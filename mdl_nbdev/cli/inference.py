@@ -88,10 +88,12 @@ def head(self:InferView)->Html: # A `<div>` element
 def shown_prompt(
     row:PromptedRow, # A row with its answer
 )->Html: # For a cell of a table
-    "The clips of a row with players, and the words of its last message"
+    "The system prompt of a row, its clips with players, and the words of its last message"
     if not row.conversation: return Html()
+    system = row.conversation.system
+    shown = [Html(f'<div><small>system: {as_html(shorten(system, 160))}</small></div>')] if system else []
     clips = [html_box(small_player(c), ' ', Html(f'<small>{as_html(shorten(Path(c).name, 40))}</small>')) for c in row.conversation.clips]
-    return html_box(*clips, shorten(row.conversation.prompt_text(), 160))
+    return html_box(*shown, *clips, shorten(row.conversation.prompt_text(), 160))
 
 @patch
 def latest(self:InferView)->Html: # Empty before the first answers
@@ -121,6 +123,12 @@ class InferFeed:
         run:'InferRun', # The run with its view
     ):
         self.run = run
+
+    def note(self,
+        line:str, # Such as which prompt of the training is used
+    )->None:
+        "Something to be known before the first answers"
+        self.run.view.safely(self.run.view.note, line)
 
     def __call__(self,
         rows:list[PromptedRow], # A shard with its answers

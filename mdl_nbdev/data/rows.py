@@ -266,18 +266,22 @@ class RowFile:
         "Ignored columns that look like prompts; records have many names for a prompt, tables have one"
         return {}
 
-    def count(self)->int:
-        "Count the rows; raises one `InputError` that names all broken ones"
-        bad = []
-        n = sum(1 for _ in self.rows(bad.append))
-        if bad: raise bad_rows_error(bad)
-        return n
-
     def preview(self)->list[list]: # A head, then the first five rows
         "What a notebook shows of the file"
         raise NotImplementedError
 
 # %% ../../nbs/1_data/07_rows.ipynb #c32
+@patch
+def count(self:RowFile,
+    see:Callable|None=None, # Called with each row
+)->int:
+    "Count the rows; raises one `InputError` that names all broken ones"
+    bad, n = [], 0
+    for n, row in enumerate(self.rows(bad.append), 1):
+        if see: see(row)
+    if bad: raise bad_rows_error(bad)
+    return n
+
 @patch
 def ignored_inside(self:RowFile,
     row, # A row of this file

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_NEW_TOKENS', 'BATCHES_PER_SHARD', 'completion_limit', 'PromptedRow', 'Prompter', 'Pipeline', 'InferReport',
-           'prompt_html', 'reference_mark', 'open_output', 'check_output', 'lock_output', 'load_engine', 'join_output',
-           'remaining_shards', 'stop_at_reject', 'rows_of_shards', 'prepare_output', 'InferProgressBar', 'infer']
+           'prompt_html', 'reference_mark', 'open_output', 'check_output', 'lock_output', 'load_pipeline',
+           'join_output', 'remaining_shards', 'stop_at_reject', 'rows_of_shards', 'prepare_output', 'InferProgressBar',
+           'infer']
 
 # %% ../../nbs/4_infer/02_run.ipynb #c4
 import os, socket, sys, time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -29,9 +31,9 @@ from ..data.sources import note_misnamed, open_rows
 from ..data.conversations import Conversation
 from ..data.pictures import clip_html
 from ..data.rows import to_conversation
-from .identity import run_identity
+from .identity import count_prompts, run_identity, use_training_prompts
 from .output import InferOutput, LoggedProgress, OutputPart
-from ..model.families import load_chat
+from ..model.prompts import TrainingPrompts
 
 # %% ../../nbs/4_infer/02_run.ipynb #c6
 DEFAULT_NEW_TOKENS = 256 # Maximum tokens of a completion where neither `--max-new-tokens` nor `--max-length` is given
@@ -167,6 +169,7 @@ class InferReport:
     rejected:list=field(default_factory=list) # Rows without an answer: row, line, audio, reason
     truncated:list[int]=field(default_factory=list) # Lines whose answer was ended by the token limit
     notes:dict=field(default_factory=dict) # Counts of silent clips and the like, from `count_notes`
+    prompts:list[str]=field(default_factory=list) # Notes on prompts, from `use_training_prompts`
     seconds:float=0. # Time spent on answering
     sample:list[PromptedRow]=field(default_factory=list) # The first rows with their answers
 
@@ -183,7 +186,7 @@ class InferReport:
             answers = plural(len(self.truncated), 'answer')
             lines.append(f"{answers} truncated at the token limit, the first in line {self.truncated[0]}; "
                          "to get them in full, raise --max-new-tokens")
-        lines += note_lines(self.notes)
+        lines += self.prompts + note_lines(self.notes)
         if self.rejected:
             _, line, _, reason = self.rejected[0]
             rows = plural(len(self.rejected), 'row')
@@ -195,10 +198,10 @@ class InferReport:
 def prompt_html(
     conversation:Conversation|None, # A prompt
 )->Html: # HTML
-    "The clips of a prompt; without clips, its text"
+    "The clips of a prompt, and the text of its last turn"
     if conversation is None: return Html()
-    if conversation.clips: return Html('<br>'.join(map(clip_html, conversation.clips)))
-    return as_html(conversation.prompt_text())
+    text = as_html(conversation.prompt_text())
+    return Html('<br>'.join([*map(clip_html, conversation.clips), *([text] if text else [])]))
 
 def reference_mark(
     row:PromptedRow, # An answered row
@@ -249,23 +252,19 @@ def lock_output(
     ranks.agree(lambda: None if ranks.is_main else lock_mine())
 
 # %% ../../nbs/4_infer/02_run.ipynb #c19
-def load_engine(
-    s:InferSettings, # Settings of the run
-)->'TransformersEngine': # Ready to generate
-    "Load model, adapter and tokenizer"
-    from mdl_nbdev.model.engine import GenerationOptions, TransformersEngine
-    from mdl_nbdev.model.load import device_note, load_model, pick_dtype
-    from mdl_nbdev.model.probe import check_vocabulary
-    from mdl_nbdev.model.save import load_adapter, merge, template_of
-    chat = load_chat(s.model_name, s.from_modelscope, template_of(s.adapter, s.chat_template))
-    model = load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization)
-    check_vocabulary(model, chat)
-    note = device_note(model.device, model.dtype)
-    if note and is_main_process(): print(note, file=sys.stderr, flush=True)
-    if s.adapter: model = load_adapter(model, s.adapter)
-    if s.adapter and not s.quantization: model = merge(model) # the same numbers, and faster
-    options = GenerationOptions(s.do_sample, s.temperature, s.top_p, s.num_beams, s.repetition_penalty, s.seed)
-    return TransformersEngine(model.eval(), chat, options, s.batch_size)
+def load_pipeline(
+    s:InferSettings, # As they were given
+    own:TrainingPrompts, # Prompts of the rows
+    ranks:Ranks, # The processes of the run
+    callbacks:Iterable[Callable], # The first with a method `note` shows the notes; otherwise stderr does
+)->tuple[Pipeline, list[str]]: # Its settings name the prompts to use; notes on them
+    "Load the model, and find the prompts that it was trained with"
+    from mdl_nbdev.model.engine import load_engine
+    engine = ranks.agree(load_engine, s)
+    used, notes = ranks.on_main(use_training_prompts, s, own)
+    show = next((c.note for c in callbacks if hasattr(c, 'note')), partial(print, file=sys.stderr, flush=True))
+    for line in notes if ranks.is_main else []: show(line)
+    return Pipeline(engine, used), notes
 
 def join_output(
     out:InferOutput, # The output, which the main process has prepared
@@ -318,16 +317,15 @@ def rows_of_shards(
 # %% ../../nbs/4_infer/02_run.ipynb #c26
 def prepare_output(
     out:InferOutput, # The output
-    s:InferSettings, # Settings of the run
-    shard_rows:int, # Rows of a shard
+    pipeline:Pipeline, # Knows the settings of the run, with its prompts
 )->tuple[list[int], set[int]|None]: # Numbers of the finished shards, and of the only rows to answer
     "Start or continue an output, on the main process"
-    identity = run_identity(s)
+    s, identity = pipeline.s, run_identity(pipeline.s)
     if s.refresh_cache: prepare_clips(s, out.clips(out.source.rows()))
     rejected = out.rejected_rows(identity) if s.retry_rejects else None
     for _ in out.earlier_answers(rejected) if s.retry_rejects else []: pass # which checks them
     out.begin(identity, s.overwrite, s.retry_rejects)
-    return out.resume(shard_rows), rejected
+    return out.resume(pipeline.shard_rows), rejected
 
 class InferProgressBar:
     "A bar over the rows that all ranks have logged; a context manager"
@@ -365,12 +363,13 @@ def infer(
         ranks.agree(make_folder, s.output.parent)
         lock_output(out, s, ranks, stack)
         if ranks.is_main: note_misnamed(out.source)
-        total = ranks.on_main(out.source.count)
-        pipeline = Pipeline(ranks.agree(load_engine, s), s)
+        total, own = ranks.on_main(count_prompts, out.source)
+        pipeline, prompts = load_pipeline(s, own, ranks, callbacks)
         shard_rows = pipeline.shard_rows
-        finished, rejected = ranks.on_main(prepare_output, out, s, shard_rows)
+        finished, rejected = ranks.on_main(prepare_output, out, pipeline)
         part = ranks.agree(join_output, out, ranks.rank)
-        report = InferReport(s.output, total, sum(min(shard_rows, total - n*shard_rows) for n in finished))
+        resumed = sum(min(shard_rows, total - n*shard_rows) for n in finished)
+        report = InferReport(s.output, total, resumed, prompts=prompts)
         numbers = remaining_shards(-(-total//shard_rows), finished, ranks.rank, ranks.world)
         shards = stack.enter_context(closing(pipeline.run(rows_of_shards(out, shard_rows, numbers, rejected))))
         hidden = not ranks.is_main or any(getattr(c, 'shows_progress', False) for c in callbacks)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GenerationOptions', 'Request', 'Completion', 'Engine', 'can_record', 'cache_bytes', 'free_memory', 'RecordedStep',
-           'TransformersEngine', 'generate_tokens']
+           'TransformersEngine', 'load_engine', 'generate_tokens']
 
 # %% ../../nbs/2_model/40_engine.ipynb #c4
 import sys, zlib
@@ -17,9 +17,14 @@ from fastcore.basics import patch
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
+from ..base.processes import is_main_process
+from ..base.settings import InferSettings
 from .chat import Chat, Example
 from .collate import Collator
-from .probe import position_limit
+from .families import load_chat
+from .load import device_note, load_model, pick_dtype
+from .probe import check_vocabulary, position_limit
+from .save import load_adapter, merge, template_of
 from .tokenizers import chat_of
 
 # %% ../../nbs/2_model/40_engine.ipynb #c6
@@ -229,6 +234,21 @@ def completion(self:TransformersEngine,
     return Completion(request.key, ids[:n], self.chat.decode_completion(ids[:n]), truncated, scores[:n] if scores else None)
 
 # %% ../../nbs/2_model/40_engine.ipynb #c29
+def load_engine(
+    s:InferSettings, # Settings of the run
+)->TransformersEngine: # Ready to generate
+    "Load model, adapter and tokenizer"
+    chat = load_chat(s.model_name, s.from_modelscope, template_of(s.adapter, s.chat_template))
+    model = load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization)
+    check_vocabulary(model, chat)
+    note = device_note(model.device, model.dtype)
+    if note and is_main_process(): print(note, file=sys.stderr, flush=True)
+    if s.adapter: model = load_adapter(model, s.adapter)
+    if s.adapter and not s.quantization: model = merge(model) # the same numbers, and faster
+    options = GenerationOptions(s.do_sample, s.temperature, s.top_p, s.num_beams, s.repetition_penalty, s.seed)
+    return TransformersEngine(model.eval(), chat, options, s.batch_size)
+
+# %% ../../nbs/2_model/40_engine.ipynb #c32
 @torch.no_grad()
 def generate_tokens(
     model, # A transformers model, with adapters or without

@@ -22,6 +22,7 @@ from .adapters import untie_adapted
 from .contents import MODEL_FILES
 from .families import load_chat
 from .load import load_model, no_safetensors, pick_dtype
+from .prompts import read_prompts, save_prompts
 from .targets import is_quantized
 
 # %% ../../nbs/2_model/33_save.ipynb #c6
@@ -164,4 +165,5 @@ def merge_adapter(
             chat = load_chat(name, s.from_modelscope, template_of(s.adapter))
             merged.generation_config.eos_token_id = chat.stop_ids(merged)
             save_model(merged, chat.family.processor(chat.tok), part)
+            save_prompts(read_prompts(s.adapter), part)
     return out

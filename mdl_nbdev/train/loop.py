@@ -274,6 +274,7 @@ class TaskTrainer(SavedState, ValidationProbes, FlooredSchedule, RicherLog):
             self.probe_rows = self.probe_order()
         self.stopping = EarlyStopping(s.early_stopping_patience)
         self.identity = {} # of the run; every checkpoint records it
+        self.prompts = None # of the training rows, on the main process: stored beside the model
         self.resumed_from = None # the checkpoint that the run resumes from
         self.had_ended = False # the run that is resumed had nothing left to do
         self.stop_requested = None # who asked the run to stop

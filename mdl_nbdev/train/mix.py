@@ -10,6 +10,7 @@ __all__ = ['number_tasks', 'Mix', 'BatchRows', 'open_mix', 'describe_conversions
 import hashlib, json
 from copy import copy
 from dataclasses import dataclass, field, replace
+from itertools import chain, compress
 from pathlib import Path
 from typing import Literal, NamedTuple
 import numpy as np
@@ -18,10 +19,12 @@ from ..base.errors import InputError
 from ..base.files import write_text
 from ..base.html import html_table
 from ..base.text import format_bytes, format_duration, plural
+from ..data.conversations import Conversation
 from ..data.sources import find_tasks
 from ..data.tables import format_row
 from ..model.chat import Chat, Example, dummy_example
 from ..model.family import Family
+from ..model.prompts import TrainingPrompts
 from .dataset import AudioDataset, open_dataset
 
 # %% ../../nbs/3_train/02_mix.ipynb #c6
@@ -147,6 +150,20 @@ def describe_conversions(
             "when no run needs it any more, delete it")
 
 # %% ../../nbs/3_train/02_mix.ipynb #c18
+@patch
+def prompts(self:Mix)->TrainingPrompts|None: # None: not known
+    "The prompts of all rows, unless an earlier version or another tool has converted some of them"
+    counts = TrainingPrompts()
+    for number,ds in enumerate(self.datasets):
+        is_mine = np.zeros(len(ds), bool)
+        is_mine[self.row_of[self.dataset_of==number]] = True
+        if not is_mine.any(): continue
+        if 'conversation' not in ds.columns: return None
+        batches = (file.batches[i].column('conversation').to_pylist() for file,i in ds.batches)
+        for text in compress(chain.from_iterable(batches), is_mine): counts.add(Conversation.from_json(text))
+    return counts
+
+# %% ../../nbs/3_train/02_mix.ipynb #c21
 @patch(as_prop=True)
 def lengths(self:Mix)->np.ndarray: # int64 [rows]
     "The cost of each row: its tokens, and the work of the encoder in the same unit"
@@ -162,7 +179,7 @@ def by_task(self:Mix,
     if unknown: raise InputError(f"{option}: no task is called {unknown[0]!r}; there are {', '.join(self.task_names)}")
     return {self.task_names.index(name):v for name,v in values.items()}
 
-# %% ../../nbs/3_train/02_mix.ipynb #c20
+# %% ../../nbs/3_train/02_mix.ipynb #c23
 @patch
 def fingerprint(self:Mix)->str: # 16 hexadecimal digits
     "A digest of the rows and their order: tasks, token ids, labels and lengths of audio"
@@ -199,7 +216,7 @@ def where(self:Mix,
     lines = [ds.lines for ds in self.datasets]
     return [(self.datasets[d].source, int(lines[d][r])) for d,r in zip(self.dataset_of[rows], self.row_of[rows])]
 
-# %% ../../nbs/3_train/02_mix.ipynb #c23
+# %% ../../nbs/3_train/02_mix.ipynb #c26
 def split(
     mix:Mix, # What to split
     share:float, # Share of the rows of each task for the second mix; at least one row, and never all
@@ -217,7 +234,7 @@ def split(
                          "use --eval-dataset instead")
     return mix.take(~held_out), mix.take(held_out)
 
-# %% ../../nbs/3_train/02_mix.ipynb #c26
+# %% ../../nbs/3_train/02_mix.ipynb #c29
 def truncation_point(
     e:Example, # A sample that is too long
     limit:int, # Maximum number of tokens
@@ -234,7 +251,7 @@ def truncation_point(
         if stop > limit: return min(start, limit), clip
     return limit, len(e.clips)
 
-# %% ../../nbs/3_train/02_mix.ipynb #c27
+# %% ../../nbs/3_train/02_mix.ipynb #c30
 class TooLong(NamedTuple):
     "A row with more tokens than allowed"
     file:str # File it came from
@@ -262,7 +279,7 @@ class LengthReport:
         "Write the list"
         write_text(path, ''.join(format_row([str(cell) for cell in row]) for row in [TooLong._fields, *self.rows]))
 
-# %% ../../nbs/3_train/02_mix.ipynb #c28
+# %% ../../nbs/3_train/02_mix.ipynb #c31
 def limit_length(
     mix:Mix, # Rows of any length
     seq_length:int, # Maximum number of tokens of a sample, audio tokens included

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from ..base.errors import InputError
 from ..base.status import phase
+from ..model.prompts import save_prompts
 from ..model.targets import load_trainable_state, trainable_state
 from .checkpoints import check_checkpoint, keep, newest_first, write_checkpoint
 from .state import load_state, random_state, save_state, set_random_state
@@ -199,6 +200,7 @@ class SavedState(FiniteState):
         if self.s.tuning=='full' and self.is_sharded: return # no rank has whole weights to save as a model
         self.model.save_pretrained(folder, **(dict(state_dict=trained) if self.s.tuning=='lora' else {}))
         self.processor.save_pretrained(folder)
+        save_prompts(self.prompts, folder)
 
     @phase('saving')
     def _save_checkpoint(self, model=None, trial=None):

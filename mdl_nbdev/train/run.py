@@ -31,7 +31,7 @@ from ..data.clips import count_notes, note_lines
 from ..data.remote import set_host_policy
 from ..data.sources import find_tasks
 
-# %% ../../nbs/3_train/20_run.ipynb #c4b
+# %% ../../nbs/3_train/20_run.ipynb #c5
 from ..model.adapters import adapt, without_input_casts
 from ..model.chat import Chat, silent_example
 from ..model.collate import Collator
@@ -39,6 +39,7 @@ from ..model.contents import content_digest, model_digest, model_files
 from ..model.families import load_chat
 from ..model.load import check_trainable, device_note, load_model, pick_dtype, recompute_activations, unwrap_model
 from ..model.probe import check_lengths, check_packing, check_vocabulary
+from ..model.prompts import save_prompts
 from ..model.save import check_continued, load_adapter, merge, save_model, template_of
 from ..model.targets import Trainable, load_trainable_state
 from .batches import padding_waste
@@ -54,7 +55,7 @@ from .samples import SampleAnswers
 from .schedule import FOLLOWING, check_schedule
 from .state import load_state
 
-# %% ../../nbs/3_train/20_run.ipynb #c6
+# %% ../../nbs/3_train/20_run.ipynb #c7
 def check_settings(
     s:TrainSettings, # As they were given
 )->None:
@@ -76,7 +77,7 @@ def check_settings(
         if given and not evaluates: raise InputError(f"{name}: needs evaluation data: --eval-dataset, or --validation-split")
     for paths in (s.train_dataset, s.eval_dataset): find_tasks(paths)
 
-# %% ../../nbs/3_train/20_run.ipynb #c7
+# %% ../../nbs/3_train/20_run.ipynb #c8
 def find_checkpoint(
     s:TrainSettings, # The run's settings
 )->Path|None: # None for a new run
@@ -93,7 +94,7 @@ def find_checkpoint(
     if why: raise InputError(f"--resume-from-checkpoint {checkpoint}: {why}; give a checkpoint-N folder of a run, or true")
     return checkpoint
 
-# %% ../../nbs/3_train/20_run.ipynb #c8
+# %% ../../nbs/3_train/20_run.ipynb #c9
 def open_run_folder(
     s:TrainSettings, # The run's settings
     stack:ExitStack, # Holds the lock of the run until its end
@@ -112,7 +113,7 @@ def open_run_folder(
                          "resume it with --resume-from-checkpoint true, or choose another --output")
     return checkpoint
 
-# %% ../../nbs/3_train/20_run.ipynb #c10
+# %% ../../nbs/3_train/20_run.ipynb #c11
 def open_mixes(
     s:TrainSettings, # The run's settings
     chat:Chat, # Of the model
@@ -148,7 +149,7 @@ def limit_mixes(
         print(f"{report}; they are listed in {s.output/'too_long.csv'}")
     return training, evaluation
 
-# %% ../../nbs/3_train/20_run.ipynb #c11
+# %% ../../nbs/3_train/20_run.ipynb #c12
 def print_notes(
     mixes:list, # Each a `Mix`, or None
 )->None:
@@ -178,7 +179,7 @@ def open_datasets(
                              "whose convergence it needs to measure; add some, or choose another --loss-mode")
     return limit_mixes(s, chat, training, evaluation)
 
-# %% ../../nbs/3_train/20_run.ipynb #c13
+# %% ../../nbs/3_train/20_run.ipynb #c14
 def training_arguments(
     s:TrainSettings, # The run's settings
     model, # On its device
@@ -204,7 +205,7 @@ def training_arguments(
     args._n_gpu = min(args._n_gpu, 1) # without a launcher: one GPU, not torch's DataParallel over all
     return args
 
-# %% ../../nbs/3_train/20_run.ipynb #c14
+# %% ../../nbs/3_train/20_run.ipynb #c15
 def load_adapted(
     s:TrainSettings, # The run's settings
     device=None, # Where to load it; None: the best there is
@@ -215,7 +216,7 @@ def load_adapted(
     if s.gradient_checkpointing: recompute_activations(model)
     return model
 
-# %% ../../nbs/3_train/20_run.ipynb #c15
+# %% ../../nbs/3_train/20_run.ipynb #c16
 @phase('loading')
 def make_trainer(
     s:TrainSettings, # The run's settings
@@ -241,7 +242,7 @@ def make_trainer(
     trainer.size, trainer.stop_ids = Trainable(model), chat.stop_ids(model)
     return trainer
 
-# %% ../../nbs/3_train/20_run.ipynb #c17
+# %% ../../nbs/3_train/20_run.ipynb #c18
 def training_identity(
     trainer:TaskTrainer, # Ready to train
     chat:Chat, # Of the model
@@ -265,6 +266,7 @@ def start_run_folder(
         set_aside_later(s.output, trainer.resumed_from)
     save_config(s, s.output/'config.json')
     print(ds)
+    trainer.prompts = ds.prompts()
     padding = padding_waste(ds.n_tokens, trainer.sampler(ds, s.batch_size).batches(0))
     dtype = str(trainer.model.dtype).removeprefix('torch.')
     device = trainer.args.device
@@ -273,7 +275,7 @@ def start_run_folder(
     for note in filter(None, (size.note, device_note(device, trainer.model.dtype))): print(note)
     print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {device}; padding {padding:.1%}")
 
-# %% ../../nbs/3_train/20_run.ipynb #c19
+# %% ../../nbs/3_train/20_run.ipynb #c20
 def run_loop(
     trainer:TaskTrainer, # Ready to train
 )->None:
@@ -291,7 +293,7 @@ def run_loop(
         for c in trainer.callback_handler.callbacks:
             if isinstance(c, ProgressBar): c.close() # before a message is printed
 
-# %% ../../nbs/3_train/20_run.ipynb #c21
+# %% ../../nbs/3_train/20_run.ipynb #c22
 @phase('saving')
 def save_final(
     trainer:TaskTrainer, # After the loop
@@ -313,10 +315,11 @@ def save_final(
         unwrap_model(model).generation_config.eos_token_id = trainer.stop_ids
         with replacing_folder(report.final) as part:
             save_model(model, trainer.processor, part)
-            (part/'README.md').write_text(model_card(s, report, datasets), encoding='utf-8')
+            save_prompts(trainer.prompts, part)
+            (part/'README.md').write_text(model_card(s, report, datasets, trainer.prompts), encoding='utf-8')
     trainer.wait_for_ranks()
 
-# %% ../../nbs/3_train/20_run.ipynb #c22
+# %% ../../nbs/3_train/20_run.ipynb #c23
 def why_stopped(
     trainer:TaskTrainer, # After the loop
 )->str|None: # None if the run came to its end
@@ -343,7 +346,7 @@ def finish_run(
     if report.whole: save_final(trainer, report, datasets, source)
     return report
 
-# %% ../../nbs/3_train/20_run.ipynb #c24
+# %% ../../nbs/3_train/20_run.ipynb #c25
 def train(
     s:TrainSettings, # What to train, on what, and how
     callbacks:list[TrainerCallback]=(), # Further callbacks
