@@ -34,7 +34,7 @@ from mdl_nbdev.cli.demo import plot_answer
 from mdl_nbdev.cli.form import RUNS, SettingsForm, form_groups
 from mdl_nbdev.cli.inference import start_inference
 from mdl_nbdev.cli.live import Live
-from mdl_nbdev.cli.training import TrainRun, start_training
+from mdl_nbdev.cli.training import TrainFeed, TrainRun, start_training
 from mdl_nbdev.cli.view import Pace, View, marked_answer
 from mdl_nbdev.cli.watch import TrainView, watch
 from mdl_nbdev.data.sounds import make_sounds
@@ -593,7 +593,7 @@ class Control:
 
 def test_no_click_is_lost(sounds, tmp_path):
     run = TrainRun(train_settings(sounds, tmp_path/"run"))
-    feed, control = run.callbacks[0], Control(run.save)
+    feed, control = TrainFeed(run), Control(run.save)
     run.save()
     for _ in range(4): feed.fulfil_requests(control)
     assert control.saves == 2, "each click is one checkpoint"

@@ -52,7 +52,7 @@ class CheckReport:
     unused:Counter=field(default_factory=Counter) # Rows for each key inside of messages that is not used
     misnamed:dict[str,str]=field(default_factory=dict) # Ignored column -> the column it may be meant as
     settings:CheckSettings|None=None # Of the check
-    sample:RowSample=field(default_factory=lambda: RowSample(2, 6)) # Some rows with clips
+    sample:RowSample=field(default_factory=lambda: RowSample(1, 8)) # Some rows with clips
     unusable:set[str]=field(default_factory=set) # Clips that cannot be used, as rows name them
 
     @property
