@@ -57,9 +57,10 @@ def api(cell, module, names): # An exported cell, its module, from `public_names
 
 
 def joined(outputs): # Of a cell
-    "What a process printed in several pieces as one text, or lines would be broken where a piece ends"
+    "The outputs that show something; what a process printed in several pieces as one text, or lines would be broken where a piece ends"
     out = []
     for o in outputs:
+        if "data" in o and not any(v.strip() for v in o.data.values() if isinstance(v, str)): continue # a widget, whose HTML is another output
         if out and o.output_type == "stream" == out[-1].output_type and o.name == out[-1].name: out[-1].text += o.text
         else: out.append(o)
     return out
@@ -96,7 +97,7 @@ def page_list(listed, *options): # Pages, and options of their `toctree`
     "A table of pages with their subtitles, and their entries in the navigation"
     rows = "\n".join(f"| [{heading(p)[0]}](/{p.as_posix()}) | {escape(heading(p)[1])} |" for p in listed)
     toc = "\n".join([*options, ":hidden:", "", *(f"/{p.with_suffix('').as_posix()}" for p in listed)])
-    return f"| Page | |\n|---|---|\n{rows}\n\n```{{toctree}}\n{toc}\n```\n"
+    return f"| Page | What it explains |\n|---|---|\n{rows}\n\n```{{toctree}}\n{toc}\n```\n"
 
 
 def guides(listed): # Pages of the tutorials

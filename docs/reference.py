@@ -221,7 +221,7 @@ def called(inside): # Modules
     short = importlib.import_module(package).__all__
     defined = [(m, name) for m in inside for name in most_called(load()[m]) if name in short]
     rows = [f"| [`{name}`](#{package}.{m}.{name}) | {summary(getattr(load()[m], name)).partition(chr(10))[0]} |" for m, name in sorted(defined, key=lambda d: short.index(d[1]))]
-    return "\n".join(["| From `mdl_nbdev` | |", "|---|---|", *rows, "", ""]) if rows else ""
+    return "\n".join(["| From `mdl_nbdev` | What it does |", "|---|---|", *rows, "", ""]) if rows else ""
 
 
 def reference_index():
@@ -233,7 +233,7 @@ def reference_index():
         inside = folders[folder]
         rows = "\n".join(f"| [`{m}`]({m}.md) | {escape(about[m][2])} |" for m in inside)
         toc = "\n".join([f":caption: {part(folder)[0]}", ":hidden:", "", *inside])
-        text += f"\n## {part(folder)[0]}\n\n{called(inside)}| Module | |\n|---|---|\n{rows}\n\n```{{toctree}}\n{toc}\n```\n"
+        text += f"\n## {part(folder)[0]}\n\n{called(inside)}| Module | What it has |\n|---|---|\n{rows}\n\n```{{toctree}}\n{toc}\n```\n"
     return text
 
 
