@@ -12,6 +12,7 @@ import pytest
 
 from mdl_nbdev import TrainSettings, train
 from mdl_nbdev.base import files
+from mdl_nbdev.base.errors import WriteError
 from mdl_nbdev.cli import commands
 from mdl_nbdev.data.sounds import make_sounds
 
@@ -142,6 +143,12 @@ def test_nothing_can_be_written(command, exhaustive, kind, made, capsys):
     told, of = check(command, kind, made, capsys, exhaustive)
     with capsys.disabled(): print(f"\n{command}, {kind}: {told} messages, {of} writes")
     assert told
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_generated_sounds(kind):
+    fault.start(kind, 2)
+    with pytest.raises(WriteError, match="^new/sounds: cannot write this folder: .*choose another --output"): make_sounds("new", 20)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ __all__ = ['SOUND_LABELS', 'wave', 'make_sound', 'make_sounds']
 import csv
 from pathlib import Path
 import numpy as np, soundfile as sf
+from ..base.files import make_folder, writing
 from .audio import SAMPLE_RATE, to_int16
 
 # %% ../../nbs/1_data/05_sounds.ipynb #c6
@@ -62,9 +63,9 @@ def make_sounds(
 )->Path: # The CSV, with columns audio and prediction; audio paths are relative to its folder
     "Write `n` labelled clips as 16-bit wav and a CSV that lists them"
     table = Path(folder)/csv_name
-    table.with_suffix('').mkdir(parents=True, exist_ok=True)
+    clips = make_folder(table.with_suffix(''))
     labels = np.random.default_rng(seed).permutation(np.resize(SOUND_LABELS, n))
-    with open(table, 'w', encoding='utf-8', newline='') as f:
+    with writing(clips, 'folder'), open(table, 'w', encoding='utf-8', newline='') as f:
         rows = csv.writer(f, lineterminator='\n')
         rows.writerow(['audio', 'prediction'])
         for i, label in enumerate(labels):
