@@ -128,7 +128,7 @@ class InferFeed:
         line:str, # Such as which prompt of the training is used
     )->None:
         "Something to be known before the first answers"
-        self.run.view.safely(self.run.view.note, line)
+        self.run.view.safely(self.run.view.note, line, line.startswith('warning'))
 
     def __call__(self,
         rows:list[PromptedRow], # A shard with its answers

@@ -215,7 +215,7 @@ def reference_mark(
 def _repr_html_(self:InferReport):
     def answer(row): return row.prediction if row.reason is None else Html(f'<i>{as_html(row.reason)}</i>')
     rows = [(r.row.line, prompt_html(r.conversation), answer(r), reference_mark(r)) for r in self.sample]
-    return f"<p>{as_html(self)}</p>{html_table(rows, ['line', 'prompt', 'answer', ''])}"
+    return f"<p style='white-space:pre-line'>{as_html(self)}</p>{html_table(rows, ['line', 'prompt', 'answer', ''])}"
 
 # %% ../../nbs/4_infer/02_run.ipynb #c17
 def open_output(
