@@ -82,7 +82,8 @@ class Axes:
             low, high = low-margin, high+margin
         self.y_ticks = log_numbers(low, high) if self.log else round_numbers(low, high, 4)
         first, last = min(b.first for b in buckets), max(b.last for b in buckets)
-        self.x_ticks = [v for v in round_numbers(first, last, width//80) if v==int(v)]
+        n = max(1, min(width//80, (width-60)//(7*len(f'{last:,.0f}') + 44))) # so that long numbers don't touch
+        self.x_ticks = [v for v in round_numbers(first, last, n) if v==int(v)]
         self.left = max(34, 12 + 7*max(len(f'{v:.6g}') for v in self.y_ticks)) # where the numbers of the y axis end
         self.top, self.right, self.bottom = top, width-8, height-22
         self.x = Scale(first, last, self.left, self.right)
