@@ -43,6 +43,7 @@ test: install  ## Run every check: sync, lint, notebooks, pytest
 	rm -rf "$$MDL_CACHE"
 	tests/in_sync.sh
 	ruff check tests benchmarks docs setup.py
+	ruff check --select F401 mdl_nbdev/*/
 	nbdev_test --n_workers 2 --do_print --timing --skip_file_glob index_zh.ipynb
 	$(PYTEST) --durations=10
 

@@ -11,7 +11,7 @@ __all__ = ['EPILOG', 'OTHER_NAMES', 'COMMAND', 'option_groups', 'default_text', 
 import argparse, dataclasses, difflib, re, shlex, sys, types
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 from fastcore.docments import docments
 from .errors import InputError
 from .files import write_json

@@ -7,7 +7,7 @@ __all__ = ['TINY_LORA', 'ANSWER_TOKENS', 'GREEN', 'RED', 'demo_training', 'demo_
            'demo_folder', 'announce', 'answer_clips', 'demo']
 
 # %% ../../nbs/5_cli/08_demo.ipynb #c4
-import json, shutil, time
+import shutil, time
 from base64 import b64encode
 from dataclasses import dataclass
 from io import BytesIO

@@ -6,9 +6,8 @@
 __all__ = ['TrainFeed', 'keep_freed_memory', 'TrainRun', 'start_training']
 
 # %% ../../nbs/5_cli/05_training.ipynb #c4
-import ctypes, os, sys, time
+import ctypes, sys, time
 from dataclasses import replace
-from pathlib import Path
 from fastcore.basics import patch
 from ..base.settings import TrainSettings
 from ..base.status import read_status

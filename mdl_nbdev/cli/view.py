@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Callable
 from fastcore.basics import patch
 from ..base.errors import InputError, python_spelling
-from ..base.html import Html, as_html, audio_player, html_bar, html_box, html_table
+from ..base.html import Html, as_html, audio_player, html_bar, html_box
 from ..base.text import format_clock, one_line, same_text, shorten
 from .charts import BLUE, GREEN, INK, ORANGE, RED, with_images
 from ..data.audio import SAMPLE_RATE, load_audio

@@ -6,7 +6,7 @@
 __all__ = ['CURVES', 'ENDED', 'SMALL', 'TrainView', 'curve_order', 'shown_sample', 'Watch', 'watch']
 
 # %% ../../nbs/5_cli/04_watch.ipynb #c6
-import json, math, os, re, time
+import json, os, re, time
 from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch

@@ -7,7 +7,6 @@ __all__ = ['MIN_AUDIO_SECONDS', 'ROUND_STEPS', 'CheckReport', 'count_durations',
            'histogram_html', 'measure_clip', 'check']
 
 # %% ../../nbs/1_data/14_check.ipynb #c4
-import os
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field

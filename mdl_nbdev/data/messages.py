@@ -9,7 +9,7 @@ __all__ = ['ROLES', 'PROMPTS', 'ANSWER_KEYS', 'PAIRS', 'PROMPT_KEYS', 'LISTS', '
            'find_form', 'read_list', 'read_pair', 'read_text', 'read_history', 'with_system', 'read_messages']
 
 # %% ../../nbs/1_data/09_messages.ipynb #c4
-import json, re
+import json
 from itertools import product
 from typing import Any
 from ..base.errors import InputError

@@ -20,7 +20,7 @@ from fastcore.basics import chunked, patch
 from ..base.errors import InputError
 from ..base.files import make_folder, new_output
 from ..base.html import Html, as_html, html_table
-from ..base.processes import DaemonPool, Ranks, is_main_process, silence_libraries
+from ..base.processes import DaemonPool, Ranks, silence_libraries
 from ..base.progress import in_kernel, library_bars_hidden, progress_bar
 from ..base.settings import InferSettings
 from ..base.text import plural, same_text

@@ -8,8 +8,7 @@ __all__ = ['ANSWERED', 'SPACE_RULES', 'Example', 'dummy_example', 'silent_exampl
 
 # %% ../../nbs/2_model/03_chat.ipynb #c4
 import copy, hashlib, json, re
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 import numpy as np
 from fastcore.basics import patch
 from ..base.errors import InputError

@@ -11,7 +11,6 @@ import sys, zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Iterable, Iterator
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch.utils._pytree import tree_leaves, tree_map_only

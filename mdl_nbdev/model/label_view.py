@@ -11,7 +11,6 @@ import random
 from dataclasses import replace
 from itertools import count, groupby
 from pathlib import Path
-import numpy as np
 from fastcore.basics import patch
 from ..base.html import Html, as_html, audio_player, escape, html_box, player_seconds
 from ..base.settings import ConvertSettings, DataSettings

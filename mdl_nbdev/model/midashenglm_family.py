@@ -82,7 +82,7 @@ class MiDashengLMFamily(Family):
 
     def chat_template(self, tok): return super().chat_template(tok) or ROLE_MARKERS
 
-    def register(self): import mdl_nbdev.model.midashenglm # registers its classes
+    def register(self): import mdl_nbdev.model.midashenglm # noqa: F401 (registers its classes)
 
     def load_tokenizer(self, path):
         import transformers

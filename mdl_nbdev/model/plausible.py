@@ -10,7 +10,7 @@ __all__ = ['USUAL_RATES', 'CHECKS', 'check_learning_rate', 'check_model_name', '
 import re
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Iterable
 from ..base.errors import InputError
 from ..base.options import Settings
 from ..base.settings import DEFAULT_MODEL, InferSettings, ModelSettings, TrainSettings
