@@ -196,9 +196,10 @@ def is_in_use(
 # %% ../../nbs/0_base/03_files.ipynb #c22
 def file_digest(
     path:str|Path, # A file
-)->str: # 64 hexadecimal digits
-    "The SHA-256 of a file's content, read one mebibyte at a time"
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    new=hashlib.sha256, # Makes the hash
+)->str: # Hexadecimal digits
+    "The digest of a file's content, read one mebibyte at a time"
+    digest, buffer = new(), memoryview(bytearray(2**20))
     with open(path, 'rb', buffering=0) as f:
         while n := f.readinto(buffer): digest.update(buffer[:n])
     return digest.hexdigest()
@@ -206,10 +207,11 @@ def file_digest(
 def file_digests(
     folder:Path, # A folder
     names:list[str], # Files in it
-)->list[str]: # The SHA-256 of each
+    new=hashlib.sha256, # Makes the hash
+)->list[str]: # Hexadecimal digits for each
     "Digests of several files, computed side by side, since hashing leaves Python to other threads"
     with ThreadPoolExecutor(min(8, available_cpus())) as pool:
-        return list(pool.map(file_digest, [folder/n for n in names]))
+        return list(pool.map(lambda name: file_digest(folder/name, new), names))
 
 # %% ../../nbs/0_base/03_files.ipynb #c25
 def check_inputs(

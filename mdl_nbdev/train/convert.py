@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'OWN_FILES', 'MISPLACED', 'RECORD_BATCH', 'row_schema', 'to_columns', 'record_batch', 'bad_row',
            'convert_rows', 'ShardJob', 'Shard', 'notes_of', 'HashedFile', 'ShardFacts', 'finished_shard', 'write_shard',
-           'start_worker', 'write_in_worker', 'write_shards', 'read_conversations', 'note_unlearned', 'plan_shards',
-           'conversion_key', 'write_small_files', 'ConvertReport', 'convert']
+           'start_worker', 'write_in_worker', 'write_shards', 'keep_shards', 'read_conversations', 'note_unlearned',
+           'plan_shards', 'conversion_key', 'write_small_files', 'ConvertReport', 'convert']
 
 # %% ../../nbs/3_train/00_convert.ipynb #c4
 import hashlib, json, multiprocessing, os, shutil, sys
@@ -19,9 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pyarrow as pa
+from xxhash import xxh3_128
 from ..base.errors import InputError
 from ..base.files import check_inputs, make_folder, new_output, output_lock, write_json, writing
-from ..base.processes import end_with_parent, is_main_process
+from ..base.processes import DaemonPool, end_with_parent, is_main_process
 from ..base.progress import progress_bar
 from ..base.settings import ConvertSettings
 from ..base.status import phase
@@ -131,7 +132,7 @@ class Shard(NamedTuple):
     path:Path # Its file; absent if it has bad rows
     rows:int # Rows of the input that it is made from
     samples:int=0 # Audio samples in it
-    digests:dict={} # Of its `file`, and of its `audio` alone
+    digests:dict={} # `xxh3` of its file, and of its `audio` alone
     bad:list[BadRow]=() # Rows that could not be converted
     notes:dict={} # Counts of silent clips and the like, from `count_notes`
 
@@ -148,19 +149,19 @@ class HashedFile:
     "A file that is hashed while something else reads or writes it from beginning to end"
     def __init__(self,
         f, # The file, open for reading or writing
-    ): self.f, self.sha256, self.closed = f, hashlib.sha256(), False
+    ): self.f, self.hash, self.closed = f, xxh3_128(), False
     def read(self, size=-1):
         data = self.f.read(size)
-        self.sha256.update(data)
+        self.hash.update(data)
         return data
     def write(self, data):
-        self.sha256.update(data)
+        self.hash.update(data)
         return self.f.write(data)
     def flush(self): self.f.flush()
 
 class ShardFacts:
     "What the manifest says about a shard, gathered while the shard is read or written"
-    def __init__(self): self.rows, self.samples, self.audio, self.notes = 0, 0, hashlib.sha256(), {}
+    def __init__(self): self.rows, self.samples, self.audio, self.notes = 0, 0, xxh3_128(), {}
     def add(self,
         batch:pa.RecordBatch, # The next rows
         notes:dict, # On their clips, from `count_notes`
@@ -175,7 +176,7 @@ class ShardFacts:
         file:HashedFile, # The shard, all of which has been read or written
     )->Shard:
         "The shard with both digests"
-        digests = dict(file=file.sha256.hexdigest(), audio=self.audio.hexdigest())
+        digests = dict(xxh3=file.hash.hexdigest(), audio=self.audio.hexdigest())
         return Shard(path, self.rows, self.samples, digests, notes=self.notes)
 
 # %% ../../nbs/3_train/00_convert.ipynb #c15
@@ -198,7 +199,7 @@ def write_shard(
     job:ShardJob, # What to convert
     chat:Chat, # Of the model
 )->Shard: # What was written
-    "Convert and write a shard, unless it exists"
+    "Convert and write a shard, unless it exists; `keep_shards` gives it its name"
     path, schema = job.folder/f'data-{job.index:05d}-{job.digest}.v2.arrow', row_schema(job.audio_dtype)
     if path.exists(): return finished_shard(path)
     part, bad, facts = path.with_suffix('.tmp'), [], ShardFacts()
@@ -222,9 +223,6 @@ def write_shard(
     if bad:
         part.unlink()
         return Shard(path, len(job.conversations), bad=bad)
-    with writing(part):
-        with open(part, 'rb+') as f: os.fsync(f.fileno())
-        os.replace(part, path)
     return facts.shard(path, hashed)
 
 # %% ../../nbs/3_train/00_convert.ipynb #c18
@@ -249,7 +247,7 @@ def write_shards(
     jobs:list[ShardJob], # What to convert
     chat:Chat, # Of the model
     num_workers:int, # Processes; with one, or for one shard, this process does the work
-)->Iterator[Shard]: # In the order in which they finish
+)->Iterator[Shard]: # In the order in which they finish, not yet safe on the disk
     "Convert and write shards in parallel"
     n = min(num_workers, len(jobs))
     if n <= 1:
@@ -262,6 +260,20 @@ def write_shards(
         except BrokenProcessPool:
             raise InputError("a worker process was killed, most likely because memory ran out; use fewer --num-workers. "
                              "Finished work is kept: run the same command again") from None
+
+# %% ../../nbs/3_train/00_convert.ipynb #keepshards
+def keep_shards(
+    shards:Iterator[Shard], # From `write_shards`
+)->Iterator[Shard]: # The same, on the disk
+    "Give shards their names once they are on the disk, while the next ones are converted"
+    def keep(shard):
+        part = shard.path.with_suffix('.tmp')
+        if shard.bad or shard.path.exists(): return shard
+        with writing(part):
+            with open(part, 'rb+') as f: os.fsync(f.fileno())
+            os.replace(part, shard.path)
+        return shard
+    with DaemonPool(1) as disk: yield from disk.map(keep, shards, ahead=1)
 
 # %% ../../nbs/3_train/00_convert.ipynb #c20
 def read_conversations(
@@ -374,7 +386,7 @@ def convert(
         part = make_folder(jobs[0].folder)
         total, shards = sum(len(job.conversations) for job in jobs), []
         with progress_bar(total, 'converting', 'row') as bar, phase('converting', total) as at:
-            for shard in write_shards(jobs, chat, s.num_workers):
+            for shard in keep_shards(write_shards(jobs, chat, s.num_workers)):
                 shards.append(shard)
                 bar.update(shard.rows)
                 at(bar.n)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.compute as pc
 from fastcore.basics import patch
+from xxhash import xxh3_128
 from ..base.errors import InputError
 from .. import __version__
 from ..base.files import file_digests, file_lock, is_in_use, make_folder, open_in_use, writing
@@ -168,11 +169,11 @@ def verify(self:AudioDataset,
     required:bool=False, # Whether a dataset without checksums is refused; earlier versions and other tools record none
 )->None:
     "Raise `InputError` if a shard is not what the conversion wrote; this reads all of them"
-    shards = self.manifest.get('shards', {})
+    shards = {name:digests['xxh3'] for name,digests in self.manifest.get('shards', {}).items() if 'xxh3' in digests}
     if required and not shards:
         raise InputError(f"--verify: {self.path} has no checksums to compare; convert the file again, or leave --verify out")
-    for name,digest in zip(shards, file_digests(self.path, shards)):
-        if digest != shards[name]['file']:
+    for name,digest in zip(shards, file_digests(self.path, shards, xxh3_128)):
+        if digest != shards[name]:
             remedy = f'delete the folder {self.path}, then run the same command again' if self.in_use else 'convert the file again'
             raise InputError(f"{self.path/name}: is damaged: its contents are not what was converted; {remedy}")
 
