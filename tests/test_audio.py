@@ -14,7 +14,7 @@ import soundfile as sf
 import mdl_nbdev.data.remote as remote
 from mdl_nbdev.base.html import audio_player
 from mdl_nbdev.data.audio import audio_info, from_int16, load_audio, to_int16
-from mdl_nbdev.data.clips import resolve
+from mdl_nbdev.data.clips import collected_notes, resolve
 from mdl_nbdev.data.pictures import spectrogram_html, waveform_html
 from mdl_nbdev.data.remote import AudioError, fetch
 
@@ -136,13 +136,22 @@ def whole(folder, name, seconds=2, rate=16000, **kwargs):
     return (folder/name).read_bytes()
 
 
-@pytest.mark.parametrize("name, kwargs", [("a.wav", {}), ("a.flac", {}), ("a.ogg", dict(subtype="VORBIS")), ("b.ogg", dict(subtype="OPUS")), ("a.aiff", {}), ("a.w64", {})], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("name, kwargs", [("a.wav", {}), ("a.flac", {}), ("a.ogg", dict(subtype="VORBIS")), ("b.ogg", dict(subtype="OPUS")), ("a.aiff", {}), ("a.w64", {}),
+    *((f"a.{fmt.lower()}", dict(format=fmt)) for fmt in ("NIST", "VOC", "SVX", "SDS"))], ids=lambda v: v if isinstance(v, str) else "")
 @pytest.mark.parametrize("share", [.1, .5, .9, .999])
 def test_a_cut_file_is_no_shorter_clip(tmp_path, name, kwargs, share):
     data = whole(tmp_path, name, **kwargs)
     assert len(load_audio(tmp_path/name)) == 32000
     (tmp_path/name).write_bytes(data[:int(share*len(data))])
     with pytest.raises(AudioError, match="truncated|damaged|not readable"): load_audio(tmp_path/name)
+
+
+def test_a_header_that_promises_too_little_is_noted(tmp_path):
+    data = bytearray(whole(tmp_path, "a.wav"))
+    struct.pack_into("<I", data, data.find(b"data") + 4, 8000)
+    (tmp_path/"a.wav").write_bytes(data)
+    with collected_notes("t.csv") as notes: assert len(load_audio(tmp_path/"a.wav")) == 4000
+    assert list(notes) == ["header"]
 
 
 def test_bytes_in_the_middle_of_a_flac(tmp_path):

@@ -446,6 +446,13 @@ def test_null_in_quotes_is_a_word(tmp_path):
 TEXTS = {"gb18030": "狗叫声 你好", "big5": "狗叫聲 你好嗎", "shift_jis": "犬の鳴き声", "euc_kr": "개 짖는 소리", "cp1252": "café, Größe", "utf_16": "été 狗"}
 
 
+@pytest.mark.parametrize("encoding, message", [*((name, f"^--encoding: '{name}' is no encoding that Python knows") for name in ("rot13", "idna", "zip", "hex", "latin-0")),
+    *((name, f"t.csv: cannot be read as {name}: ") for name in ("utf-16", "utf-32"))])
+def test_an_encoding_that_cannot_be(tmp_path, encoding, message):
+    (tmp_path/"t.csv").write_bytes("audio,prediction\na.wav,猫叫声\n".encode("gbk"))
+    with pytest.raises(InputError, match=message): list(open_rows(tmp_path/"t.csv", encoding=encoding))
+
+
 @pytest.mark.parametrize("encoding", TEXTS)
 def test_the_likely_encoding_is_named_and_reads_the_file(tmp_path, encoding):
     for name, text in {"t.csv": f'audio,prediction\na.wav,"{TEXTS[encoding]}"\n', "t.jsonl": f'{{"audio": "a.wav", "prediction": "{TEXTS[encoding]}"}}\n'}.items():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'SHORTER', 'MAX_PEAK', 'SILENCE', 'AudioInfo', 'read_blocks', 'audio_info', 'to_mono', 'is_silent',
            'decode', 'resample', 'load_audio', 'to_int16', 'from_int16', 'piped_wav', 'DamagedAudio', 'open_other',
-           'gsm_seconds', 'check_complete', 'FileSegment', 'open_file', 'clip_errors', 'open_clip']
+           'gsm_seconds', 'stated_frames', 'check_complete', 'FileSegment', 'open_file', 'clip_errors', 'open_clip']
 
 # %% ../../nbs/1_data/03_audio.ipynb #c4
 import io, math, os, re, struct
@@ -214,7 +214,7 @@ def piped_wav(
     return f
 
 # %% ../../nbs/1_data/03_audio.ipynb #c12
-_SHORT = re.compile(r'^\s*(?:data|SSND|Data Size|Riff size|riff) *: *(\d+) \(should be (\d+)\)', re.M)
+_SHORT = re.compile(r'^\s*(?:data|SSND|BODY|Data Size|Riff size|riff) *: *(\d+) \(should be (\d+)\)', re.M)
 
 # %% ../../nbs/1_data/03_audio.ipynb #c14
 def _unreadable(src, path, reason):
@@ -249,6 +249,18 @@ def gsm_seconds(
     return int(size[1])//65*320/f.samplerate if size else math.inf
 
 # %% ../../nbs/1_data/03_audio.ipynb #c15
+def stated_frames(
+    f:sf.SoundFile, # The open file
+    path:Path, # Where it is
+)->tuple[int,int]: # What the header says, and what is there; zeros for a format of which libsndfile tells both
+    "The length of a NIST SPHERE file or a MIDI sample dump, which libsndfile does not compare with its header"
+    if f.format=='SDS': # a header of 21 bytes, and blocks of 127
+        in_block = int(re.search(r'^Samples/Block *: (\d+)', f.extra_info, re.M)[1])
+        return f.frames, min(f.frames, (path.stat().st_size - 21)//127*in_block)
+    if f.format != 'NIST': return 0, 0
+    with open(path, 'rb') as file: count = re.search(rb'sample_count -i (\d+)', file.read(1024))
+    return int(count[1]) if count else 0, f.frames
+
 def check_complete(
     f:sf.SoundFile, # The open file
     path:Path, # Where it is
@@ -261,7 +273,13 @@ def check_complete(
     if found < promised < 0x7FFF_0000 and not counts_header: # larger numbers mean that the length was unknown
         raise DamagedAudio(f'{src}: truncated, its header promises {promised:,} bytes of sound and {found:,} are there; '
                          'copy or download it again')
-    if found < promised: note_clip('header', src)
+    is_longer = f.format.startswith('WAV') and 'Exiting parser' in f.extra_info # bytes that are no chunk follow the sound
+    if found < promised or is_longer: note_clip('header', src)
+    stated, there = stated_frames(f, path)
+    if there < stated:
+        raise DamagedAudio(f'{src}: truncated, its header promises {stated:,} frames and {there:,} are there; copy or download it again')
+    if f.format=='VOC' and 'truncated' in f.extra_info:
+        raise DamagedAudio(f'{src}: truncated, its last block is incomplete; copy or download it again')
     if f.format=='OGG' and not ogg_is_complete(path):
         raise DamagedAudio(f'{src}: truncated, its last page is incomplete; copy or download it again')
     if f.format=='OGG' and is_chained_ogg(path): raise AudioError(f'{src}: {_JOINED}')

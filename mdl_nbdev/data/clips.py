@@ -104,7 +104,7 @@ def read_seconds(
     if not seconds.is_finite() or not 0 <= seconds < 10**7:
         raise InputError(f"{name} is {shorten(repr(value), 40)}; it must be a number of seconds, as it selects a part of the clip; "
                          "correct it, or rename it if it means something else")
-    return seconds.normalize() # 64.0 and 64 name the same part
+    return abs(seconds).normalize() # 64.0 and 64 name the same part, -0 and 0 too
 
 def read_channel(
     value:Any, # Text, or a number from JSON

@@ -8,6 +8,7 @@ __all__ = ['COLUMNS', 'ENCODINGS', 'Row', 'resolve_message', 'to_conversation', 
 
 # %% ../../nbs/1_data/07_rows.ipynb #c4
 import codecs, os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -204,15 +205,22 @@ def likely_encoding(
     except UnicodeDecodeError: best = from_bytes(sample, cp_isolation=[*ENCODINGS]).best()
     return best.encoding if best and best.encoding in ENCODINGS else ""
 
+@contextmanager
 def open_text(
     path:str|Path, # A file of rows
     encoding:str, # As `--encoding` names it
     newline:str, # As in `open`
-):
-    "Open a file, whose undecodable bytes `line_fault` then finds; raises `InputError` for an unknown encoding"
-    try: name = codecs.lookup(encoding).name
-    except LookupError: raise InputError(f"--encoding: {shorten(encoding)!r} is no encoding that Python knows, such as gb18030") from None
-    return open(path, encoding="utf-8-sig" if name=="utf-8" else name, errors="surrogateescape", newline=newline)
+)->Iterator: # The open file
+    "Open a file, whose undecodable bytes `line_fault` then finds; raises `InputError` for an encoding that is unknown or not the file's"
+    try:
+        name = codecs.lookup(encoding).name
+        bytes(4).decode(name, "surrogateescape") # fails for codecs that are not for text, such as rot13 and idna
+    except (LookupError, UnicodeError):
+        raise InputError(f"--encoding: {shorten(encoding)!r} is no encoding that Python knows, such as gb18030") from None
+    try:
+        with open(path, encoding="utf-8-sig" if name=="utf-8" else name, errors="surrogateescape", newline=newline) as f: yield f
+    except UnicodeError as e:
+        raise InputError(f"{path}: cannot be read as {encoding}: {e}; save the file as UTF-8, or name its encoding with --encoding") from None
 
 # %% ../../nbs/1_data/07_rows.ipynb #c27
 def line_fault(
