@@ -220,7 +220,7 @@ def open_text(
     try:
         with open(path, encoding="utf-8-sig" if name=="utf-8" else name, errors="surrogateescape", newline=newline) as f: yield f
     except UnicodeError as e:
-        raise InputError(f"{path}: cannot be read as {encoding}: {e}; save the file as UTF-8, or name its encoding with --encoding") from None
+        raise InputError(f"{path}: cannot be read as {encoding}: {e}; save it as UTF-8, or name its encoding with --encoding") from None
 
 # %% ../../nbs/1_data/07_rows.ipynb #c27
 def line_fault(
