@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Bucket', 'Curve', 'number']
 
-# %% ../../nbs/0_base/08_curves.ipynb #c4
+# %% ../../nbs/0_base/08_curves.ipynb #c6
 import math
 from typing import NamedTuple
 from fastcore.basics import patch
 
-# %% ../../nbs/0_base/08_curves.ipynb #c6
+# %% ../../nbs/0_base/08_curves.ipynb #c8
 class Bucket(NamedTuple):
     "Neighbouring points of a curve, summarised"
     first:float # x of the first point
@@ -37,7 +37,7 @@ class Bucket(NamedTuple):
         low, high = min(self.low, later.low), max(self.high, later.high)
         return Bucket(self.first, later.last, low, high, self.total+later.total, self.count+later.count)
 
-# %% ../../nbs/0_base/08_curves.ipynb #c8
+# %% ../../nbs/0_base/08_curves.ipynb #c10
 class Curve:
     "A curve of bounded size, for any number of points"
     def __init__(self,
@@ -71,7 +71,7 @@ class Curve:
         self.buckets = [a.joined(b) for a,b in pairs] + last
         self.size *= 2
 
-# %% ../../nbs/0_base/08_curves.ipynb #c9
+# %% ../../nbs/0_base/08_curves.ipynb #c11
 @patch(as_prop=True)
 def line(self:Curve)->list: # (x, y)
     "The mean of each bucket"
@@ -82,7 +82,7 @@ def band(self:Curve)->list: # (x, lowest y, highest y)
     "The range of each bucket"
     return [(b.centre, b.low, b.high) for b in self.buckets]
 
-# %% ../../nbs/0_base/08_curves.ipynb #c13
+# %% ../../nbs/0_base/08_curves.ipynb #c15
 @patch
 def between(self:Curve,
     first:float, # The first x
@@ -112,7 +112,7 @@ def smoothed(self:Curve,
     if out.buckets: out.start, out.latest = (self.start[0], out.buckets[0].mean), (self.latest[0], mean)
     return out
 
-# %% ../../nbs/0_base/08_curves.ipynb #c16
+# %% ../../nbs/0_base/08_curves.ipynb #c18
 def number(
     value:float, # Any
     form:str='.4g', # How to write it

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Html', 'as_html', 'html_table', 'svg_image', 'html_bar', 'audio_player', 'player_seconds', 'html_box']
 
-# %% ../../nbs/0_base/04_html.ipynb #c4
+# %% ../../nbs/0_base/04_html.ipynb #c5
 import base64, io
 from html import escape
 from typing import Iterable
 
-# %% ../../nbs/0_base/04_html.ipynb #c5
+# %% ../../nbs/0_base/04_html.ipynb #c6
 class Html(str):
     "A text that is HTML already, and shows itself in a notebook"
     def _repr_html_(self): return str(self)
@@ -22,7 +22,7 @@ def as_html(
     "A value as HTML"
     return value if isinstance(value, Html) else Html(escape(str(value)))
 
-# %% ../../nbs/0_base/04_html.ipynb #c8
+# %% ../../nbs/0_base/04_html.ipynb #c9
 def html_table(
     rows:Iterable, # Rows of cells: values of any kind, or `Html`
     head:Iterable=(), # The cells of the header
@@ -35,7 +35,7 @@ def html_table(
     top = (f'<caption>{as_html(caption)}</caption>' if caption else '') + (line('th', head) if head else '')
     return Html(f'<table style="border-collapse:collapse">{top}{"".join(line("td", r) for r in rows)}</table>')
 
-# %% ../../nbs/0_base/04_html.ipynb #c11
+# %% ../../nbs/0_base/04_html.ipynb #c12
 def svg_image(
     svg:str, # An SVG element, with its `xmlns`
     alt:str='', # A description for screen readers
@@ -55,7 +55,7 @@ def html_bar(
     filled = f'<div style="width:{100*min(max(share, 0), 1):.1f}%;background:{colour};{bar}"></div>'
     return Html(f'<div style="width:{width};background:rgba(128,128,128,.25);margin:2px 0;{bar}">{filled}</div>')
 
-# %% ../../nbs/0_base/04_html.ipynb #c14
+# %% ../../nbs/0_base/04_html.ipynb #c15
 def audio_player(
     waveform, # NumPy array [samples], float32 in [-1, 1] or int16, mono
     rate:int=16_000, # Samples per second
@@ -78,7 +78,7 @@ def player_seconds(
     "How long each player of a page may be, so that the page stays small: a second of sound takes about 5 kB"
     return round(min(10, max(3, total/max(1, players))), 1)
 
-# %% ../../nbs/0_base/04_html.ipynb #c17
+# %% ../../nbs/0_base/04_html.ipynb #c18
 def html_box(
     *parts:object, # Values of any kind, or `Html`
 )->Html: # A `<div>` element

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['in_kernel', 'HtmlBar', 'bars_hidden', 'library_bars_hidden', 'progress_bar']
 
-# %% ../../nbs/0_base/10_progress.ipynb #c4
+# %% ../../nbs/0_base/10_progress.ipynb #c5
 import sys, uuid
 from contextlib import contextmanager
 from contextvars import ContextVar
 from tqdm import tqdm
 from .html import as_html, html_bar
 
-# %% ../../nbs/0_base/10_progress.ipynb #c5
+# %% ../../nbs/0_base/10_progress.ipynb #c6
 def in_kernel()->bool: # False in scripts and in a terminal
     "Whether this code runs in a notebook's kernel"
     ipython = sys.modules.get('IPython')
@@ -41,7 +41,7 @@ class HtmlBar(tqdm):
         self.display()
         super().close()
 
-# %% ../../nbs/0_base/10_progress.ipynb #c7
+# %% ../../nbs/0_base/10_progress.ipynb #c8
 _hidden = ContextVar('hidden', default=False) # Whether the bars of this thread are hidden
 
 @contextmanager

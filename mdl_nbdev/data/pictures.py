@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['waveform_html', 'spectrogram_html', 'sound_card', 'card_html', 'cards_html', 'clip_html', 'start_player']
 
-# %% ../../nbs/1_data/04_pictures.ipynb #c4
+# %% ../../nbs/1_data/04_pictures.ipynb #c5
 import base64, io, math
 from html import escape
 from pathlib import Path
@@ -16,7 +16,7 @@ from .audio import SAMPLE_RATE, decode, load_audio, open_clip, resample
 from .clips import split_segment
 from .remote import cached_path, is_url
 
-# %% ../../nbs/1_data/04_pictures.ipynb #c6
+# %% ../../nbs/1_data/04_pictures.ipynb #c7
 def waveform_html(
     waveform:np.ndarray, # [samples] float32 in [-1, 1] or int16, mono
     width:int=300, # Pixels
@@ -34,7 +34,7 @@ def waveform_html(
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{shape}</svg>'
     return svg_image(svg, 'waveform')
 
-# %% ../../nbs/1_data/04_pictures.ipynb #c8
+# %% ../../nbs/1_data/04_pictures.ipynb #c9
 def spectrogram_html(
     waveform:np.ndarray, # [samples] float32 or int16, mono
     width:int=300, # Pixels
@@ -57,7 +57,7 @@ def spectrogram_html(
     css = f' style="{style}"' if style else ''
     return Html(f'<img alt="spectrogram"{css} src="data:image/jpeg;base64,{picture}">')
 
-# %% ../../nbs/1_data/04_pictures.ipynb #c12
+# %% ../../nbs/1_data/04_pictures.ipynb #c13
 def sound_card(
     waveform:np.ndarray, # [samples] float32 or int16, mono
     rate:int=SAMPLE_RATE, # Samples per second
@@ -82,7 +82,7 @@ def cards_html(
     "Cards side by side, which wrap"
     return Html(f'<div style="display:flex;flex-wrap:wrap;gap:8px 12px;margin:4px 0 12px">{"".join(cards)}</div>')
 
-# %% ../../nbs/1_data/04_pictures.ipynb #c15
+# %% ../../nbs/1_data/04_pictures.ipynb #c16
 def clip_html(
     source:str, # Path or URL of a clip
 )->Html: # The player with the clip's name, or what is wrong with the clip
@@ -91,7 +91,7 @@ def clip_html(
     except InputError as e: return as_html(e)
     return Html(f'{player}<br><small>{escape(Path(source).name)}</small>')
 
-# %% ../../nbs/1_data/04_pictures.ipynb #c19
+# %% ../../nbs/1_data/04_pictures.ipynb #c20
 def start_player(
     source:str, # Path or URL of a clip
     seconds:float=10., # How much of it to embed

@@ -5,33 +5,33 @@
 # %% auto #0
 __all__ = ['SOUND_LABELS', 'wave', 'make_sound', 'make_sounds']
 
-# %% ../../nbs/1_data/05_sounds.ipynb #c4
+# %% ../../nbs/1_data/05_sounds.ipynb #c5
 import csv
 from pathlib import Path
 import numpy as np, soundfile as sf
 from ..base.files import make_folder, writing
 from .audio import SAMPLE_RATE, to_int16
 
-# %% ../../nbs/1_data/05_sounds.ipynb #c6
+# %% ../../nbs/1_data/05_sounds.ipynb #c7
 def wave(
     freq:np.ndarray, # [samples] Hz
 )->np.ndarray: # [samples] between -1 and 1
     "A sine wave whose frequency may change from sample to sample"
     return np.sin(2*np.pi*np.cumsum(freq)/SAMPLE_RATE)
 
-# %% ../../nbs/1_data/05_sounds.ipynb #c9
+# %% ../../nbs/1_data/05_sounds.ipynb #c10
 def _rising(t, f, rng):  return wave(f * 2**(rng.uniform(1.5, 2.5) * t/t[-1]))
 def _falling(t, f, rng): return wave(f * 2**(rng.uniform(1.5, 2.5) * (1 - t/t[-1])))
 def _tone(t, f, rng):  return wave(np.full(len(t), 2*f))
 def _beeps(t, f, rng): return _tone(t, f, rng) * (t * rng.uniform(4, 7) % 1 < rng.uniform(.4, .6))
 
-# %% ../../nbs/1_data/05_sounds.ipynb #c11
+# %% ../../nbs/1_data/05_sounds.ipynb #c12
 def _siren(t, f, rng): return wave(2*f * 2**(.5 * np.sin(2*np.pi * rng.uniform(2, 4) * t)))
 def _chord(t, f, rng):
     ratios = [(1, 5/4, 3/2), (1, 6/5, 3/2)][rng.integers(2)]
     return sum(wave(np.full(len(t), f*r)) for r in ratios) / 3
 
-# %% ../../nbs/1_data/05_sounds.ipynb #c13
+# %% ../../nbs/1_data/05_sounds.ipynb #c14
 def _noise(t, f, rng): return rng.normal(0, .3, len(t)) * np.exp(-rng.uniform(1, 3) * t/t[-1])
 def _clicks(t, f, rng):
     period = 1 / rng.uniform(5, 9)
@@ -41,7 +41,7 @@ _RECIPES = dict(rising=_rising, falling=_falling, tone=_tone, beeps=_beeps,
                 siren=_siren, chord=_chord, noise=_noise, clicks=_clicks)
 SOUND_LABELS = tuple(_RECIPES) # What a model should answer
 
-# %% ../../nbs/1_data/05_sounds.ipynb #c15
+# %% ../../nbs/1_data/05_sounds.ipynb #c16
 def make_sound(
     label:str, # One of `SOUND_LABELS`
     rng:np.random.Generator, # Everything that varies is drawn from it
@@ -54,7 +54,7 @@ def make_sound(
     gain = 10**(-rng.uniform(3, 21)/20)
     return np.float32(np.clip(sound*gain, -1, 1))
 
-# %% ../../nbs/1_data/05_sounds.ipynb #c19
+# %% ../../nbs/1_data/05_sounds.ipynb #c20
 def make_sounds(
     folder:str|Path, # Where to write; made if it is missing
     n:int, # How many clips

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['STATE_NAMES', 'softmax', 'scale_to_unit', 'slope', 'CoBa']
 
-# %% ../../nbs/3_train/05_coba.ipynb #c4
+# %% ../../nbs/3_train/05_coba.ipynb #c7
 from copy import deepcopy
 import numpy as np
 from fastcore.basics import patch
 from ..base.errors import InputError
 
-# %% ../../nbs/3_train/05_coba.ipynb #c6
+# %% ../../nbs/3_train/05_coba.ipynb #c9
 def softmax(
     x:np.ndarray, # [n]
 )->np.ndarray: # [n], sum 1
@@ -34,7 +34,7 @@ def slope(
     x = np.arange(len(y)) - (len(y) - 1)/2
     return np.tensordot(x, y - y[-1], 1) / (x @ x or 1.)
 
-# %% ../../nbs/3_train/05_coba.ipynb #c10
+# %% ../../nbs/3_train/05_coba.ipynb #c13
 class CoBa:
     "Task weights from the slopes of validation losses"
     def __init__(self,
@@ -51,7 +51,7 @@ class CoBa:
         self.slopes = [] # Of the last probes: the slope of each task
         self.worst = []  # Since the warm-up: the slope of the worst task
 
-# %% ../../nbs/3_train/05_coba.ipynb #c12
+# %% ../../nbs/3_train/05_coba.ipynb #c15
 @patch
 def add_ratios(self:CoBa,
     losses:list[float|None], # Validation loss of each task; None: not measured
@@ -67,7 +67,7 @@ def add_ratios(self:CoBa,
         ratios[k] = loss/self.first[k] if self.first[k] else 1.
     self.ratios = [*self.ratios, ratios][-self.window:]
 
-# %% ../../nbs/3_train/05_coba.ipynb #c13
+# %% ../../nbs/3_train/05_coba.ipynb #c16
 @patch
 def update(self:CoBa,
     losses:list[float|None], # Validation loss of each task; None: not measured
@@ -86,7 +86,7 @@ def update(self:CoBa,
     self.weights = softmax(self.n_tasks*(df*rcs + (1 - df)*acs))
     return self.weights
 
-# %% ../../nbs/3_train/05_coba.ipynb #c19
+# %% ../../nbs/3_train/05_coba.ipynb #c20
 # Name in a checkpoint -> attribute
 STATE_NAMES = dict(looks='probes', first='first', ratios='ratios', slopes='slopes', worst='worst')
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EarlyStopping']
 
-# %% ../../nbs/3_train/09_stopping.ipynb #c4
+# %% ../../nbs/3_train/09_stopping.ipynb #c6
 import math
 from dataclasses import asdict, dataclass
 
-# %% ../../nbs/3_train/09_stopping.ipynb #c5
+# %% ../../nbs/3_train/09_stopping.ipynb #c7
 @dataclass
 class EarlyStopping:
     "Follows evaluation losses; knows the best one, and whether it is too long ago"
