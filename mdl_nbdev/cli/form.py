@@ -27,7 +27,7 @@ from ..model.plausible import find_warnings
 
 # %% ../../nbs/5_cli/07_form.ipynb #c8
 class SettingsForm:
-    "A form for the settings of a command; `settings` is what it says"
+    "A form for the settings of a command; `settings` holds the result"
     def __init__(self,
         cls:type[Settings], # A settings dataclass, such as `TrainSettings`
         **values, # Of some settings, to begin with
@@ -104,7 +104,7 @@ def yaml(self:SettingsForm)->str: # For `--config`; empty if all is left at its 
 def read_command(self:SettingsForm,
     text:str, # Such as `mdl_train --train-dataset a.csv --output runs/a`
 )->None:
-    "Fill in the form from a command line, in which wrong values become faults; `InputError` if it is none of this command"
+    "Fill in the form from a command line; wrong values become faults. `InputError` if it is not a line of this command"
     in_file, given, _ = read_args(self.cls, pasted_args(text, self.prog), self.prog)
     self.fill(dict.fromkeys(self.fields, '') | in_file | given)
 

@@ -51,7 +51,7 @@ class RowSample:
     def add(self,
         row, # A `Row` or a `Record`; its label is its answer, in a conversation the last one
     )->None:
-        "Add a row, which is kept if chance wants it"
+        "Add a row; it is kept if its random number is low enough"
         label, entry = row.prediction, (self.random.random(), row)
         if label not in self.counts: self.add_label(label)
         self.counts[label] += 1
@@ -59,7 +59,7 @@ class RowSample:
         keep_lowest(self.mixed, entry, self.per_label*self.max_labels)
 
     def add_label(self, label):
-        "Make room for a label; the one with the highest number has to leave, and will not come back"
+        "Add a label; if there are too many, the one with the highest number is dropped for good"
         self.numbers[label], self.drawn[label] = self.random.random(), []
         if len(self.drawn) <= self.max_labels: return
         last = max(self.drawn, key=self.numbers.get)
@@ -166,9 +166,9 @@ def source_paths(
 
 def source_title(
     s:DataSettings, # Of any command
-    facts:list[str], # What is to be said; empty texts are left out
+    facts:list[str], # About what is shown; empty texts are left out
 )->Html: # A `<p>` element
-    "The names of the files, and facts about what is shown of them"
+    "The names of the files, and facts about what is shown"
     names = as_html(", ".join(p.name for p in source_paths(s)))
     return Html(f'<p><b>{names}</b>: {as_html("; ".join(filter(None, facts)))}</p>')
 

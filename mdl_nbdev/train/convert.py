@@ -75,8 +75,8 @@ def record_batch(
     return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
 
 # %% ../../nbs/3_train/00_convert.ipynb #c8
-MISPLACED = ("in a whole conversation, the chat template shows earlier answers after another prompt than the model gets; "
-             "to learn such an answer, make a row that ends with it")
+MISPLACED = ("in a whole conversation, the chat template shows earlier answers after another prompt than the model "
+             "is given when it answers; to learn such an answer, make a row that ends with it")
 
 def bad_row(
     row, # A conversation, or a row of a file
@@ -299,7 +299,7 @@ def note_unlearned(
     chat:Chat, # Of the model
     rows:list[Conversation], # Of the file
 )->None:
-    "Say how many answers are not learned because the chat template shows them after another prompt than the model gets"
+    "Say how many answers are not learned, and why"
     def unlearned(c):
         answers = [i for i,m in enumerate(c.messages) if m['role']=='assistant' and m.get('learn', True)]
         if len(answers) < 2: return 0
