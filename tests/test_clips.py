@@ -135,7 +135,7 @@ def test_check_and_conversion_count_the_same_clips(tmp_path, sounds, chat):
     path = noted_table(tmp_path)
     shared = dict(input=path, base_dir=tmp_path)
     report = check(CheckSettings(**shared))
-    assert {kind: [b.line for b in rows] for kind, rows in report.notes.items()} == dict(silent=[3, 5, 6], header=[7]) and not report.bad
+    assert {kind: [b.line for b in rows] for kind, rows in report.notes.items()} == dict(silent=[3, 5, 6], header=[7], tracks=[]) and not report.bad
     assert "3 rows with a silent clip\n" in str(report) and "1 row with a clip with a wrong length in the header\n" in str(report)
     s = ConvertSettings(**shared, output=tmp_path/"out", model_name="tiny", num_workers=2)
     one, first = str(convert(s, chat)), AudioDataset(tmp_path/"out").manifest["notes"]

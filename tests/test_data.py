@@ -457,9 +457,26 @@ def test_an_encoding_that_cannot_be(tmp_path, encoding, message):
 def test_the_likely_encoding_is_named_and_reads_the_file(tmp_path, encoding):
     for name, text in {"t.csv": f'audio,prediction\na.wav,"{TEXTS[encoding]}"\n', "t.jsonl": f'{{"audio": "a.wav", "prediction": "{TEXTS[encoding]}"}}\n'}.items():
         (tmp_path/name).write_bytes(text.encode(encoding))
-        with pytest.raises(InputError, match=f"is not UTF-8; it looks like .*: read it with --encoding {encoding}, or save it as UTF-8, for example: iconv -f"): list(open_rows(tmp_path/name))
+        one, several = f"it looks like .*: read it with --encoding {encoding}, or save it as UTF-8, for example: iconv -f", f"name the encoding in which the text is right with --encoding \\(.*{encoding} reads {TEXTS[encoding]}"
+        with pytest.raises(InputError, match=f"is not UTF-8; ({one}|{several})"): list(open_rows(tmp_path/name))
         row, = open_rows(tmp_path/name, encoding=encoding)
         assert row.prediction == TEXTS[encoding]
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "shift_jis", "big5"])
+def test_a_few_bytes_fit_several_encodings(tmp_path, encoding):
+    text = {"gb18030": "你好", "shift_jis": "こんにちは", "big5": "你好嗎"}[encoding]
+    (tmp_path/"t.csv").write_bytes(f"audio,prediction\na.wav,{text}\n".encode(encoding))
+    with pytest.raises(InputError, match=f"t.csv:2: byte 0x.. in column 7 of line 2 is not UTF-8; name the encoding in which the text is right with --encoding \\(.*{encoding} reads {text}.*, or save"): list(open_rows(tmp_path/"t.csv"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark(tmp_path, encoding):
+    (tmp_path/"t.csv").write_bytes("audio,prediction\na.wav,你好，今天天气很好\n".encode(encoding))
+    name = encoding.replace("-", "_")
+    with pytest.raises(InputError, match=f"t.csv:1: NUL character in column . of line 1; it looks like UTF-16..: read it with --encoding {name}, or"): open_rows(tmp_path/"t.csv")
+    row, = open_rows(tmp_path/"t.csv", encoding=name)
+    assert row.prediction == "你好，今天天气很好"
 
 
 def test_a_wrong_encoding(tmp_path):

@@ -3,13 +3,16 @@
 Equal means the same rate, every sample within 1e-4, or within what `LOOSE` says, and a length that differs by at most what `BLOCKS` says: some
 decoders end with a whole block where others end with the recording."""
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile as sf
 
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.data.audio import decode, load_audio, open_clip
+from mdl_nbdev.data.clips import collected_notes
 from mdl_nbdev.data.media import file_contents, mp3_fault
 
 folder = Path(__file__).parent/"fixtures"/"audio"
@@ -18,12 +21,12 @@ expected = dict(np.load(folder/"expected.npz"))
 facts = dict(zip(sorted(set(expected) - {"facts"}), expected.pop("facts").tolist()))
 LOOSE = {"ima.wav": 2e-3, "opus": .1, "d_middle_no_tag.mp3": .03} # Another rounding, another decoder, and what is invented for 40 bytes of zeros
 BLOCKS = {"id3.mp3": 1152, "opus": 300, "vorbis": 160, "sox.voc": 4} # Frames at the end
-VORBIS = ("stereo.ogg", "vorbis8.ogg", "sox.ogg", "ogg_as.wav", "e_late_100.ogg")
-SHIFTED = ("opus.webm", "opus.mka", "j_webm.webm") # PyAV's FFmpeg leaves 4 ms of what the encoder needed to start
+VORBIS = ("stereo.ogg", "vorbis8.ogg", "sox.ogg", "ogg_as.wav", "tracks.ogg", "e_late_100.ogg")
+SHIFTED = ("opus.webm", "opus.mka", "tracks.mka") # PyAV's FFmpeg leaves 4 ms of what the encoder needed to start
 REFUSED = { # The others are read
     "alac.caf": "unsupported encoding", "flac_in.ogg": "not readable", "g726.wav": "Malformed 'fmt ' chunk", "h_empty.wav": "contains no sound", "h_plus_1000.wav": "truncated, its header promises",
     "h_rate_0.wav": "not readable", "h_two_data.wav": "not readable", "e_late_5000.opus": "malformed", "j_wav.wav": "not readable", "j_stereo.flac": "damaged or truncated",
-    **{f"j_{name}": "several recordings joined into one file" for name in ("cbr.mp3", "opus.ogg", "stereo.ogg")},
+    **{f"j_{name}": "several recordings joined into one file" for name in ("cbr.mp3", "opus.ogg", "stereo.ogg", "m4a.m4a", "webm.webm")},
     "d_html.mp3": "it is an HTML page", "d_json.wav": "it is JSON", "d_lfs.flac": "it is a pointer of Git LFS", "d_gzip.wav": "it is a gzip archive", "d_zip.wav": "it is a zip archive", "d_picture.wav": "it is a PNG picture",
     "d_video.mp4": "without sound", "d_zeros.wav": "not readable", "d_middle_stereo.ogg": "contains no sound|malformed|damaged",
     **{f"d_middle_{name}": "damaged|malformed|truncated" for name in ("stereo.flac", "opus.ogg", "adts.aac", "opus.webm")},
@@ -45,7 +48,7 @@ def test_as_ffmpeg_decodes_it(name, capfd):
     else:
         assert name not in REFUSED and rate == facts[name][0]
         if name in SHIFTED: x = x[len(x) - facts[name][1]:]
-        kind = "opus" if "opus" in name or name == "j_webm.webm" else "vorbis" if name in VORBIS else name
+        kind = "opus" if "opus" in name or name == "tracks.mka" else "vorbis" if name in VORBIS else name
         assert abs(len(x) - facts[name][1]) <= BLOCKS.get(kind, 0)
         ours, theirs = x[::7][:len(expected[name])], expected[name][:len(x[::7])]/32767
         assert np.abs(ours - theirs).max() < LOOSE.get(kind, 1e-4) and np.abs(ours - theirs).mean() < .03
@@ -56,6 +59,42 @@ def test_the_table():
     assert len(names) >= 60 and sum(p.stat().st_size for p in folder.iterdir()) < 900_000
     assert set(REFUSED) <= set(names) and len(set(names) - set(REFUSED)) > 60
     assert [n for n in expected if n not in facts] == []
+
+
+def length(path):
+    with open_clip(path) as f: return sum(map(len, decode(f, path, 600.)))
+
+
+@pytest.mark.parametrize("name", [n for n in names if n not in REFUSED])
+def test_a_second_recording_is_never_lost(tmp_path, name):
+    "Copies of a file, one behind the other, are refused, or all of them are read"
+    if needs_pyav(name): pytest.importorskip("av")
+    (tmp_path/name).write_bytes((folder/name).read_bytes()*4)
+    try: all_four, once = length(tmp_path/name), length(folder/name)
+    except InputError as e: assert re.search("several recordings joined|damaged|not readable|truncated", str(e))
+    else: assert all_four >= 4*once - 900
+
+
+def test_sound_that_holds_the_beginning_of_a_recording(tmp_path):
+    "Only a file that begins in the same way counts"
+    sound = np.frombuffer(b".snd\0\0\0\x20" + bytes(8) + b"\x03\0\0RIFF\0\0\0\0WAVEfmt \0\0 ftypNIST_1A\n"*100, np.int16)
+    for name in ("a.wav", "a.flac"):
+        sf.write(tmp_path/name, sound, 16000, subtype="PCM_16")
+        assert length(tmp_path/name) == len(sound)
+
+
+@pytest.mark.parametrize("name", ["tracks.mka", "tracks.m4a", "tracks.ogg"])
+def test_several_tracks_are_noted(name):
+    "The first is used, and the clip is counted"
+    if needs_pyav(name): pytest.importorskip("av")
+    path = folder/name
+    with collected_notes("t.csv:2") as notes: load_audio(path)
+    assert notes == {"tracks": [1, f"t.csv:2, {path}"]}
+
+
+def test_a_truncated_avi(tmp_path):
+    (tmp_path/"a.avi").write_bytes((folder/"pcm.avi").read_bytes()[:-500])
+    with pytest.raises(InputError, match="a.avi: truncated, it is shorter than its header promises; copy"): length(tmp_path/"a.avi")
 
 
 def test_without_pyav(monkeypatch):

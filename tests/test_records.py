@@ -23,7 +23,7 @@ from mdl_nbdev.data.jsonl import JsonlFile
 from mdl_nbdev.data.parquet import ParquetFile
 from mdl_nbdev.data.rows import to_conversation
 from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.data.sources import find_tasks, open_rows
+from mdl_nbdev.data.sources import find_tasks, note_misnamed, open_rows
 from mdl_nbdev.data.tables import CsvFile, format_row
 from mdl_nbdev.infer.run import infer
 from mdl_nbdev.model.families import load_chat
@@ -657,17 +657,19 @@ def ramp(tmp_path_factory):
 
 
 segments = {"start and end": ({"start": "0.5", "end": "1.25"}, "#t=0.5,1.25"), "offset and duration": ({"offset": ".1", "duration": "0.2"}, "#t=0.1,0.3"),
+            "onset and offset": ({"onset": "0.5", "offset": "1.25"}, "#t=0.5,1.25"), "onset": ({"onset": "0.5"}, "#t=0.5"), "start and duration": ({"start": "0.5", "duration": "0.25"}, "#t=0.5,0.75"),
             "to the end": ({"start": "1e-1"}, "#t=0.1"), "nothing is given": ({"start": "", "end": ""}, ""), "from the start": ({"start": "", "end": "1.0"}, "#t=0,1"),
             "the length of a file": ({"duration": "2.0"}, ""), "a name of its own": ({"end": "1", "duration": "x"}, "")}
 nonsense = {"text": ({"start": "early", "end": "1"}, "start is 'early'; it must be a number of seconds"), "before the clip": ({"offset": "-1", "duration": "1"}, "offset is '-1'"),
             "backwards": ({"start": "1", "end": "0.5"}, "the segment from 1 to 0.5 s is empty; correct start and end"), "empty": ({"offset": "1", "duration": "0"}, "the segment from 1 to 1 s is empty"),
-            "not a number": ({"start": "nan"}, "start is 'nan'"), "endless": ({"start": "0", "end": "inf"}, "end is 'inf'")}
+            "not a number": ({"start": "nan"}, "start is 'nan'"), "endless": ({"start": "0", "end": "inf"}, "end is 'inf'"), "digits with a line": ({"start": "1_0"}, "start is '1_0'"),
+            "Arabic digits": ({"start": "\u0661"}, "start is '\u0661'"), "an event before it begins": ({"onset": "1", "offset": "0.5"}, "the segment from 1 to 0.5 s is empty; correct onset and offset")}
 
 
 def segment_files(folder, extra):
     "A row with these cells in each kind of file; numbers where the kind has them"
     def number(v):
-        try: return float(v) if v else None
+        try: return float(v) if v and v.isascii() and "_" not in v else v or None
         except ValueError: return v
     row = {"audio": "r.wav", "prediction": "x", **extra}
     pq.write_table(pa.table({k: [v] for k, v in row.items()}), folder/"s.parquet")
@@ -685,6 +687,15 @@ def test_a_row_names_a_part_of_its_clip(tmp_path, ramp, name):
         first, _, last = part.removeprefix("#t=").partition(",")
         assert not r.bad and list(r.seconds) == pytest.approx([float(last or 2) - float(first or 0)])
         assert set(r.other) == (set() if part or name == "nothing is given" else set(extra))
+
+
+def test_columns_that_look_like_times(tmp_path, ramp, capfd):
+    "Only exact names cut a clip: AudioCaps has a `start_time` in another file"
+    path = write(tmp_path, "audio,start_time,end,prediction\nr.wav,0.5,1,x\n", "t.csv")
+    r = check(CheckSettings(input=path, base_dir=ramp, num_workers=1))
+    assert r.misnamed == {"start_time": "start"} and list(r.seconds) == [2]
+    note_misnamed(open_rows(path))
+    assert "ignored columns: start_time (did you mean start?)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", nonsense)

@@ -17,7 +17,7 @@ import numpy as np, soundfile as sf, soxr
 from ..base.errors import InputError
 from ..base.text import plural, shorten
 from .clips import local_file, note_clip, split_segment
-from .media import MediaFile, file_contents, is_chained_ogg, mp3_fault, mp3_states_length, ogg_is_complete
+from .media import MediaFile, file_contents, has_second_beginning, is_chained_ogg, mp3_fault, mp3_states_length, ogg_is_complete, ogg_tracks
 from .remote import AudioError, is_url
 
 # %% ../../nbs/1_data/03_audio.ipynb #c5
@@ -235,7 +235,11 @@ def open_other(
     src:str|Path, # What messages call it
 )->MediaFile|None: # None: libsndfile is to read it
     "Open what libsndfile does not read, and refuse what is no sound, or a damaged mp3, before it prints notes about that"
-    with open(path, 'rb') as f: kind, is_media = file_contents(f.read(200))
+    with open(path, 'rb') as f: head = f.read(200)
+    kind, is_media = file_contents(head)
+    if head[:4] != b'RIFF' and has_second_beginning(path): raise AudioError(f'{src}: {_JOINED}')
+    if kind=='AVI' and struct.unpack('<I', head[4:8])[0] + 8 > path.stat().st_size:
+        raise DamagedAudio(f'{src}: truncated, it is shorter than its header promises; copy or download it again')
     if is_media: return MediaFile(path, str(src), kind)
     if kind: raise _unreadable(src, path, f'it is {kind}')
     fault = mp3_fault(path)
@@ -274,7 +278,9 @@ def check_complete(
         raise DamagedAudio(f'{src}: truncated, its header promises {promised:,} bytes of sound and {found:,} are there; '
                          'copy or download it again')
     is_longer = f.format.startswith('WAV') and 'Exiting parser' in f.extra_info # bytes that are no chunk follow the sound
-    if found < promised or is_longer: note_clip('header', src)
+    if found < promised or is_longer:
+        if has_second_beginning(path): raise AudioError(f'{src}: {_JOINED}')
+        note_clip('header', src)
     stated, there = stated_frames(f, path)
     if there < stated:
         raise DamagedAudio(f'{src}: truncated, its header promises {stated:,} frames and {there:,} are there; copy or download it again')
@@ -358,6 +364,7 @@ def open_clip(
         try: f = files.enter_context(other) if other else open_file(path, files)
         except sf.LibsndfileError as e: raise _unreadable(src, path, e.error_string) from None
         if not other: check_complete(f, path, src)
+        if (other.tracks if other else ogg_tracks(path) if f.format=='OGG' else 1) > 1: note_clip('tracks', src)
         if not f.frames: raise AudioError(f'{src}: contains no sound (0 frames); record or export it again')
         if (part.channel_index or 0) >= f.channels:
             raise AudioError(f'{src}: it has {plural(f.channels, "channel")}, and channel {part.channel_index} is asked '

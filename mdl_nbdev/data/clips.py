@@ -85,13 +85,14 @@ def name_part(
     return f"{clip}#{'&'.join(f'{k}={v}' for k, v in sorted({**before, **fields}.items(), reverse=True))}"
 
 # %% ../../nbs/1_data/02_clips.ipynb #c13
-SEGMENTS = (("start", "end"), ("offset", "duration")) # Columns and keys that name a part of a clip, in seconds
+SEGMENTS = (("start", "end"), ("onset", "offset"), ("start", "duration"), ("onset", "duration"),
+            ("offset", "duration")) # Columns and keys that name a part of a clip, in seconds
 
 def segment_names(
     names:Iterable[str], # Of the columns or keys of a row
 )->list[str]: # Such as `["start", "end", "channel"]`
     "The names that select a part of a clip"
-    pair = next((pair for pair in SEGMENTS if pair[0] in names), ())
+    pair = max((p for p in SEGMENTS if p[0] in names), key=lambda p: p[1] in names, default=()) # the first of the complete ones
     return [name for name in (*pair, "channel") if name in names]
 
 def read_seconds(
@@ -99,7 +100,8 @@ def read_seconds(
     name:str, # What messages call it
 )->Decimal: # Exact, so that sums are
     "A time in a clip; raises `InputError` with the reason alone"
-    try: seconds = Decimal(str(value).strip())
+    text = str(value).strip()
+    try: seconds = Decimal(text if text.isascii() and "_" not in text else "NaN") # which Python would read as well
     except InvalidOperation: seconds = Decimal("NaN")
     if not seconds.is_finite() or not 0 <= seconds < 10**7:
         raise InputError(f"{name} is {shorten(repr(value), 40)}; it must be a number of seconds, as it selects a part of the clip; "
@@ -125,9 +127,10 @@ def cut_clip(
     if "channel" in given: audio = name_part(audio, channel=read_channel(given.pop("channel")))
     times = {name: read_seconds(v, name) for name, v in given.items()}
     if not times: return audio
-    start = times.get("start", times.get("offset", Decimal()))
-    end = times.get("end", (start + times["duration"]).normalize() if "duration" in times else None)
+    first, *last = [name for name in values if name != "channel"]
+    start, end = times.get(first, Decimal()), times.get(*last) if last else None
     if end is None: return name_part(audio, t=f"{start:f}")
+    if last==["duration"]: end = (start + end).normalize()
     if end <= start: raise InputError(f"the segment from {start:f} to {end:f} s is empty; correct {' and '.join(times)}")
     return name_part(audio, t=f"{start:f},{end:f}")
 
@@ -222,7 +225,8 @@ NOTES = dict(
     silent=('silent clip', '', 'nothing can be heard, as when opposite channels are mixed; '
             'listen to them, and choose another --channel or remove the rows'),
     header=('clip', ' with a wrong length in the header', 'the sound is used up to the end of the file; '
-            'if it breaks off there, record or copy the file again'))
+            'if it breaks off there, record or copy the file again'),
+    tracks=('clip', ' with several audio tracks', 'the first track is used; save the one that is meant as a file of its own'))
 _collected = ContextVar('notes', default=None)
 
 def count_notes(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ENCODINGS', 'Row', 'resolve_message', 'to_conversation', 'BadRow', 'BadRowsError', 'bad_rows_error',
-           'rows_html', 'check_path', 'file_kind', 'likely_encoding', 'open_text', 'line_fault', 'RowFile']
+           'rows_html', 'check_path', 'file_kind', 'likely_encodings', 'encoding_remedy', 'open_text', 'line_fault',
+           'RowFile']
 
 # %% ../../nbs/1_data/07_rows.ipynb #c4
-import codecs, os
+import codecs, os, re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -189,22 +190,44 @@ def file_kind(
     return Path(str(path).lower().removesuffix(".part")).suffix
 
 # %% ../../nbs/1_data/07_rows.ipynb #c26
-ENCODINGS = dict(utf_16="UTF-16", gb18030="GB18030", big5="BIG5", shift_jis="SHIFT_JIS", euc_jp="EUC-JP", euc_kr="EUC-KR",
-                 cp1252="WINDOWS-1252", cp1251="WINDOWS-1251") # Names in Python and in iconv of what tables are likely to be in
+# Names in Python and in iconv of what tables are likely to be in
+ENCODINGS = dict(utf_16="UTF-16", utf_16_le="UTF-16LE", utf_16_be="UTF-16BE", gb18030="GB18030", big5="BIG5",
+                 shift_jis="SHIFT_JIS", euc_jp="EUC-JP", euc_kr="EUC-KR", cp1252="WINDOWS-1252", cp1251="WINDOWS-1251")
 
 @lru_cache
-def likely_encoding(
+def likely_encodings(
     path:Path, # A file that is not UTF-8
-)->str: # A key of `ENCODINGS`; empty if none fits
+)->list[str]: # Keys of `ENCODINGS` that fit equally well; empty if none fits
     "Guess the encoding of a file by its first lines"
     from charset_normalizer import from_bytes
     with open(path, "rb") as f: sample = f.read(2**18)
-    if sample[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): return "utf_16"
+    if sample[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): return ["utf_16"]
+    nuls = {e: sample[i:200:2].count(0) for e, i in dict(utf_16_be=0, utf_16_le=1).items()} # half of an ASCII character
+    if not min(nuls.values()) and max(nuls.values()) > len(sample[:200])//8: return [max(nuls, key=nuls.get)]
     sample = sample.rpartition(b"\n")[0] or sample
-    try: return sample.decode() and ""
-    except UnicodeDecodeError: best = from_bytes(sample, cp_isolation=[*ENCODINGS]).best()
-    return best.encoding if best and best.encoding in ENCODINGS else ""
+    try: sample.decode()
+    except UnicodeDecodeError: found = from_bytes(sample, cp_isolation=[*ENCODINGS])
+    else: return []
+    ranks = {m.encoding: (m.chaos, -m.coherence) for m in found if m.encoding in ENCODINGS}
+    return [e for e in ENCODINGS if e in ranks and ranks[e]==min(ranks.values())]
 
+def encoding_remedy(
+    path:Path|None, # A file that is not what it was read as; None: unknown
+    encoding:str, # What that was
+    line:bytes, # One of its lines, with characters that are not ASCII
+)->str: # What to do
+    "Which encoding to try"
+    fits = [e for e in likely_encodings(path) if e != encoding] if path else []
+    if len(fits) > 1:
+        texts = {e: re.search(r"[^\0-\x7f][^\0-\x1f\x21-\x7f]{0,11}|$", line.decode(e, "ignore"))[0].strip() for e in fits}
+        choice = ", ".join(f"{e} reads {text}" for e, text in texts.items() if text.isprintable())
+        return f"name the encoding in which the text is right with --encoding ({choice}), or save the file as UTF-8"
+    if not fits: return "save the file as UTF-8, or name its encoding with --encoding"
+    name = ENCODINGS[fits[0]]
+    return (f"it looks like {name}: read it with --encoding {fits[0]}, or save it as UTF-8, "
+            f"for example: iconv -f {name} -t UTF-8 OLD > NEW")
+
+# %% ../../nbs/1_data/07_rows.ipynb #openText
 @contextmanager
 def open_text(
     path:str|Path, # A file of rows
@@ -235,12 +258,11 @@ def line_fault(
     try: line.encode()
     except UnicodeEncodeError as e:
         byte = ord(line[e.start]) - 0xdc00
-        what = f"byte 0x{byte:02x} in column {e.start+1} of line {number} is not {encoding.upper()}"
-        likely = likely_encoding(path) if path else ""
-        if not likely or likely==encoding: return f"{what}; save the file as UTF-8, or name its encoding with --encoding"
-        return (f"{what}; it looks like {ENCODINGS[likely]}: read it with --encoding {likely}, or save it as UTF-8, "
-                f"for example: iconv -f {ENCODINGS[likely]} -t UTF-8 OLD > NEW")
+        remedy = encoding_remedy(path, encoding, line.encode(encoding, "surrogateescape"))
+        return f"byte 0x{byte:02x} in column {e.start+1} of line {number} is not {encoding.upper()}; {remedy}"
     if nul < 0: return None
+    if path and likely_encodings(path)[:1] in (["utf_16_le"], ["utf_16_be"]):
+        return f"NUL character in column {nul+1} of line {number}; {encoding_remedy(path, encoding, b'')}"
     return f"NUL character in column {nul+1} of line {number}; the file is damaged or not text: write it again"
 
 # %% ../../nbs/1_data/07_rows.ipynb #c31
@@ -271,7 +293,7 @@ class RowFile:
         return [*(name for name in self.columns if name not in meant), *self.left_out]
 
     def misnamed(self)->dict[str,str]: # Ignored column -> the column it may be meant as
-        "Ignored columns that look like prompts; records have many names for a prompt, tables have one"
+        "Ignored columns that look like prompts, or like times in the clip; records have many names for a prompt, tables have one"
         return {}
 
     def preview(self)->list[list]: # A head, then the first five rows

@@ -20,7 +20,7 @@ from .tables import CsvFile
 def note_misnamed(
     f:RowFile, # Rows that are going to be used
 )->None:
-    "Say which ignored columns may be meant as prompts, or are not copied"
+    "Say which ignored columns may be meant as prompts or as times in the clip, or are not copied"
     names = [f"{name} (did you mean {meant}?)" for name, meant in f.misnamed().items()]
     found = ', '.join([*names, *(f"{name} (binary data)" for name in f.left_out)])
     if found: print(f"{f.path}: ignored columns: {found}", file=sys.stderr, flush=True)

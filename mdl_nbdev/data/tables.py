@@ -58,7 +58,8 @@ class TableFile(RowFile):
 
     def misnamed(self):
         meant = {c: OTHER_COLUMN_NAMES.get(c.strip().lower()) for c in self.columns if c not in COLUMNS}
-        return {c: name for c, name in meant.items() if name in COLUMNS[1:3] and name not in self.columns}
+        names = (*COLUMNS[1:3], *(("start", "end") if "audio" in self.columns else ()))
+        return {c: name for c, name in meant.items() if name in names and name not in self.columns}
 
     def preview(self):
         rows = [[r.line, *(shorten(c, 80) for c in r.cells)] for r in self.first_rows()]
@@ -218,7 +219,8 @@ def format_row(
 OTHER_COLUMN_NAMES = dict(path="audio", file="audio", filename="audio", file_name="audio", wav="audio",
     prompt="user_prompt", question="user_prompt", instruction="user_prompt", query="user_prompt", input="user_prompt",
     text="user_prompt", system="system_prompt", answer="prediction", response="prediction", output="prediction",
-    label="prediction", caption="prediction", transcript="prediction") # What else people call our columns
+    label="prediction", caption="prediction", transcript="prediction",
+    start_time="start", begin="start", end_time="end", stop="end") # What else people call our columns
 
 def is_text_table(
     columns:list[str], # Names of the columns
