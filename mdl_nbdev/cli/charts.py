@@ -223,7 +223,7 @@ def draw_hover(
     axes:Axes, # The area
     form:str, # How to write values
 )->str: # An SVG element
-    "What shows the values at the steps under the pointer"
+    "Invisible columns that show their values when the pointer is over them"
     length = max(len(line.curve.buckets) for line in lines)
     pixels = FINE if length <= 100 else COARSE
     found, out = columns(lines, lambda step: axes.x(step)/pixels), []

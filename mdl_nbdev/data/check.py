@@ -125,7 +125,7 @@ def summary(self:CheckReport)->list[str]: # Lines
 # %% ../../nbs/1_data/14_check.ipynb #c14
 @patch
 def histograms(self:CheckReport)->dict[str,list]: # Title -> names and counts
-    "What can be counted; transcripts, which mostly differ, have no histogram"
+    "What can be counted; transcripts mostly differ, so they have no histogram"
     turns = {plural(n, "turn") if n else "text":rows for n, rows in sorted(self.turns.items())}
     has_turns = bool(set(self.turns) - {1})
     are_labels = len(self.labels) <= max(20, self.labels.total()/2)

@@ -36,7 +36,7 @@ class DryRun:
     rows:str # The training data, one line for each task
     first:list[LabelView] # Rows of the first batch
     batch:Batch # The longest one
-    memory:MemoryEstimate|str # What it needs, or why there is no estimate
+    memory:MemoryEstimate|str # What that batch needs, or why there is no estimate
 
     def longest(self)->str:
         "The longest batch in a line"
@@ -60,7 +60,7 @@ def dry_run(
     chat:Chat, # Of the model
     most:int=3, # Maximum rows of the first batch to show
 )->DryRun: # Shows itself
-    "What would happen if this trainer trained"
+    "What this trainer would do"
     ds = trainer.train_dataset
     first_batch = next(iter(trainer.sampler(ds, trainer.s.batch_size)))
     rows = np.hstack(first_batch.rows)
