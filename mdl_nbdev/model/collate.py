@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DESCRIPTIONS', 'SAMPLE_COLOURS', 'pad_tokens', 'Collator', 'batch_of_arrays', 'Batch', 'sample_strip']
 
-# %% ../../nbs/2_model/05_collate.ipynb #c4
+# %% ../../nbs/2_model/05_collate.ipynb #c6
 import numpy as np
 from fastcore.basics import patch
 from ..base.text import plural
 from .chat import Example
 from .family import Family
 
-# %% ../../nbs/2_model/05_collate.ipynb #c6
+# %% ../../nbs/2_model/05_collate.ipynb #c8
 def pad_tokens(
     rows:list[list], # `Example`s of each row; several where samples are packed
     pad_id:int, # Token that fills the rest of a row
@@ -33,7 +33,7 @@ def pad_tokens(
         position[i,at:] = np.arange(shape[1]-at)
     return dict(input_ids=ids, labels=labels, sample=sample, position_ids=position)
 
-# %% ../../nbs/2_model/05_collate.ipynb #c7
+# %% ../../nbs/2_model/05_collate.ipynb #c9
 class Collator:
     "Turns examples into a padded batch; a list of examples among them is one packed row"
     def __init__(self,
@@ -60,7 +60,7 @@ class Collator:
         arrays |= dict(task=np.array([e.task_id for e in examples], np.int64), n_samples=np.array([len(c) for c in clips], np.int64))
         return Batch({k:torch.from_numpy(v) for k,v in arrays.items()}, self.family.sample_rate)
 
-# %% ../../nbs/2_model/05_collate.ipynb #c9
+# %% ../../nbs/2_model/05_collate.ipynb #c11
 DESCRIPTIONS = ('sample', 'task', 'n_samples') # Tensors of a batch that describe it and are not for the model
 SAMPLE_COLOURS = [('#b7e4c7', '#2d6a4f'), ('#bfdbfe', '#1d4ed8'), ('#fde68a', '#b45309'),
     ('#fbcfe8', '#be185d'), ('#ddd6fe', '#6d28d9'), ('#a5f3fc', '#0e7490')] # Without and with loss
@@ -73,7 +73,7 @@ def batch_of_arrays(
     import torch
     return Batch({k:torch.from_numpy(v) for k,v in arrays.items()}, sample_rate)
 
-# %% ../../nbs/2_model/05_collate.ipynb #c10
+# %% ../../nbs/2_model/05_collate.ipynb #c12
 class Batch(dict):
     """Tensors by name: the model's arguments, and three that describe the batch.
 
@@ -105,7 +105,7 @@ class Batch(dict):
         "The same batch in memory from which copying to a GPU is fast"
         return Batch({k:v.pin_memory() for k,v in self.items()}, self.sample_rate)
 
-# %% ../../nbs/2_model/05_collate.ipynb #c11
+# %% ../../nbs/2_model/05_collate.ipynb #c13
 @patch
 def __repr__(self:Batch):
     rows, tokens = self['sample'].shape

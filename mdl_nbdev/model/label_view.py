@@ -6,7 +6,7 @@
 __all__ = ['TOKEN_STYLES', 'MAX_SPANS', 'whole_characters', 'token_groups', 'LabelView', 'token_html', 'legend_html',
            'batch_html', 'draw_conversations', 'show_batch']
 
-# %% ../../nbs/2_model/20_label_view.ipynb #c4
+# %% ../../nbs/2_model/20_label_view.ipynb #c5
 import random
 from dataclasses import replace
 from itertools import count, groupby
@@ -24,7 +24,7 @@ from .chat import Chat, Example
 from .families import load_chat
 from .tokenizers import chat_of
 
-# %% ../../nbs/2_model/20_label_view.ipynb #c6
+# %% ../../nbs/2_model/20_label_view.ipynb #c7
 def whole_characters(
     chat:Chat, # The chat that made the tokens
     ids:list[int], # Token ids
@@ -53,7 +53,7 @@ def token_groups(
         if k=='clip': yield k, f'<audio × {len(ids)}>', ids
         else: yield from ((k, *c) for c in whole_characters(chat, ids))
 
-# %% ../../nbs/2_model/20_label_view.ipynb #c7
+# %% ../../nbs/2_model/20_label_view.ipynb #c8
 class LabelView:
     "An example for a reader: coloured tokens in a notebook; in a terminal, what carries loss stands in ⟦ ⟧"
     def __init__(self,
@@ -74,7 +74,7 @@ class LabelView:
         return ''.join(shown).rstrip('\n') + f'\n{self.counts}'
     __repr__ = __str__
 
-# %% ../../nbs/2_model/20_label_view.ipynb #c8
+# %% ../../nbs/2_model/20_label_view.ipynb #c9
 TOKEN_STYLES = {'loss':'background:#b7e4c7;color:#111', 'control':'background:#e5e7eb;color:#555',
     'clip':'background:#fde68a;color:#111', 'plain':''} # CSS of each kind of token
 
@@ -115,7 +115,7 @@ def _repr_html_(self:LabelView):
     facts = f'<small>{self.counts} &emsp; {legend_html(bool(clips))}</small>'
     return f'<div>{players}{self.tokens_html()}{facts}</div>'
 
-# %% ../../nbs/2_model/20_label_view.ipynb #c14
+# %% ../../nbs/2_model/20_label_view.ipynb #c15
 @patch
 def sound_cards(self:LabelView,
     seconds:float, # How much of each clip can be played
@@ -140,7 +140,7 @@ def batch_html(
         rows.append(f'<div style="border-top:1px solid rgba(128,128,128,.4);padding:6px 0">{parts}</div>')
     return html_box(Html(f'<p><small>{legend_html(n_clips > 0)}</small></p>{"".join(rows)}'))
 
-# %% ../../nbs/2_model/20_label_view.ipynb #c16
+# %% ../../nbs/2_model/20_label_view.ipynb #c17
 def draw_conversations(
     s:ConvertSettings, # What is read, and how; or other settings with the same options
     n:int, # How many rows

@@ -8,7 +8,7 @@ __all__ = ['SAMPLE_RATE', 'MIN_SAMPLES', 'n_audio_tokens', 'MiDashengAudioConfig
            'LayerScale', 'FeedForward', 'MiDashengAudioBlock', 'embed_patches', 'used_rows', 'ChunkEmbedding',
            'MiDashengAudioEncoder', 'MiDashengAudioProjector']
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c4
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c6
 from functools import lru_cache
 from typing import NamedTuple
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c6
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c8
 SAMPLE_RATE = 16_000
 MIN_SAMPLES = 3_200
 
@@ -30,7 +30,7 @@ def n_audio_tokens(
     patches = frames // 4
     return patches // 5
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c9
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c11
 class MiDashengAudioConfig(PreTrainedConfig):
     "Shape of the audio encoder; the defaults are those of the 7B model"
     model_type = "midashenglm_dasheng_encoder"
@@ -45,7 +45,7 @@ class MiDashengAudioConfig(PreTrainedConfig):
         for name, value in self.defaults.items(): setattr(self, name, kwargs.pop(name, value))
         super().__init__(**kwargs)
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c11
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c13
 @lru_cache(16)
 def mel_constants(
     n_fft:int, # Samples of a Fourier transform
@@ -62,7 +62,7 @@ def mel_constants(
         window = torch.hann_window(win_length, dtype=torch.float32, device=device)
         return window, torch.as_tensor(filters.T.copy(), dtype=torch.float32, device=device)
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c14
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c16
 def reflect_ends(
     waveform:torch.Tensor, # [clips, samples]; what lies beyond a clip's length is ignored
     n_samples:torch.Tensor, # [clips] length of each clip, longer than `pad`
@@ -75,7 +75,7 @@ def reflect_ends(
     extended = F.pad(torch.cat([left, waveform], 1), (0, pad))
     return extended.scatter(1, n_samples[:, None] + pad + step, right)
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c17
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c19
 def log_mel(
     waveform:torch.Tensor, # [clips, samples] in [-1, 1], any floating type
     n_samples:torch.Tensor, # [clips] length of each clip, on the waveform's device
@@ -94,7 +94,7 @@ def log_mel(
         loudest = decibels.masked_fill(~in_clip[:, None], -float("inf")).amax((1, 2), keepdim=True)
         return decibels.maximum(loudest - 120)
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c21
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c23
 class FrozenBatchNorm(nn.BatchNorm2d):
     "BatchNorm that always uses its running statistics, in float32"
     def train(self, mode=True): return super().train(False)
@@ -104,7 +104,7 @@ class FrozenBatchNorm(nn.BatchNorm2d):
         with torch.autocast(x.device.type, enabled=False):
             return F.batch_norm(x.float(), mean, var, weight, bias, False, 0., self.eps)
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c24
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c26
 class PatchEmbedding(nn.Module):
     "One vector for each patch of 64 bands by 4 frames"
     def __init__(self,
@@ -115,7 +115,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x): return self.proj(x.to(self.proj.weight.dtype))  # [n, 1, 64, 4L] -> [n, D, 1, L]
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c26
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c28
 class ChunkPlan(NamedTuple):
     "The chunks of a batch, one entry per chunk, in the order of the clips"
     clip: torch.Tensor # Clip that it belongs to
@@ -139,7 +139,7 @@ def plan_chunks(
     return ChunkPlan(clip, chunk, width=(patches[clip] - start).clamp(max=span),
                      keys=(n_samples[clip]//640 - start).clamp(1, span), used=(used[clip] - start).clamp(max=span))
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c29
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c31
 def group_by_width(
     plan:ChunkPlan, # From `plan_chunks`
     span:int=252, # Patches in a full chunk
@@ -148,7 +148,7 @@ def group_by_width(
     group = torch.where(plan.keys == span, 0, 1 + (plan.width - 1)//64)
     return [(group == g).nonzero().squeeze(1) for g in group.unique()]
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c32
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c34
 class ChunkAttention(nn.Module):
     "Self-attention within chunks"
     def __init__(self,
@@ -171,7 +171,7 @@ class ChunkAttention(nn.Module):
             outputs.append(out.transpose(1, 2).reshape(chunks*patches, -1))
         return self.proj_drop(self.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs)))
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c34
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c36
 class LayerScale(nn.Module):
     "Scale each feature by a learned factor"
     def __init__(self,
@@ -197,7 +197,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x): return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c35
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c37
 class MiDashengAudioBlock(GradientCheckpointingLayer):
     "One transformer block of the audio encoder"
     def __init__(self,
@@ -216,7 +216,7 @@ class MiDashengAudioBlock(GradientCheckpointingLayer):
         x = x + self.ls1(self.attn(self.norm1(x), layout))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c37
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c39
 def embed_patches(
     spectra:list[torch.Tensor], # For each group [chunks, mels, frames]
     norm:nn.Module, # `FrozenBatchNorm`
@@ -229,7 +229,7 @@ def embed_patches(
     groups = row.split([chunks*patches for chunks, patches in shapes], 1)
     return [g.unflatten(1, shape).transpose(0, 1)[:, :, None] for g, shape in zip(groups, shapes)]
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c38
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c40
 def used_rows(
     first_row:torch.Tensor, # [chunks] row of each chunk's first patch in the flat matrix
     used:torch.Tensor, # [chunks] patches of each chunk that are used
@@ -238,7 +238,7 @@ def used_rows(
     before = used.cumsum(0) - used
     return torch.arange(int(used.sum())) + (first_row - before).repeat_interleave(used)
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c42
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c44
 class ChunkEmbedding(nn.Module):
     "Spectrograms to the flat matrix of patches"
     def __init__(self,
@@ -272,7 +272,7 @@ class ChunkEmbedding(nn.Module):
             n_rows += width*len(g)
         return self.pos_drop(torch.cat(parts)), layout, used_rows(first_row, plan.used)
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c44
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c46
 class MiDashengAudioEncoder(ChunkEmbedding):
     "Waveforms to one vector per patch"
     def __init__(self,
@@ -297,7 +297,7 @@ class MiDashengAudioEncoder(ChunkEmbedding):
         for block in self.blocks: x = block(x, layout)
         return self.norm(x.index_select(0, rows.to(x.device)))
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c48
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c50
 class MiDashengAudioProjector(nn.Module):
     "Fold `k` patches into one vector of the decoder's size"
     def __init__(self,

@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'is_linear', 'fused_layers', 'linear_layers', 'embedding_lay
            'chosen_parts', 'parameter_parts', 'is_quantized', 'check_full_tuning', 'train_in_full', 'unreached_weights',
            'Trainable', 'optimizer_groups', 'trainable_state', 'load_trainable_state']
 
-# %% ../../nbs/2_model/31_targets.ipynb #c4
+# %% ../../nbs/2_model/31_targets.ipynb #c5
 import re
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ..base.options import option, options_where
 from ..base.settings import TuneSettings
 from .families import family_of
 
-# %% ../../nbs/2_model/31_targets.ipynb #c6
+# %% ../../nbs/2_model/31_targets.ipynb #c7
 PARTS = ('encoder', 'projector', 'decoder') # `embed_tokens` and `lm_head` are looked up apart
 
 def is_linear(
@@ -50,7 +50,7 @@ def linear_layers(
         if is_linear(m) and m not in others: parts.setdefault(family.part_of(name), []).append(name)
     return parts
 
-# %% ../../nbs/2_model/31_targets.ipynb #c10
+# %% ../../nbs/2_model/31_targets.ipynb #c11
 def embedding_layers(
     model:nn.Module, # Any causal language model
 )->dict[str, str]: # Full name -> `embed_tokens` or `lm_head`
@@ -84,7 +84,7 @@ def chosen_embeddings(
     chosen = {'embed_tokens', 'lm_head'} & set(train_target)
     return {'embed_tokens'} if chosen and is_tied(model) else chosen
 
-# %% ../../nbs/2_model/31_targets.ipynb #c13
+# %% ../../nbs/2_model/31_targets.ipynb #c14
 def chosen_parts(
     model:nn.Module, # Any causal language model
     train_target:list[str], # `--train-target`
@@ -106,7 +106,7 @@ def parameter_parts(
         return inside[0] if inside else family.part_of(name)
     return {name: part(name) for name, _ in model.named_parameters()}
 
-# %% ../../nbs/2_model/31_targets.ipynb #c16
+# %% ../../nbs/2_model/31_targets.ipynb #c17
 def is_quantized(
     model:nn.Module, # Any model of transformers
 )->bool: # Whether they are
@@ -144,7 +144,7 @@ def train_in_full(
         if p.requires_grad: p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
     return model
 
-# %% ../../nbs/2_model/31_targets.ipynb #c20
+# %% ../../nbs/2_model/31_targets.ipynb #c21
 def unreached_weights(
     model:nn.Module, # With adapters
 )->dict[str, int]: # Names, with * for numbers -> parameters
@@ -158,7 +158,7 @@ def unreached_weights(
             found[pattern] = found.get(pattern, 0) + p.numel()
     return found
 
-# %% ../../nbs/2_model/31_targets.ipynb #c21
+# %% ../../nbs/2_model/31_targets.ipynb #c22
 class Trainable:
     "What is trained in each part of a model"
     def __init__(self,
@@ -194,7 +194,7 @@ class Trainable:
                  for part, (layers, trained, size) in rows]
         return html_table(cells, ['part', 'adapted layers', 'trainable', 'parameters', 'share'])
 
-# %% ../../nbs/2_model/31_targets.ipynb #c24
+# %% ../../nbs/2_model/31_targets.ipynb #c25
 _not_decayed = re.compile(r'bias$|norm|ln_|gamma|magnitude')
 
 def optimizer_groups(
@@ -213,7 +213,7 @@ def optimizer_groups(
         groups.setdefault((rate, decay), []).append(p)
     return [dict(params=ps, lr=rate, weight_decay=decay) for (rate, decay), ps in groups.items()]
 
-# %% ../../nbs/2_model/31_targets.ipynb #c27
+# %% ../../nbs/2_model/31_targets.ipynb #c28
 def trainable_state(
     model:nn.Module, # From `adapt`
 )->dict[str, torch.Tensor]: # The model's own tensors, not copies

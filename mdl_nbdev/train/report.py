@@ -6,7 +6,7 @@
 __all__ = ['CARD', 'TrainReport', 'code_span', 'as_markdown', 'fenced_code', 'markdown_table', 'use_command', 'prompt_table',
            'dataset_rows', 'model_card']
 
-# %% ../../nbs/3_train/19_report.ipynb #c3
+# %% ../../nbs/3_train/19_report.ipynb #c5
 import json, re, shlex, signal
 from dataclasses import dataclass, field
 from html import escape
@@ -18,7 +18,7 @@ from ..base.settings import TrainSettings
 from ..base.text import format_duration, one_line, plural, shorten
 from ..model.prompts import MOST_COUNTED, PROMPTS_FILE, TrainingPrompts
 
-# %% ../../nbs/3_train/19_report.ipynb #c5
+# %% ../../nbs/3_train/19_report.ipynb #c7
 @dataclass(repr=False)
 class TrainReport:
     "What a run did, and where its results are"
@@ -58,7 +58,7 @@ class TrainReport:
         "The evaluation loss of the model in `final/`"
         return self.last('eval_loss', self.final_step)
 
-# %% ../../nbs/3_train/19_report.ipynb #c6
+# %% ../../nbs/3_train/19_report.ipynb #c8
 @patch
 def figures(self:TrainReport)->list[tuple[str, float]]:
     "The losses that are known, by name"
@@ -77,7 +77,7 @@ def __str__(self:TrainReport):
 @patch
 def __repr__(self:TrainReport): return str(self)
 
-# %% ../../nbs/3_train/19_report.ipynb #c7
+# %% ../../nbs/3_train/19_report.ipynb #c9
 @patch
 def plot(self:TrainReport,
     ax, # Matplotlib axes to draw on
@@ -106,7 +106,7 @@ def _repr_png_(self:TrainReport):
     self.figure().savefig(image, dpi=80)
     return image.getvalue()
 
-# %% ../../nbs/3_train/19_report.ipynb #c10
+# %% ../../nbs/3_train/19_report.ipynb #c12
 CARD = """---
 library_name: transformers
 base_model: {yaml_base}
@@ -138,7 +138,7 @@ Fine-tuned from {base} {how} by [mdl_nbdev](https://github.com/mdl-nbdev/mdl_nbd
 {settings}
 """
 
-# %% ../../nbs/3_train/19_report.ipynb #c11
+# %% ../../nbs/3_train/19_report.ipynb #c13
 def code_span(
     text:str, # Such as the name of a model, or a setting
 )->str: # Markdown for a line or a cell
@@ -167,7 +167,7 @@ def markdown_table(
     "A table"
     return '\n'.join(f"| {' | '.join(map(str, cells))} |" for cells in [head, ['---']*len(head), *rows])
 
-# %% ../../nbs/3_train/19_report.ipynb #c13
+# %% ../../nbs/3_train/19_report.ipynb #c15
 def use_command(
     s:TrainSettings, # The run's settings
     prompts:TrainingPrompts|None, # From `Mix.prompts`
@@ -199,7 +199,7 @@ def prompt_table(
             'if there are several, give each row its own in the column `system_prompt` or `user_prompt`.')
     return f"{markdown_table(rows, ('', 'prompt', 'share'))}\n\n{note}"
 
-# %% ../../nbs/3_train/19_report.ipynb #c15
+# %% ../../nbs/3_train/19_report.ipynb #c17
 def dataset_rows(
     datasets:dict, # `Mix`es by name, such as `training`
 )->list[tuple]: # What it is used for, name of the dataset, task, rows, audio, tokens
@@ -217,7 +217,7 @@ def dataset_rows(
                 if size['rows']: out.append((use, shown(name), shown(task), *sizes))
     return out
 
-# %% ../../nbs/3_train/19_report.ipynb #c17
+# %% ../../nbs/3_train/19_report.ipynb #c19
 def model_card(
     s:TrainSettings, # The run's settings
     report:TrainReport, # What came of it
