@@ -29,7 +29,7 @@ from mdl_nbdev.train import dataset
 from mdl_nbdev.train.convert import conversion_key, convert, finished_shard, plan_shards, record_batch, row_schema
 from mdl_nbdev.train.dataset import AudioDataset, open_dataset
 from mdl_nbdev.train.mix import BatchRows, Mix, describe_conversions, limit_length, open_mix, split
-from mdl_nbdev.train.run import open_datasets
+from mdl_nbdev.train.prepare import open_datasets
 
 CHAT = load_chat("tiny")
 TOK = CHAT.tok

@@ -14,7 +14,8 @@ from mdl_nbdev.base.settings import TrainSettings
 from mdl_nbdev.model.load import load_model
 from mdl_nbdev.model.save import load_adapter, merge
 from mdl_nbdev.train.loop import FlooredSchedule
-from mdl_nbdev.train.run import check_settings, train
+from mdl_nbdev.train.prepare import check_settings
+from mdl_nbdev.train.run import train
 
 ROLE = "<|role_start|>{}<|role_end|>"
 

@@ -1,10 +1,15 @@
 "Training runs: exact losses, what is trained and what is not, resuming, and what a run leaves behind"
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -13,6 +18,7 @@ from transformers import Trainer
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings, TrainSettings, TuneSettings
+from mdl_nbdev.base.status import RunStatus
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.collate import Collator
@@ -20,11 +26,12 @@ from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.load import load_model
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
 from mdl_nbdev.model.save import load_adapter, merge
-from mdl_nbdev.train import run as run_module
+from mdl_nbdev.train import fit as fit_module
 from mdl_nbdev.train.callbacks import read_metrics
 from mdl_nbdev.train.convert import convert
 from mdl_nbdev.train.dataset import AudioDataset
 from mdl_nbdev.train.loop import TaskTrainer
+from mdl_nbdev.train.prepare import open_mixes
 from mdl_nbdev.train.run import train
 
 TOK = tiny_tokenizer()
@@ -41,7 +48,7 @@ def settings(csv, out, **kw):
     return TrainSettings(**dict(train_dataset=csv, base_dir=csv.parent, output=out, model_name="tiny", lr=2e-3, batch_size=8, logging_steps=1, lora_rank=8) | kw)
 
 
-def rows_of(s): return run_module.open_mixes(s, load_chat("tiny"))[0]
+def rows_of(s): return open_mixes(s, load_chat("tiny"))[0]
 
 
 def losses(metrics): return [(m["step"], m["loss"], m["grad_norm"]) for m in metrics if "loss" in m]
@@ -178,12 +185,42 @@ def test_early_stopping_on_the_very_last_step(csv, tmp_path, monkeypatch):
     assert all(torch.equal(merged[k], final[k]) for k in merged)
 
 
-def test_gradients_keep_their_own_timeout(csv, tmp_path, monkeypatch):
+def test_gradients_keep_their_own_timeout(monkeypatch):
     "Ranks wait for the main process in a group of their own; the group that carries gradients has torch's timeout"
     asked = []
-    monkeypatch.setattr(run_module, "PartialState", lambda **kwargs: asked.append(kwargs))
-    with pytest.raises(InputError, match="nowhere"): train(settings(csv.parent / "nowhere.csv", tmp_path / "r"))
+    monkeypatch.setattr(fit_module, "PartialState", lambda **kwargs: asked.append(kwargs))
+    fit_module.join_processes()
     assert [set(kwargs) for kwargs in asked] == [{"cpu"}]
+
+
+def test_rows_are_converted_before_torch_is_imported(csv, tmp_path):
+    "A bad row is reported at once, and a dashboard shows the conversion in its first seconds"
+    rows = tmp_path / "rows.csv"
+    soundfile.write(tmp_path / "nan.wav", np.full(16000, np.nan, np.float32), 16000, "FLOAT")
+    rows.write_text(csv.read_text() + f"{tmp_path / 'nan.wav'},x\n")
+    code = f"""import sys
+from mdl_nbdev import InputError, TrainSettings, start_training
+from mdl_nbdev.base.status import read_status
+run = start_training(TrainSettings(train_dataset={str(rows)!r}, base_dir={str(csv.parent)!r}, output={str(tmp_path / "run")!r}, model_name='tiny'))
+try: run.wait()
+except InputError as e: print(e.rows[0].line, read_status(run.s.output)['during'], *{{'torch', 'peft', 'pandas'}} & set(sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | dict(MDL_CACHE=str(tmp_path / "cache")))
+    assert done.stdout == "26 converting\n"
+
+
+def test_phases_of_a_run(csv, tmp_path, monkeypatch):
+    phases, set_ = [], RunStatus.set
+    monkeypatch.setattr(RunStatus, "set", lambda self, phase, **facts: phases.append(phase) or set_(self, phase, **facts))
+    monkeypatch.setenv("MDL_CACHE", str(tmp_path / "cache"))
+    train(settings(csv, tmp_path / "run", max_steps=1))
+    assert phases == ["starting", "converting", "importing", "loading", "training", "saving", "saving", "finished"]
+
+
+@pytest.mark.parametrize("wrong", [dict(model_name="./nothing"), dict(adapter="nothing"), dict(lr_scheduler_type="nothing"), dict(report_to="nothing")])
+def test_nothing_is_converted_for_wrong_settings(wrong, csv, tmp_path, monkeypatch):
+    monkeypatch.setenv("MDL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="nothing"): train(settings(csv, tmp_path / "run", **wrong))
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
 
 
 def test_operations_are_those_that_transformers_counts():

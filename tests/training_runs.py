@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver") # forks of a process that has imported everything: a run starts in a second
-context.set_forkserver_preload(["mdl_nbdev.train.run", "mdl_nbdev.infer.run"])
+context.set_forkserver_preload(["mdl_nbdev.train.fit", "mdl_nbdev.infer.run"])
 
 
 def _run(command, argv, log, folder, env, prepare):

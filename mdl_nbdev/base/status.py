@@ -33,7 +33,7 @@ class RunStatus:
         self.set('starting')
 
     def set(self,
-        phase:str, # `starting`, `converting`, `loading`, `training`, `evaluating`, `saving`, `finished`, `stopped` or `failed`
+        phase:str, # `starting`, `converting`, `importing`, `loading`, `training`, `evaluating`, `saving`, `finished`, `stopped` or `failed`
         **facts, # What else is known, such as `done` and `total`, or a `reason`
     )->None:
         "Say what the run is doing from now on"

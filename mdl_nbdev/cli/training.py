@@ -23,6 +23,11 @@ class TrainFeed:
     ):
         self.run, self.view = run, run.view
 
+    def __getattr__(self, name):
+        "Do nothing at events without a method of their own"
+        if name.startswith('on_'): return lambda *args, **kwargs: None
+        raise AttributeError(name)
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.view.safely(self.view.begin, state.max_steps, state.global_step, state.log_history)
 
@@ -83,12 +88,9 @@ class TrainRun(Run):
         "Train; the report says that you stopped the run, if you did"
         self.begun = time.time() - .01 # file times are rounded
         self.view.phase = 'starting'
-        if 'torch' not in sys.modules: self.view.note('importing torch and transformers')
         keep_freed_memory()
-        from transformers import TrainerCallback
         from mdl_nbdev.train.run import train
-        class Feed(TrainFeed, TrainerCallback): "With the events that need no answer"
-        report = train(self.s, [Feed(self), *self.callbacks])
+        report = train(self.s, [TrainFeed(self), *self.callbacks])
         if self.stop_wanted.is_set() and not report.whole: report.stopped = 'you'
         return report
 

@@ -85,7 +85,7 @@ class Pace:
         return f'{elapsed}, {format_clock((total-self.now[0])/self.rate)} left'
 
 # %% ../../nbs/5_cli/01_view.ipynb #c15
-BUSY = ('running', 'converting', 'loading', 'training', 'evaluating', 'saving')
+BUSY = ('running', 'converting', 'importing', 'loading', 'training', 'evaluating', 'saving')
 PHASES = dict.fromkeys(BUSY, BLUE) | {'starting':INK, 'stopping':ORANGE, 'stopped':ORANGE, 'finished':GREEN,
           'failed':RED, 'no longer running':RED} # What a run may be doing, and its colour
 

@@ -106,6 +106,7 @@ def progress(self:TrainView)->tuple[str, float]: # In words, and between 0 and 1
     "How far the run is"
     s, step = self.status, self.pace.now[0] if self.pace.now else 0
     text, share = (self.steps_text(), step/self.steps if self.steps else 0) if self.pace.now else ('', 0)
+    if self.phase=='importing': return 'torch and transformers', 0
     if self.phase=='converting': return f"{s['done']:,} of {s['total']:,} rows", s['done']/s['total']
     if self.phase=='evaluating' and s.get('total'): text += f" · batch {s['done']:,} of {s['total']:,}"
     if self.phase=='no longer running':

@@ -390,8 +390,8 @@ def convert(
                 shards.append(shard)
                 bar.update(shard.rows)
                 at(bar.n)
-        bad = sorted(row for shard in shards for row in shard.bad)
-        if bad: raise bad_rows_error(bad)
+            bad = sorted(row for shard in shards for row in shard.bad)
+            if bad: raise bad_rows_error(bad)
         write_small_files(s, chat, part, shards)
         with writing(out, 'folder'):
             if out.exists(): shutil.rmtree(out)

@@ -25,8 +25,9 @@ from ..model.load import eval_mode
 from .batches import StepSampler
 from .coba import CoBa
 from .losses import labelled_positions, loss_weights, weighted_losses
+from .prepare import FOLLOWING
 from .resume import SavedState
-from .schedule import FOLLOWING, FlooredSchedule
+from .schedule import FlooredSchedule
 from .stopping import EarlyStopping
 
 # %% ../../nbs/3_train/14_loop.ipynb #c6
