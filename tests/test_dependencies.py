@@ -10,7 +10,8 @@ import pytest
 root = Path(__file__).parent.parent
 settings = (root/"settings.ini").read_text(encoding="utf-8")
 # Imported only where the user asks for them by an option or a launcher; an extra or a launcher's own installation brings them
-OPTIONAL = {"modelscope": "modelscope", "bitsandbytes": "quantization", "av": "media", "deepspeed": None}
+OPTIONAL = {"modelscope": "modelscope", "bitsandbytes": "quantization", "av": "media", "deepspeed": None,
+            "whisper_normalizer": "metrics", "cn2an": "metrics"}
 
 
 def requirements(key):
@@ -40,7 +41,7 @@ def test_every_import_is_declared(name):
     declared = requirements("requirements")
     if name in OPTIONAL:
         extra = OPTIONAL[name]
-        assert extra is None or name in requirements(f"{extra}_requirements")
+        assert extra is None or name.replace("_", "-") in requirements(f"{extra}_requirements")
         assert name not in declared
     else: assert distributions[name] & set(declared), f"imported by {sorted(names[name])}"
 
