@@ -53,6 +53,7 @@ class Completion:
     text:str # The answer
     truncated:bool # The limit ended it, not the model
     logprobs:list[float]|None=None # For each token, if asked for
+    scores:object=None # The `LabelScores` of the closed set that the answer is chosen from
 
 class Engine:
     "Generates completions; subclasses define how"

@@ -1,0 +1,112 @@
+"Scores of a closed set of labels: those of one full pass for each label and row, at the cost of two passes for all of them"
+import numpy as np
+import pytest
+import torch
+from test_engine import MODELS
+from test_qwen2_audio import build
+
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.data.conversations import Conversation, text_message
+from mdl_nbdev.model import label_scores
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.engine import Request
+from mdl_nbdev.model.families import load_chat
+from mdl_nbdev.model.label_scores import LabelEngine, LabelSet
+from mdl_nbdev.model.load import load_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LABELS = ["dog", "do", "dog barking", "猫", "a very long label, much longer than the others", "d"]
+
+
+def conversations(chat):
+    "Prompts of unequal length and shape, with no, one and two clips if the model hears"
+    def turn(text, clips): return {"role": "user", "content": [{"type": "audio", "audio": f"{c}.wav"} for c in clips] + text_message("user", text)["content"]}
+    hears = chat.clip_id is not None
+    first = Conversation([turn("What is it?", [0] if hears else [])])
+    history = Conversation([text_message("system", "Be brief."), turn("And this? " * 9, [1] if hears else []), text_message("assistant", "cat"), turn("And now?", [2, 3] if hears else [])])
+    return [first, history, Conversation([text_message("user", "Say something.")]), Conversation([turn("Once more: what is it?", [4] if hears else [])])]
+
+
+def sounds(conversation):
+    "Clips of unequal lengths, the same ones each time"
+    return [np.random.default_rng(n).integers(-9000, 9000, 4000 + 3000*n).astype(np.int16) for n in (int(c.split(".")[0]) for c in conversation.clips)]
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "qwen2_audio"])
+def parts(request, tmp_path_factory):
+    torch.manual_seed(1)
+    if request.param == "qwen2_audio":
+        folder = str(build(tmp_path_factory.mktemp("qwen")))
+        model, chat = load_model(folder, dtype=torch.float32), load_chat(folder)
+    else:
+        name, make = MODELS[request.param]
+        model, chat = make(), load_chat(name)
+    tokenized = chat.tokenize(conversations(chat))
+    return model.eval(), chat, [t.example(sounds(t.conversation)) for t in tokenized]
+
+
+def slow(model, chat, conversation, label):
+    "The log-probability of a label, from one pass over the row as training renders it"
+    example = chat.tokenize([Conversation([*conversation.messages, text_message("assistant", label)])])[0].example(sounds(conversation))
+    prompt, completion = example.split_completion()
+    inputs = Collator(chat.pad_id, chat.family)([example]).inputs
+    del inputs["labels"]
+    with torch.no_grad(): logprobs = model(**inputs).logits[0].log_softmax(-1)
+    return sum(float(logprobs[i, t]) for i, t in enumerate(completion.tolist(), len(prompt.input_ids) - 1))
+
+
+def test_scores_are_those_of_a_pass_for_each_label_and_row(parts, monkeypatch):
+    model, chat, prompts = parts
+    expected = np.array([[slow(model, chat, e.conversation, label) for label in LABELS] for e in prompts])
+    engine = LabelEngine(model, chat, LABELS)
+    together = engine.log_probs(prompts)
+    np.testing.assert_allclose(together, expected, atol=1e-4)
+    np.testing.assert_allclose(np.concatenate([engine.log_probs([e]) for e in prompts]), expected, atol=1e-4)
+    monkeypatch.setattr(label_scores, "GROUP_POSITIONS", 1) # one label in each pass
+    np.testing.assert_allclose(engine.log_probs(prompts), expected, atol=1e-4)
+
+
+def test_completions_come_as_from_another_engine(parts):
+    model, chat, prompts = parts
+    engine = LabelEngine(model, chat, LABELS, batch_size=3)
+    for c, e in zip(engine.generate(Request(n, e, 64) for n, e in enumerate(prompts)), prompts):
+        assert c.text == c.scores.best == chat.decode_completion(c.ids) and not c.truncated
+        assert c.scores.probabilities.sum() == pytest.approx(1)
+        others = np.delete(c.scores.probabilities, LABELS.index(c.text))
+        assert c.scores.margin == pytest.approx(c.scores.probability - others.max())
+        assert prompts[c.key] is e
+
+
+def test_a_prompt_is_computed_once(parts):
+    "However many labels there are, a clip is encoded once and the decoder runs twice"
+    model, chat, prompts = parts
+    calls = []
+    handles = [m.register_forward_hook(lambda m, i, o, name=name: calls.append(name)) for name, m in model.named_modules()
+               if name.endswith(("audio_encoder", "audio_tower")) or name.endswith("layers.0") and "audio" not in name]
+    LabelEngine(model, chat, LABELS).log_probs(prompts)
+    for h in handles: h.remove()
+    encoder = [c for c in calls if "audio" in c]
+    assert len(encoder) == (chat.clip_id is not None) and len(calls) - len(encoder) == 2
+
+
+@pytest.mark.parametrize("labels, fault", [([], "at least two labels, not 0"), (["a"], "at least two labels, not 1"), (["a", " "], "an empty text"), (["a", "b", "a"], "'a' occurs twice"),
+                                           (["a", "b\nc"], "contains a line break")])
+def test_sets_that_cannot_be(labels, fault):
+    with pytest.raises(InputError) as e: LabelSet(load_chat("tiny"), labels)
+    assert fault in str(e.value)
+
+
+def test_labels_that_the_model_cannot_tell_apart():
+    chat = load_chat("tiny-text")
+    chat.tok.chat_template = chat.tok.chat_template.replace("{{ m.content }}", "{{ m.content | trim }}")
+    with pytest.raises(InputError, match="'dog' and 'dog ' are the same tokens"): LabelSet(chat, ["dog", "cat", "dog "])
+
+
+def test_an_adapter_that_is_not_merged(parts):
+    from peft import LoraConfig, get_peft_model
+    model, chat, prompts = parts
+    expected = LabelEngine(model, chat, LABELS).log_probs(prompts[:1])
+    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name.endswith(("q_proj", "query_key_value")) and "audio" not in name]
+    adapted = get_peft_model(model, LoraConfig(target_modules=names))
+    np.testing.assert_allclose(LabelEngine(adapted.eval(), chat, LABELS).log_probs(prompts[:1]), expected, atol=1e-4)
+    adapted.unload()
