@@ -691,11 +691,11 @@ def test_a_row_names_a_part_of_its_clip(tmp_path, ramp, name):
 
 def test_columns_that_look_like_times(tmp_path, ramp, capfd):
     "Only exact names cut a clip: AudioCaps has a `start_time` in another file"
-    path = write(tmp_path, "audio,start_time,end,prediction\nr.wav,0.5,1,x\n", "t.csv")
+    path = write(tmp_path, "audio,start_time,end,Channel,prediction\nr.wav,0.5,1,0,x\n", "t.csv")
     r = check(CheckSettings(input=path, base_dir=ramp, num_workers=1))
-    assert r.misnamed == {"start_time": "start"} and list(r.seconds) == [2]
+    assert r.misnamed == {"start_time": "start", "Channel": "channel"} and list(r.seconds) == [2]
     note_misnamed(open_rows(path))
-    assert "ignored columns: start_time (did you mean start?)" in capfd.readouterr().err
+    assert "ignored columns: start_time (did you mean start?), Channel (did you mean channel?)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", nonsense)

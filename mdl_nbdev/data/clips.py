@@ -25,8 +25,8 @@ from ..base.text import plural, shorten
 from .remote import AudioError, clip_version, fetch, is_url, note_cache, refresh_cache, set_host_policy
 
 # %% ../../nbs/1_data/02_clips.ipynb #c7
-_TIMES, _CHANNEL = r't=(?:\d+(?:\.\d+)?)?(?:,\d+(?:\.\d+)?)?', r'channel=(?:mix|left|right|\d{1,4})'
-_PART = re.compile(rf'#((?:{_TIMES}|{_CHANNEL})(?:&(?:{_TIMES}|{_CHANNEL}))?)$')
+_TIMES, _CHANNEL = r't=(?=,?\d)(?:\d+(?:\.\d+)?)?(?:,\d+(?:\.\d+)?)?', r'channel=(?:mix|left|right|\d{1,4})'
+_PART = re.compile(rf'#((?:{_TIMES}|{_CHANNEL})(?:&(?:{_TIMES}|{_CHANNEL}))?)$', re.A)
 
 class ClipPart(NamedTuple):
     "A clip, and which segment and channel of it is used"
@@ -95,7 +95,7 @@ def read_channel(
 )->str: # `mix`, `left`, `right` or a number
     "The channel of a clip; raises `InputError` with the reason alone"
     text = str(value).strip().lower()
-    if re.fullmatch(r'mix|left|right|\d{1,4}(\.0+)?', text): return text.partition('.')[0] # some tools write 1.0 for 1
+    if re.fullmatch(r'mix|left|right|\d{1,4}(\.0+)?', text, re.A): return text.partition('.')[0] # some tools write 1.0 for 1
     raise InputError(f"channel is {shorten(repr(value), 40)}; it must be mix, left, right, or a number that counts "
                      "from 0, as it selects a channel of the clip; correct it, or rename it if it means something else")
 

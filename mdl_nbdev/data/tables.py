@@ -57,8 +57,9 @@ class TableFile(RowFile):
         return format_row((*row.cells[:at], prediction, *row.cells[at+1:]), delimiter or self.delimiter)
 
     def misnamed(self):
-        meant = {c: OTHER_COLUMN_NAMES.get(c.strip().lower()) for c in self.columns if c not in COLUMNS}
-        names = (*COLUMNS[1:3], *(("start", "end") if "audio" in self.columns else ()))
+        plain = {c: c.strip().lower() for c in self.columns if c not in COLUMNS}
+        meant = {c: OTHER_COLUMN_NAMES.get(name, name) for c, name in plain.items()}
+        names = (*COLUMNS[1:3], *(("start", "end", "channel") if "audio" in self.columns else ()))
         return {c: name for c, name in meant.items() if name in names and name not in self.columns}
 
     def preview(self):
