@@ -16,7 +16,9 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
@@ -26,7 +28,7 @@ from mdl_nbdev.base.curves import Curve
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.options import required_options
 from mdl_nbdev.base.settings import CheckSettings, InferSettings, TrainSettings
-from mdl_nbdev.base.status import RunStatus, read_status
+from mdl_nbdev.base.status import STATUS_BYTES, RunStatus, read_status
 from mdl_nbdev.base.status import phase as phase_of_run
 from mdl_nbdev.cli.background import warnings_noted
 from mdl_nbdev.cli.charts import COLOURS, INK, PAPER, RED, ChartLook, chart
@@ -37,6 +39,7 @@ from mdl_nbdev.cli.live import Live
 from mdl_nbdev.cli.training import TrainFeed, TrainRun, start_training
 from mdl_nbdev.cli.view import Pace, View, marked_answer
 from mdl_nbdev.cli.watch import TrainView, watch
+from mdl_nbdev.data.rows import BadRow, bad_rows_error, stored_error
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.infer.metrics import score
 from mdl_nbdev.infer.run import infer, reference_mark
@@ -448,6 +451,30 @@ def test_bad_settings_reach_the_notebook(sounds, tmp_path):
     run = start_training(train_settings(tmp_path/"none.csv", tmp_path/"run"))
     with pytest.raises(InputError, match="none.csv"): run.wait()
     assert run.view.phase == "failed" and "none.csv" in run._repr_html_()
+
+
+def test_watch_shows_bad_rows_as_their_own_notebook_does(sounds, tmp_path, monkeypatch):
+    "Each with its line and a player, the first ten of them; clips are found from other folders too"
+    (tmp_path/"here").mkdir()
+    soundfile.write(tmp_path/"here"/"a.wav", np.zeros(16000), 16000)
+    (tmp_path/"rows.csv").write_text("audio,prediction\n" + "a.wav,\n"*12)
+    monkeypatch.chdir(tmp_path/"here")
+    run = start_training(replace(train_settings(tmp_path/"rows.csv", tmp_path/"run"), base_dir=Path("."), eval_dataset=[]))
+    with pytest.raises(InputError): run.wait()
+    shown = str(run.view.details)
+    assert shown.count("<audio") == 10 and "prediction is empty" in shown and "... and 2 more" in shown
+    monkeypatch.chdir("/")
+    seen = watch(tmp_path/"run").view
+    assert str(seen.details) == shown and [text for _, text, _ in seen.notes] == [text for _, text, _ in run.view.notes][-1:]
+    assert seen.notes[0][1].startswith("12 bad rows. ") and "check() checks them" in seen.notes[0][1]
+
+
+def test_a_status_with_long_bad_rows_has_its_size(tmp_path):
+    rows = [BadRow("rows.csv", i, "é"*900, "clip.wav") for i in range(40)]
+    with contextlib.suppress(InputError), RunStatus(tmp_path): raise bad_rows_error(rows, note="And more")
+    error = stored_error(read_status(tmp_path))
+    assert (tmp_path/"status.json").stat().st_size == STATUS_BYTES
+    assert 0 < len(error.rows) < 10 and len(error.rows) + error.more == 40 and error.summary == "40 bad rows. And more"
 
 
 def test_inference_stops_and_goes_on(sounds, tmp_path):

@@ -14,7 +14,9 @@ from mdl_nbdev.cli.background import Run
 from mdl_nbdev.cli.view import View
 from mdl_nbdev.data.gallery import RowSample
 from mdl_nbdev.data.rows import BadRow, Row, bad_rows_error, rows_html
+from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.train.dataset import AudioDataset
+from mdl_nbdev.train.mix import open_mix
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,7 @@ def test_a_batch(tmp_path, clips):
     assert show_batch(TrainSettings(train_dataset=path, output="x", **settings), 3) == page != show_batch(path, 3, seed=1, **settings)
     folder = convert(ConvertSettings(input=path, output=tmp_path/"out", num_workers=1, **settings)).path
     page = AudioDataset(folder).show_batch(8)
+    assert open_mix([folder], load_chat("tiny"), tmp_path).show_batch(8) == page
     assert page.count("<audio") == 8 and "rows.csv:9, " in page and all(f"{i}" in page for i in range(8))
     for source in [folder, tmp_path]:
         with pytest.raises(InputError, match="converted dataset|holds data itself"): show_clips(source)

@@ -88,6 +88,17 @@ print(json.dumps(sorted({'torch', 'transformers', 'peft', 'pandas', 'datasets'} 
     assert json.loads(fresh(code)) == []
 
 
+def test_commands_are_named_as_functions():
+    "A message that tells the shell what to run tells a notebook what to call"
+    import mdl_nbdev
+    from mdl_nbdev.base.errors import python_spelling
+    from mdl_nbdev.cli import commands
+    for name in (n for n in commands.__all__ if n.startswith("mdl_")):
+        spelt = python_spelling(f"runs/{name}/a.csv: run {name}, then {name} again.")
+        function = spelt.split()[2].removesuffix("(),")
+        assert callable(getattr(mdl_nbdev, function)) and spelt == f"runs/{name}/a.csv: run {function}(), then {function}() again."
+
+
 def test_a_call():
     code = """from mdl_nbdev import check, CheckSettings, InputError
 try: check(CheckSettings(input='nothing.csv'))

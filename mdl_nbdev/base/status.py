@@ -75,8 +75,9 @@ def __enter__(self:RunStatus):
 def __exit__(self:RunStatus, kind, error, _):
     _status.reset(self.token)
     if isinstance(error, Exception):
-        reason = str(error) if isinstance(error, InputError) else f'{kind.__name__}: {error}'
-        self.set('failed', during=self.values['phase'], reason=reason[:2000])
+        bad_input = isinstance(error, InputError)
+        reason = str(error) if bad_input else f'{kind.__name__}: {error}'
+        self.set('failed', during=self.values['phase'], reason=reason[:2000], **(error.facts() if bad_input else {}))
     elif not error and self.values['phase'] != 'stopped': self.set('finished')
     elif error: self.set('stopped', during=self.values['phase'], reason='it was interrupted')
     self.over.set()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUSY', 'PHASES', 'THEME', 'figure_cards', 'marked_answer', 'small_player', 'Pace', 'View']
 
-# %% ../../nbs/5_cli/01_view.ipynb #c4
+# %% ../../nbs/5_cli/01_view.ipynb #c5
 import sys, time
 from collections import deque
 from functools import lru_cache
@@ -16,9 +16,9 @@ from ..base.html import Html, as_html, audio_player, html_bar, html_box
 from ..base.text import format_clock, one_line, same_text, shorten
 from .charts import BLUE, GREEN, INK, ORANGE, RED, with_images
 from ..data.audio import SAMPLE_RATE, load_audio
-from ..data.rows import BadRowsError, rows_html
+from ..data.rows import BadRowsError
 
-# %% ../../nbs/5_cli/01_view.ipynb #c6
+# %% ../../nbs/5_cli/01_view.ipynb #c7
 def figure_cards(
     values:dict[str, Any], # Name -> figure; those that are `None` are left out
 )->Html: # A `<div>` element
@@ -41,7 +41,7 @@ def marked_answer(
     mark, colour = ('✔', GREEN) if correct else ('✘', RED)
     return Html(f'<span style="color:{colour.css()}">{mark}</span> {as_html(shorten(answer, most)) or "<i>(empty)</i>"}')
 
-# %% ../../nbs/5_cli/01_view.ipynb #c9
+# %% ../../nbs/5_cli/01_view.ipynb #c10
 @lru_cache(64)
 def _embedded(path):
     "A player for the first ten seconds of a clip"
@@ -54,7 +54,7 @@ def small_player(
     try: return _embedded(path)
     except InputError as e: return as_html(e)
 
-# %% ../../nbs/5_cli/01_view.ipynb #c12
+# %% ../../nbs/5_cli/01_view.ipynb #c13
 class Pace:
     "How fast something proceeds, and when it will be done"
     def __init__(self):
@@ -84,7 +84,7 @@ class Pace:
         if not total or not self.rate or self.now[0] >= total: return elapsed
         return f'{elapsed}, {format_clock((total-self.now[0])/self.rate)} left'
 
-# %% ../../nbs/5_cli/01_view.ipynb #c15
+# %% ../../nbs/5_cli/01_view.ipynb #c16
 BUSY = ('running', 'converting', 'importing', 'loading', 'training', 'evaluating', 'saving')
 PHASES = dict.fromkeys(BUSY, BLUE) | {'starting':INK, 'stopping':ORANGE, 'stopped':ORANGE, 'finished':GREEN,
           'failed':RED, 'no longer running':RED} # What a run may be doing, and its colour
@@ -120,7 +120,7 @@ class View:
         if not self.dead: print(f"The dashboard has switched itself off; the run continues. {why}", file=sys.stderr, flush=True)
         self.dead = why
 
-# %% ../../nbs/5_cli/01_view.ipynb #c17
+# %% ../../nbs/5_cli/01_view.ipynb #c18
 @patch
 def headline(self:View,
     text:str, # Progress in words
@@ -133,7 +133,7 @@ def headline(self:View,
     title = Html(f'<b>{as_html(self.title)}</b> &nbsp;{phase}')
     return html_box(title, html_bar(share, colour), figure_cards(figures))
 
-# %% ../../nbs/5_cli/01_view.ipynb #c19
+# %% ../../nbs/5_cli/01_view.ipynb #c20
 @patch
 def note(self:View,
     text:str, # What happened
@@ -147,7 +147,7 @@ def note_error(self:View,
     e:BaseException, # What ended the run
 )->None:
     "Remember why a run failed; bad rows get a table with players"
-    if isinstance(e, BadRowsError): text, self.details = e.summary, rows_html(e.rows, most=10)
+    if isinstance(e, BadRowsError): text, self.details = e.summary, e.html(most=10)
     else: text = python_spelling(str(e)) if isinstance(e, InputError) else f'{type(e).__name__}: {e}'
     self.note(text, True)
 
@@ -165,7 +165,7 @@ def result(self:View)->Html: # Empty until the run is over
     "The report of a run that is over"
     return html_box(Html(f'<p style="white-space:pre-line">{as_html(self.report)}</p>')) if self.report else Html()
 
-# %% ../../nbs/5_cli/01_view.ipynb #c21
+# %% ../../nbs/5_cli/01_view.ipynb #c22
 @patch
 def explorable(self:View)->bool: # Whether there are controls
     "Whether the user can change how it is drawn, even after the run"
@@ -178,7 +178,7 @@ def controls(self:View,
     "Widgets that change how it is drawn"
     return []
 
-# %% ../../nbs/5_cli/01_view.ipynb #c23
+# %% ../../nbs/5_cli/01_view.ipynb #c24
 THEME = '<style>:is([data-jp-theme-light="false"], .vscode-dark) .mdl-view {color-scheme:dark}</style>'
 
 @patch

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
 from ..base.curves import Curve
-from ..base.errors import InputError
+from ..base.errors import InputError, python_spelling
 from ..base.files import read_json_lines
 from ..base.html import Html, as_html, html_box, html_table
 from ..base.status import OVER, Pulse, read_status
@@ -19,6 +19,7 @@ from ..base.text import shorten
 from .charts import ChartLook, chart, chart_controls, value_table
 from .live import Live
 from .view import Pace, View, marked_answer, small_player
+from ..data.rows import stored_error
 
 # %% ../../nbs/5_cli/04_watch.ipynb #c8
 class TrainView(View):
@@ -266,7 +267,8 @@ def read_phase(self:Watch)->None:
     elif (self.folder/'final').exists(): self.view.phase = 'finished'
     elif self.view.last: self.view.phase = 'training'
     if self.view.phase==before or not status: return
-    if 'reason' in status: self.view.note(f"{self.view.phase}: {status['reason']}", self.view.phase=='failed')
+    if 'bad_rows' in status: self.view.note_error(stored_error(status))
+    elif 'reason' in status: self.view.note(f"{self.view.phase}: {python_spelling(status['reason'])}", self.view.phase=='failed')
 
 # %% ../../nbs/5_cli/04_watch.ipynb #c21
 def watch(

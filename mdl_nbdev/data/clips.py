@@ -21,6 +21,7 @@ from unicodedata import normalize
 from urllib.parse import unquote
 from ..base.errors import InputError
 from ..base.files import cache_dir
+from ..base.progress import spelt_here
 from ..base.text import plural, shorten
 from .remote import AudioError, clip_version, fetch, is_url, note_cache, refresh_cache, set_host_policy
 
@@ -293,5 +294,5 @@ def note_lines(
     lines = []
     for kind, (n, where) in counts.items():
         noun, what, remedy = NOTES.get(kind, (kind, '', ''))
-        lines.append(f"{plural(n, noun)}{what} (the first: {where}): {remedy}")
+        lines.append(f"{plural(n, noun)}{what} (the first: {where}): {spelt_here(remedy)}")
     return lines

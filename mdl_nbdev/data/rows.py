@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ENCODINGS', 'Row', 'resolve_message', 'to_conversation', 'check_path', 'file_kind', 'BadRow', 'RowFile',
-           'BadRowsError', 'bad_rows_error', 'rows_html', 'likely_encodings', 'encoding_remedy', 'open_text',
-           'line_fault']
+           'BadRowsError', 'bad_rows_error', 'stored_error', 'rows_html', 'likely_encodings', 'encoding_remedy',
+           'open_text', 'line_fault']
 
 # %% ../../nbs/1_data/07_rows.ipynb #c6
-import codecs, os, re
+import codecs, json, os, re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -238,19 +238,33 @@ def _repr_html_(self:RowFile):
 class BadRowsError(InputError):
     "Bad rows as one error; `rows` has them"
     rows:list[BadRow]=()
+    more = 0 # Further bad rows, which are only counted
     note = '' # The last line of its text
     is_shown = False # Whether a notebook shows the rows already
 
     @property
     def summary(self)->str:
         "The text without the rows, as a notebook shows it"
-        return ". ".join(filter(None, [plural(len(self.rows), "bad row"), python_spelling(self.note)]))
+        return ". ".join(filter(None, [plural(len(self.rows) + self.more, "bad row"), python_spelling(self.note)]))
+
+    def html(self,
+        most:int=50, # Maximum number of rows; the others are counted
+    )->Html: # A `<table>` element
+        "The rows, with players"
+        return rows_html(self.rows, most=most, more=self.more)
+
+    def facts(self):
+        "The first rows, with clips that other processes find too"
+        def found(row): return row._replace(clip=row.clip if "://" in row.clip else row.clip and os.path.abspath(row.clip))
+        rows = [found(r) for r in self.rows[:10]]
+        while len(json.dumps(rows)) > 6000: rows.pop() # a status has a fixed size
+        return dict(bad_rows=rows, more=len(self.rows) + self.more - len(rows), note=self.note)
 
     def _render_traceback_(self):
         "What a notebook shows instead of a traceback: the rows as a table with players"
         if not in_kernel(): return super()._render_traceback_()
         from IPython.display import display
-        if not self.is_shown: display(rows_html(self.rows))
+        if not self.is_shown: display(self.html())
         return [self.summary]
 
 # %% ../../nbs/1_data/07_rows.ipynb #c30
@@ -266,11 +280,20 @@ def bad_rows_error(
     e.rows, e.note = bad, note
     return e
 
+def stored_error(
+    status:dict, # What a failed run says about itself, with the facts of a `BadRowsError`
+)->BadRowsError: # To be shown
+    "The bad rows that have ended a run of another process"
+    e = BadRowsError(status["reason"])
+    e.rows, e.more, e.note = [BadRow(*row) for row in status["bad_rows"]], status["more"], status["note"]
+    return e
+
 # %% ../../nbs/1_data/07_rows.ipynb #c33
 def rows_html(
     rows:list[BadRow], # What is listed
     title:str="bad rows", # Above the table
     most:int=50, # Maximum number of rows; the others are counted
+    more:int=0, # Further rows, which are counted as well
 )->Html: # A `<table>` element
     "Rows, and what is to be said of them"
     shown = rows[:most]
@@ -280,7 +303,8 @@ def rows_html(
     def place(r): return r.line if one_file else f"{Path(r.file).name}:{r.line}"
     def reason(r): return Html(f'<div style="overflow-wrap:anywhere">{as_html(python_spelling(r.reason))}</div>')
     cells = [(place(r), reason(r), player) for r, player in zip(shown, players)]
-    if len(rows) > most: cells.append(("", f"... and {len(rows)-most:,} more", ""))
+    more += len(rows) - len(shown)
+    if more: cells.append(("", f"... and {more:,} more", ""))
     if not any(players): cells = [row[:2] for row in cells]
     return html_table(cells, ["line", "reason", "clip"][:len(cells[0])], title)
 

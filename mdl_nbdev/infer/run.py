@@ -21,7 +21,7 @@ from ..base.errors import InputError
 from ..base.files import make_folder, new_output
 from ..base.html import Html, as_html, html_table
 from ..base.processes import DaemonPool, Ranks, silence_libraries
-from ..base.progress import in_kernel, library_bars_hidden, progress_bar
+from ..base.progress import in_kernel, library_bars_hidden, progress_bar, spelt_here
 from ..base.settings import InferSettings
 from ..base.text import plural, same_text
 from ..data.audio import audio_info
@@ -185,13 +185,13 @@ class InferReport:
         if self.truncated:
             answers = plural(len(self.truncated), 'answer')
             lines.append(f"{answers} truncated at the token limit, the first in line {self.truncated[0]}; "
-                         "to get them in full, raise --max-new-tokens")
+                         f"to get them in full, raise {spelt_here('--max-new-tokens')}")
         lines += self.prompts + note_lines(self.notes)
         if self.rejected:
             _, line, _, reason = self.rejected[0]
             rows = plural(len(self.rejected), 'row')
             lines.append(f"{rows} without an answer, listed in {self.output}.rejects.csv; "
-                         f"the first is line {line}: {reason}")
+                         f"the first is line {line}: {spelt_here(reason)}")
         return '\n'.join(lines)
 
 # %% ../../nbs/4_infer/02_run.ipynb #c15

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base.errors import InputError
 from ..base.html import html_table
 from ..base.options import option, options_where
+from ..base.progress import spelt_here
 from ..base.settings import TuneSettings
 from .families import family_of
 
@@ -181,7 +182,7 @@ class Trainable:
         if not self.unreached: return ''
         share = sum(self.unreached.values())/self.total
         return (f"LoRA adapts {self.layers} linear layers; it does not reach {', '.join(self.unreached)} ({share:.0%} of the parameters), "
-                "which are not linear layers; --tuning full trains them")
+                f"which are not linear layers; {spelt_here('--tuning full')} trains them")
 
     def __str__(self):
         percent = 100*self.trainable/self.total

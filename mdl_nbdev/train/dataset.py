@@ -239,17 +239,25 @@ def _repr_html_(self:AudioDataset):
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c21
 @patch
+def usable_chat(self:AudioDataset,
+    chat:Chat|None=None, # It was converted for; None: the one it was opened with, or that of its manifest
+)->Chat: # `InputError` if there is none, or it is another
+    "The chat whose tokens are in the dataset"
+    chat, name = chat or self.chat, self.manifest.get('model_name')
+    if not chat and not name:
+        raise InputError(f"{self.path}: does not name its model; give the chat, as in chat=load_chat('tiny')")
+    chat = chat or load_chat(name)
+    self.check(chat.fingerprint)
+    return chat
+
+@patch
 def show_batch(self:AudioDataset,
     n:int=4, # Rows
     seed:int=0, # Determines which ones
     chat:Chat|None=None, # It was converted for; None: the one it was opened with, or that of its manifest
 )->Html: # Shows itself in a notebook
     "Some rows, with players, and tokens with those that are learned in colour"
-    chat, name = chat or self.chat, self.manifest.get('model_name')
-    if not chat and not name:
-        raise InputError(f"{self.path}: does not name its model; give the chat, as in chat=load_chat('tiny')")
-    chat = chat or load_chat(name)
-    self.check(chat.fingerprint)
+    chat = self.usable_chat(chat)
     rows = np.random.default_rng(seed).permutation(len(self))[:n]
     return batch_html([self[i] for i in rows], chat)
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..base.command_line import save_config
 from ..base.files import replacing_folder
 from ..base.processes import Ranks
+from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
 from ..base.status import phase
 
@@ -134,7 +135,7 @@ def start_run_folder(
     dtype = str(trainer.model.dtype).removeprefix('torch.')
     device = trainer.args.device
     recomputes = unwrap_model(trainer.model).supports_gradient_checkpointing
-    if s.gradient_checkpointing and not recomputes: print("this architecture keeps all activations, despite --gradient-checkpointing")
+    if s.gradient_checkpointing and not recomputes: print(f"this architecture keeps all activations, despite {spelt_here('--gradient-checkpointing')}")
     for note in filter(None, (size.note, device_note(device, trainer.model.dtype))): print(note)
     print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {device}; padding {padding:.1%}")
 

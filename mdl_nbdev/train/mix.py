@@ -17,13 +17,14 @@ import numpy as np
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.files import write_text
-from ..base.html import html_table
+from ..base.html import Html, html_table
 from ..base.text import format_bytes, format_duration, plural
 from ..data.conversations import Conversation
 from ..data.sources import find_tasks
 from ..data.tables import format_row
 from ..model.chat import Chat, Example, dummy_example
 from ..model.family import Family
+from ..model.label_view import batch_html
 from ..model.prompts import TrainingPrompts
 from .dataset import AudioDataset, open_dataset
 
@@ -149,7 +150,18 @@ def describe_conversions(
     return (f"Converted data: {format_bytes(total)} in {where}{rest}. Runs of the same data share it; "
             "when no run needs it any more, delete it")
 
-# %% ../../nbs/3_train/02_mix.ipynb #c18
+# %% ../../nbs/3_train/02_mix.ipynb #c16
+@patch
+def show_batch(self:Mix,
+    n:int=4, # Rows
+    seed:int=0, # Determines which ones
+    chat:Chat|None=None, # They were converted for; None: the one they were opened with
+)->Html: # Shows itself in a notebook
+    "Some rows, with players, and tokens with those that are learned in colour"
+    rows = np.random.default_rng(seed).permutation(len(self))[:n]
+    return batch_html([self[i] for i in rows], self.datasets[0].usable_chat(chat))
+
+# %% ../../nbs/3_train/02_mix.ipynb #c21
 @patch
 def prompts(self:Mix)->TrainingPrompts|None: # None: not known
     "The prompts of all rows, unless an earlier version or another tool has converted some of them"
@@ -163,7 +175,7 @@ def prompts(self:Mix)->TrainingPrompts|None: # None: not known
         for text in compress(chain.from_iterable(batches), is_mine): counts.add(Conversation.from_json(text))
     return counts
 
-# %% ../../nbs/3_train/02_mix.ipynb #c21
+# %% ../../nbs/3_train/02_mix.ipynb #c24
 @patch(as_prop=True)
 def lengths(self:Mix)->np.ndarray: # int64 [rows]
     "The cost of each row: its tokens, and the work of the encoder in the same unit"
@@ -179,7 +191,7 @@ def by_task(self:Mix,
     if unknown: raise InputError(f"{option}: no task is called {unknown[0]!r}; there are {', '.join(self.task_names)}")
     return {self.task_names.index(name):v for name,v in values.items()}
 
-# %% ../../nbs/3_train/02_mix.ipynb #c23
+# %% ../../nbs/3_train/02_mix.ipynb #c26
 @patch
 def fingerprint(self:Mix)->str: # 16 hexadecimal digits
     "A digest of the rows and their order: tasks, token ids, labels and lengths of audio"
@@ -216,7 +228,7 @@ def where(self:Mix,
     lines = [ds.lines for ds in self.datasets]
     return [(self.datasets[d].source, int(lines[d][r])) for d,r in zip(self.dataset_of[rows], self.row_of[rows])]
 
-# %% ../../nbs/3_train/02_mix.ipynb #c26
+# %% ../../nbs/3_train/02_mix.ipynb #c29
 def split(
     mix:Mix, # What to split
     share:float, # Share of the rows of each task for the second mix; at least one row, and never all
@@ -234,7 +246,7 @@ def split(
                          "use --eval-dataset instead")
     return mix.take(~held_out), mix.take(held_out)
 
-# %% ../../nbs/3_train/02_mix.ipynb #c29
+# %% ../../nbs/3_train/02_mix.ipynb #c32
 def truncation_point(
     e:Example, # A sample that is too long
     limit:int, # Maximum number of tokens
@@ -251,7 +263,7 @@ def truncation_point(
         if stop > limit: return min(start, limit), clip
     return limit, len(e.clips)
 
-# %% ../../nbs/3_train/02_mix.ipynb #c30
+# %% ../../nbs/3_train/02_mix.ipynb #c33
 class TooLong(NamedTuple):
     "A row with more tokens than allowed"
     file:str # File it came from
@@ -279,7 +291,7 @@ class LengthReport:
         "Write the list"
         write_text(path, ''.join(format_row([str(cell) for cell in row]) for row in [TooLong._fields, *self.rows]))
 
-# %% ../../nbs/3_train/02_mix.ipynb #c31
+# %% ../../nbs/3_train/02_mix.ipynb #c34
 def limit_length(
     mix:Mix, # Rows of any length
     seq_length:int, # Maximum number of tokens of a sample, audio tokens included

@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from fastcore.basics import patch
 from ..base.command_line import to_dict
+from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
 from ..base.text import format_duration, one_line, plural, shorten
 from ..model.prompts import MOST_COUNTED, PROMPTS_FILE, TrainingPrompts
@@ -69,7 +70,7 @@ def __str__(self:TrainReport):
     losses = ''.join(f", {name} {value:.4f}" for name,value in self.figures())
     done = f"{plural(self.steps, 'step')}{losses}; {self.trainable:,} of {self.parameters:,} parameters trained"
     if not self.whole:
-        kept = f"{self.checkpoint} has everything so far: resume with --resume-from-checkpoint true"
+        kept = f"{self.checkpoint} has everything so far: resume with {spelt_here('--resume-from-checkpoint true')}"
         return f"{done}\nStopped by {self.stopped}. {kept}"
     early = f"\nStopped early: the model is that of {self.best}" if self.final_step is not None else ''
     return f"{done}; the model is in {self.final}{early}"
