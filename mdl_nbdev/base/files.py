@@ -263,6 +263,9 @@ def replacing_folder(
     try:
         with writing(folder, 'folder'):
             yield make_folder(part)
+            mode = part.stat().st_mode & 0o666 # of any new file; safetensors keeps its own to their owner
+            for path in part.rglob('*'):
+                if path.is_file(): path.chmod(mode)
             if folder.exists(): shutil.rmtree(folder)
             os.replace(part, folder)
     finally: shutil.rmtree(part, ignore_errors=True)
