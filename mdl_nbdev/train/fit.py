@@ -135,7 +135,8 @@ def start_run_folder(
     dtype = str(trainer.model.dtype).removeprefix('torch.')
     device = trainer.args.device
     recomputes = unwrap_model(trainer.model).supports_gradient_checkpointing
-    if s.gradient_checkpointing and not recomputes: print(f"this architecture keeps all activations, despite {spelt_here('--gradient-checkpointing')}")
+    if s.gradient_checkpointing and not recomputes:
+        print(f"this architecture keeps all activations, despite {spelt_here('--gradient-checkpointing')}")
     for note in filter(None, (size.note, device_note(device, trainer.model.dtype))): print(note)
     print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {device}; padding {padding:.1%}")
 
