@@ -146,7 +146,7 @@ def code_block(
     copy = f'<button type="button" class="jupyter-button" aria-label="Copy {title}" onclick="{COPY}">Copy</button>'
     style = ('white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;max-height:11em;overflow:auto;padding:6px 10px;margin:4px 0;'
              'background:rgba(128,128,128,.12);border-radius:4px')
-    pre = f'<pre tabindex="0" aria-label="{title}" style="{style}">{as_html(text)}</pre>'
+    pre = f'<pre tabindex="0" role="group" aria-label="{title}" style="{style}">{as_html(text)}</pre>'
     return Html(f'<div style="flex:1 1 300px;min-width:0;margin-top:6px"><b>{title}</b> {copy if button else ""}{pre}</div>')
 
 @patch
