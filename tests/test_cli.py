@@ -81,6 +81,7 @@ BAD = {
     "boolean": ("--train-dataset t --output o --bf16 yes", "--bf16: got 'yes', expected true|false or null"),
     "choice": ("--train-dataset t --output o --train-target head", "--train-target: got ['head'], expected encoder|projector|decoder|embed_tokens|lm_head"),
     "range": ("--train-dataset t --output o --lora-rank 0", "--lora-rank: got 0, expected at least 1"),
+    "workers": (f"--train-dataset t --output o --num-workers {10**21}", "--num-workers: got 1000000000000000000000, expected less than 1000"),
     "steps": ("--train-dataset t --output o --eval-steps 2.5", "--eval-steps: got 2.5, expected a whole number of steps, or a fraction below 1"),
     "infinite": ("--train-dataset t --output o --lr inf", "--lr: got 'inf', expected a number"),
     "missing": ("--output o", "missing: --train-dataset"),

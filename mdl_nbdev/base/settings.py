@@ -38,7 +38,7 @@ class DataSettings(Settings):
     # First ask the servers of clips in the download cache which of them have changed, and download those again
     refresh_cache:bool=opt(False, result=False, convert=True)
     # Parallel readers of audio; half the available cores, at most 32
-    num_workers:int=opt(half_the_cores, minimum=1, result=False, convert=True)
+    num_workers:int=opt(half_the_cores, minimum=1, below=1000, result=False, convert=True)
 
 # %% ../../nbs/0_base/06_settings.ipynb #c7
 DEFAULT_MODEL = 'mispeech/midashenglm-7b-1021-bf16' # Recommended upstream for fine-tuning and inference
