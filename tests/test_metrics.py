@@ -1,15 +1,18 @@
 "Normalizers and metrics by name, against pairs and figures made by hand"
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import sacrebleu
 
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import NORMALIZERS, EvalSettings
 from mdl_nbdev.cli.commands import mdl_eval
 from mdl_nbdev.infer.evaluate import evaluate
 from mdl_nbdev.infer.metrics import score
+from mdl_nbdev.infer.named_metrics import Texts, find_choice, measure
 from mdl_nbdev.infer.normalizers import normalize_texts
 
 # normalizer, two texts that it makes equal; then two that it does not
@@ -89,3 +92,83 @@ def test_missing_library(tmp_path, capsys, monkeypatch):
 def test_libraries_are_loaded_on_demand():
     code = "import sys, mdl_nbdev.infer.evaluate; print(*{m.split('.')[0] for m in sys.modules} & {'whisper_normalizer', 'cn2an', 'regex', 'sacrebleu'})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "\n"
+
+
+# Metrics by name
+
+TAGS = (["rain; wind", "wind", "bird; rain", "bird"], ["wind;rain", "wind ; bird", "rain;rain", "Bird"])
+# names, references, predictions, options, values by hand
+BY_HAND = {
+    "several labels": (["map", "macro-f1", "weighted-f1"], *TAGS, dict(normalizer="casefold", label_separator=";"), [5/6, 5/6, 5/6]), # bird has 1/2, the others 1
+    "labels": (["accuracy", "macro-f1", "weighted-f1"], ["a", "a", "a", "b"], ["a", "a", "x", "a"], {}, [1/2, 1/3, 1/2]), # a: precision and recall of 2/3; b: 0
+    "nothing named": (["map", "macro-f1"], ["a|b", "a"], ["", "c"], dict(label_separator="|"), [3/4, 0]), # the share of rows with each label
+    "rates": (["wer", "cer", "exact"], ["ab cd", "ef"], ["ab ce", "ef"], {}, [1/3, 1/7, 1/2]),
+    "choices": (["choice"], ["A", "(B)", "C. a horn", "D", "B"], ["a)", "The answer is B.", "a horn", "A dog", ""], {}, [3/5]),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_values_by_hand(tmp_path, name):
+    names, refs, preds, options, values = BY_HAND[name]
+    out, given = files(tmp_path, refs, preds)
+    report = evaluate(EvalSettings(input=out, reference=given, metric=names, **options))
+    assert [v.value for v in report.values] == pytest.approx(values)
+    assert list(json.loads(json.dumps(report.to_dict(), allow_nan=False))["metrics"]) == names
+    assert str(report.values[0]) in str(report)
+
+
+def drawn(n, seed=0):
+    "Labels, a few of them wrong, by a generator that is the same everywhere: numbers below `n`"
+    numbers = []
+    for _ in range(400):
+        seed = (1103515245 * seed + 12345) % 2**31
+        numbers.append(seed // 65536 % n)
+    return numbers
+
+
+def test_as_scikit_learn():
+    "Values of scikit-learn 1.9.1: f1_score(labels=those of the references), and average_precision_score of 0 and 1, macro"
+    refs, noise = [f"l{i * i // 7}" for i in drawn(7)], drawn(3, 5)
+    preds = [r if n else f"l{i}" for r, n, i in zip(refs, noise, drawn(9, 9))]
+    [macro, weighted] = measure(["macro-f1", "weighted-f1"], Texts(refs, preds, score(refs, preds)))
+    several = [f"{r};{s}" for r, s in zip(refs, refs[1:] + refs[:1])]
+    named = [f"{p};{q}" for p, q in zip(preds, preds[7:] + preds[:7])]
+    found = measure(["macro-f1", "weighted-f1", "map"], Texts(several, named, score(several, named), "none", ";"))
+    assert [v.value for v in (macro, weighted, *found)] == pytest.approx([0.752346821897604, 0.7711611779948043, 0.5506661555989115, 0.6007423910062648, 0.46312334556136214])
+
+
+def test_captions_as_sacrebleu():
+    refs, preds = ["a dog barks at a passing car", "rain falls on a tin roof", "a man speaks"], ["a dog barks at a car", "rain is falling on a roof", ""]
+    [bleu, chrf] = measure(["bleu", "chrf"], Texts(refs, preds, score(refs, preds)))
+    assert bleu.value == pytest.approx(sacrebleu.corpus_bleu(preds, [refs]).score)
+    assert chrf.value == pytest.approx(sacrebleu.corpus_chrf(preds, [refs]).score)
+    assert str(bleu) == "BLEU: 34.23"
+
+
+@pytest.mark.parametrize("text, letter", [("B", "B"), ("b", "B"), ("(b)", "B"), ("**B**", "B"), ("B: a horn", "B"), ("The answer is: (B)", "B"), ("the correct option is B, a horn.", "B"),
+    ("It must be B.", "B"), ("B horn", "B"), ("A", "A"), ("A dog", ""), ("I think so", ""), ("the answer is a dog", ""), ("", "")])
+def test_letters(text, letter): assert find_choice(text)[0] == letter
+
+
+OWN = """
+def share(references, predictions): return sum(map(str.__eq__, references, predictions))/len(references)
+def two(references, predictions): return dict(rows=len(references), first=len(predictions[0]))
+def fails(references, predictions): return 1/0
+def text(references, predictions): return "good"
+number = 1
+"""
+
+
+def test_own_metrics(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"mine_of_test.py").write_text(OWN)
+    out, given = files(tmp_path, ["Ab", "c"], ["ab", "d"])
+    report = evaluate(EvalSettings(input=out, reference=given, metric="mine_of_test:share,mine_of_test:two", normalizer="casefold"))
+    assert [(v.metric.name, v.value, v.raw) for v in report.values] == [("mine_of_test:share", .5, 0), ("rows", 2, 2), ("first", 2, 2)]
+    for name, message in [("mine_of_test:fails", "ZeroDivisionError: division by zero .mine_of_test.py, line 4"), ("mine_of_test:text", "returned 'good', expected a number"),
+            ("mine_of_test:number", "has no function number"), ("mine_of_test:", "has no function"), ("no_such_one:f", "cannot import no_such_one"), ("werr", "got 'werr', expected exact.accuracy"),
+            ("map", "give --label-separator")]:
+        with pytest.raises(SystemExit) as e: mdl_eval([str(out), "--reference", str(given), "--metric", name])
+        assert e.value.code == 2
+        err = capsys.readouterr().err
+        assert re.search(message, err) and len(err.splitlines()) == 1

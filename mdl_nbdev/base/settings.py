@@ -254,6 +254,11 @@ class EvalSettings(Settings):
     # lower case; Whisper's normalizer for all languages or for English; or Chinese with its numbers in characters. The
     # raw metrics are shown too
     normalizer:Literal[NORMALIZERS]='none'
+    # Metrics to report, instead of exact match, word and character error rate: exact, accuracy, wer, cer, macro-f1,
+    # weighted-f1, map, choice, bleu, chrf, or module:function for one of your own; may be repeated
+    metric:list[str]=opt(list)
+    # What separates the labels of an answer, for rows of several labels in macro-f1, weighted-f1 and map; null: one label
+    label_separator:str|None=None
     output:Path|None=opt(None, location=True) # Also write the metrics to this JSON file
     max_labels:int=opt(30, minimum=0) # Maximum rows of the table by label, or of the worst rows
     overwrite:bool=opt(False, result=False) # Replace an existing output

@@ -26,6 +26,7 @@ from ..data.jsonl import Record
 from ..data.sources import open_rows
 from ..data.rows import BadRow, bad_rows_error
 from .metrics import Scores, score
+from .named_metrics import MetricValue, Texts, check_metric_names, measure
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c8
 def read_all(
@@ -123,6 +124,7 @@ class EvalReport:
     prompts:str|None=None # From `other_prompts`
     normalizer:str='none' # One of `NORMALIZERS`
     raw:Scores|None=None # Metrics without the normalizer, if there is one
+    values:list[MetricValue]|None=None # The metrics of `--metric`; None: exact match and error rates
 
     @property
     def references(self)->list[str]: # [rows]
@@ -169,7 +171,8 @@ def score_lines(self:EvalReport
 )->list[str]: # Lines of text
     "The metrics, and what is to be said about prompts"
     normalizer = [f'normalizer: {self.normalizer}'] if self.raw else []
-    return [*normalizer, *self.scores.lines(self.raw), *([self.prompts] if self.prompts else [])]
+    values = map(str, self.values) if self.values else self.scores.lines(self.raw)
+    return [*normalizer, *values, *([self.prompts] if self.prompts else [])]
 
 @patch
 def worst(self:EvalReport
@@ -298,6 +301,7 @@ def to_dict(self:EvalReport
     s = self.scores
     out = dict(input=self.input, reference=self.reference) | (self.raw or s).to_dict()
     if self.raw: out |= dict(normalizer=self.normalizer, normalized=s.to_dict())
+    if self.values: out |= dict(metrics={v.metric.name:v.to_dict() for v in self.values})
     if self.by_label: return out | dict(labels=self.label_table())
     worst = [dict(line=self.lines[i], wer=float(s.row_wer[i]), reference=self.references[i],
                   prediction=self.predictions[i]) for i in self.worst()]
@@ -308,12 +312,16 @@ def evaluate(
     s:EvalSettings, # Settings: the two files, where the metrics go
 )->EvalReport: # Metrics, and a table by label or of the worst rows
     "Compare the predictions of one file with those of another"
+    check_metric_names(s.metric)
     with output_lock(s.output) if s.output else nullcontext():
         if s.output: new_output(s.output, s.overwrite, inputs=(s.input, s.reference))
         rows, refs = read_pairs(s.input, s.reference)
         texts = [r.prediction for r in refs], [r.prediction or '' for r in rows]
+        scores = score(*texts, s.normalizer)
         raw = score(*texts) if s.normalizer != 'none' else None
-        report = EvalReport(str(s.input), str(s.reference), score(*texts, s.normalizer), [r.line for r in rows],
-                            s.max_labels, other_prompts(rows, refs), s.normalizer, raw)
+        given = Texts(*texts, scores, s.normalizer, s.label_separator)
+        values = measure(s.metric, given, raw and Texts(*texts, raw, 'none', s.label_separator))
+        report = EvalReport(str(s.input), str(s.reference), scores, [r.line for r in rows], s.max_labels,
+                            other_prompts(rows, refs), s.normalizer, raw, values)
         if s.output: write_json(s.output, report.to_dict())
     return report
