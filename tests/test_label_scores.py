@@ -1,12 +1,20 @@
 "Scores of a closed set of labels: those of one full pass for each label and row, at the cost of two passes for all of them"
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from test_engine import MODELS
 from test_qwen2_audio import build
 
+from mdl_nbdev import InferSettings, infer
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.data.conversations import Conversation, text_message
+from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.infer import identity
 from mdl_nbdev.model import label_scores
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.engine import Request
@@ -110,3 +118,59 @@ def test_an_adapter_that_is_not_merged(parts):
     adapted = get_peft_model(model, LoraConfig(target_modules=names))
     np.testing.assert_allclose(LabelEngine(adapted.eval(), chat, LABELS).log_probs(prompts[:1]), expected, atol=1e-4)
     adapted.unload()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch): monkeypatch.chdir(tmp_path)
+
+
+def settings(**kwargs): return InferSettings(**dict(input="in.csv", output="out.csv", model_name="tiny", batch_size=1, num_workers=1, labels="labels.txt") | kwargs)
+
+
+def test_answers_from_a_set_resume_and_are_mended(here):
+    make_sounds(Path(), 10, seed=1)
+    rows = [r["audio"] for r in csv.DictReader(open("sounds.csv"))]
+    Path("in.csv").write_text("audio,margin,note\n" + "".join(f"{a},x,n{i}\n" for i, a in enumerate([*rows[:3], "lost.wav", *rows[3:]])))
+    Path("labels.txt").write_text("\ufeffsiren\r\n\r\ntone \r\nnoise\r\n", encoding="utf-8")
+    infer(settings(output="whole.csv"))
+    found = list(csv.DictReader(open("whole.csv")))
+    assert list(found[0]) == ["audio", "margin", "note", "prediction", "probability"], "a column that was there stays in its place"
+    assert (found[3]["prediction"], found[3]["probability"], found[3]["margin"]) == ("", "", "")
+    good = [r for r in found if r["audio"] != "lost.wav"]
+    assert {r["prediction"] for r in good} <= {"siren", "tone", "noise"}
+    assert all(1/3 <= float(r["probability"]) <= 1 and 0 <= float(r["margin"]) <= float(r["probability"]) for r in good)
+    def stop(rows, done, total): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): infer(settings(), [stop])
+    Path("labels.txt").write_text("siren\ntone\nnoise\nbeeps\n")
+    with pytest.raises(InputError, match="the contents of --labels have changed"): infer(settings())
+    Path("labels.txt").write_text("siren\ntone\nnoise\n")
+    report = infer(settings())
+    assert report.resumed == 8 and Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()
+    Path("lost.wav").write_bytes(Path(rows[0]).read_bytes())
+    assert not infer(settings(retry_rejects=True)).failed
+    mended = list(csv.DictReader(open("out.csv")))
+    assert mended[3]["prediction"] == mended[0]["prediction"] and [r for r in mended if r["audio"] != "lost.wav"] == good
+
+
+def test_records_and_the_labels_of_the_input(here, monkeypatch):
+    records = [dict(prompt=f"Question {i}", prediction=answer) for i, answer in enumerate(["yes", "no", "yes", ""])]
+    Path("in.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    s = settings(input="in.jsonl", output="out.jsonl", model_name="tiny-text", labels="auto")
+    infer(s)
+    out = [json.loads(line) for line in open("out.jsonl")]
+    assert [list(r) for r in out] == [["prompt", "prediction", "probability", "margin"]]*4
+    assert {r["prediction"] for r in out} <= {"yes", "no"} and all(.5 <= r["probability"] <= 1 for r in out)
+    monkeypatch.setattr(identity, "MOST_LABELS", 1)
+    with pytest.raises(InputError, match="more than 1 different predictions"): infer(replace(s, output="other.jsonl"))
+    Path("in.jsonl").write_text("".join(json.dumps(dict(prompt=r["prompt"])) + "\n" for r in records))
+    with pytest.raises(InputError, match="has no predictions to take labels from"): infer(replace(s, output="other.jsonl"))
+
+
+@pytest.mark.parametrize("text, fault", [("", "the file is empty"), ("a\n\n", "at least two labels, not 1"), ("a\nb\na\n", "'a' occurs twice"), ("a\nb\u2028c\n", "contains a line break")])
+def test_files_that_are_no_set(here, text, fault):
+    Path("labels.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"^--labels labels.txt: .*{fault}"): identity.read_labels(settings(), None)
+
+
+def test_options_of_generation_make_no_sense_with_labels():
+    with pytest.raises(InputError, match="leave out --max-new-tokens, --temperature$"): settings(temperature=.5, max_new_tokens=4)

@@ -173,8 +173,9 @@ class JsonlFile(RowFile):
         return [key for key in row.raw if key not in meant]
     def ignored_inside(self, row): return unused_keys(row.raw)
 
-    def format(self, row, prediction, delimiter=None):
-        return json.dumps({**row.raw, "prediction":prediction}, ensure_ascii=False) + "\n"
+    def format(self, row, prediction, delimiter=None, more=None):
+        return json.dumps({**row.raw, "prediction":prediction, **(more or {})}, ensure_ascii=False) + "\n"
+    def values(self, row): return row.raw
 
     def preview(self):
         def cells(r):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Callable, ClassVar, Iterator, NamedTuple
+from typing import Callable, ClassVar, Iterable, Iterator, NamedTuple
 from functools import lru_cache
 from fastcore.basics import patch
 from ..base.errors import InputError, python_spelling
@@ -188,6 +188,13 @@ def count(self:RowFile,
     return n
 
 @patch
+def values(self:RowFile,
+    row, # A row of this file
+)->dict: # Name -> value
+    "All columns or keys of a row"
+    raise NotImplementedError
+
+@patch
 def ignored_inside(self:RowFile,
     row, # A row of this file
 )->list[str]: # Such as `messages.tool_calls`
@@ -209,6 +216,7 @@ def reject(self:RowFile,
 @patch
 def header(self:RowFile,
     delimiter:str|None=None, # Between cells; None: as in this file
+    more:Iterable[str]=(), # Names of columns beside the prediction
 )->str: # A line, or nothing
     "What stands before the rows of a file with predictions"
     return ""
@@ -218,6 +226,7 @@ def format(self:RowFile,
     row, # A row of this file
     prediction:str, # Its prediction
     delimiter:str|None=None, # Between cells; None: as in this file
+    more:dict|None=None, # Name -> value of columns beside the prediction; None as a value: nothing
 )->str: # A line
     "The text of a row with a prediction"
     raise NotImplementedError

@@ -48,13 +48,15 @@ class TableFile(RowFile):
         if self.segment and meant[0]: meant[0] = cut_clip(meant[0], {name:cells[i] for name, i in self.segment.items()})
         return Row(*meant, str(self.path), line, cells, self.positions[0] is not None)
 
-    def header(self, delimiter=None):
-        names = self.columns if "prediction" in self.columns else [*self.columns, "prediction"]
-        return format_row(names, delimiter or self.delimiter)
+    def header(self, delimiter=None, more=()):
+        names = dict.fromkeys([*self.columns, "prediction", *more])
+        return format_row([*names], delimiter or self.delimiter)
 
-    def format(self, row, prediction, delimiter=None):
-        at = self.columns.index("prediction") if "prediction" in self.columns else len(self.columns)
-        return format_row((*row.cells[:at], prediction, *row.cells[at+1:]), delimiter or self.delimiter)
+    def format(self, row, prediction, delimiter=None, more=None):
+        cells = self.values(row) | dict(prediction=prediction) | (more or {})
+        return format_row([*cells.values()], delimiter or self.delimiter)
+
+    def values(self, row): return dict(zip(self.columns, row.cells))
 
     def misnamed(self):
         plain = {c: c.strip().lower() for c in self.columns if c not in COLUMNS}

@@ -128,8 +128,9 @@ class InferOutput:
         path:Path, # The output
         source, # The input, from `open_rows`
         base_dir:Path|None=None, # Folder that relative paths of clips start from; None: the working directory
+        columns:tuple[str,...]=(), # Names of columns beside the prediction
     ):
-        self.path, self.source, self.base_dir = Path(path), source, base_dir
+        self.path, self.source, self.base_dir, self.columns = Path(path), source, base_dir, columns
         self.state, self.rejects = Path(f'{path}.part.json'), Path(f'{path}.rejects.csv')
         suffix = self.path.suffix.lower()
         own = ('.jsonl',) if source.out_suffix=='.jsonl' else ('.csv', '.tsv')
@@ -142,14 +143,15 @@ class InferOutput:
     @property
     def header(self)->str:
         "The first line of the output"
-        return self.source.header(self.delimiter)
+        return self.source.header(self.delimiter, self.columns)
 
     def text(self,
         row, # A row of the source
         prediction:str='', # Its answer
+        scores:dict|None=None, # Name of a column beside the prediction -> value
     )->str: # One record, with a newline at its end
         "A row as it is written"
-        return self.source.format(row, prediction, self.delimiter)
+        return self.source.format(row, prediction, self.delimiter, dict.fromkeys(self.columns) | (scores or {}))
 
     def clips(self,
         rows:Iterable, # Rows of the source
@@ -296,15 +298,16 @@ def rejected_rows(self:InferOutput,
 @patch
 def earlier_answers(self:InferOutput,
     rejected:set[int], # From `rejected_rows`
-)->Iterator[str|None]: # For each row of the input, in order; None: it has none
+)->Iterator[tuple[str, dict]|None]: # For each row of the input, in order: prediction and scores; None: it has none
     "The answers in a finished output; `InputError` unless they belong to the rows of the input"
     old = open_rows(self.path, ('audio',))
     for n,(before,now) in enumerate(zip_longest(old.rows(), self.source.rows()), 1):
-        texts = before and now and (old.format(before, '', self.delimiter), self.text(now))
+        texts = before and now and (old.format(before, '', self.delimiter, dict.fromkeys(self.columns)), self.text(now))
         if not texts or n not in rejected and texts[0] != texts[1]:
             raise InputError(f"--retry-rejects: row {n} of {self.source.path} is not that of {self.path}; only rows without an answer "
                              "may be changed, and none added or removed: answer all rows again, with --overwrite true")
-        yield None if n in rejected else before.prediction or ''
+        values = old.values(before)
+        yield None if n in rejected else (before.prediction or '', {name:values.get(name) for name in self.columns})
 
 # %% ../../nbs/4_infer/01_output.ipynb #c28
 @patch
@@ -319,7 +322,7 @@ def write(self:InferOutput,
     rejects = [(str(n), str(r.row.line), r.row.audio or '', r.reason) for n,r in bad]
     truncated = [(str(n), str(r.row.line)) for n,r in enumerate(rows, first+1) if r.truncated]
     input_text = ''.join(self.text(r.row) for r in rows)
-    output_text = ''.join(self.text(r.row, r.prediction) for r in rows)
+    output_text = ''.join(self.text(r.row, r.prediction, r.scores) for r in rows)
     clips = clips_digest(self.clips(r.row for r in rows))
     notes = {}
     for r in rows: count_notes(notes, r.notes)

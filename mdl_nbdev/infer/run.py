@@ -30,8 +30,8 @@ from ..data.remote import set_host_policy
 from ..data.sources import note_misnamed, open_rows
 from ..data.conversations import Conversation
 from ..data.pictures import clip_html
-from ..data.rows import to_conversation
-from .identity import count_prompts, run_identity, use_training_prompts
+from ..data.rows import RowFile, to_conversation
+from .identity import SCORE_COLUMNS, count_prompts, read_labels, run_identity, use_training_prompts
 from .output import InferOutput, LoggedProgress, OutputPart
 from ..model.prompts import TrainingPrompts
 
@@ -63,6 +63,7 @@ class PromptedRow:
     prompt_tokens:int=0 # Length of the prompt
     max_new_tokens:int=0 # Limit of the completion
     prediction:str='' # The model's answer
+    scores:dict=field(default_factory=dict) # Column of the output -> number, such as the probability of the answer
     kept:bool=False # Whether the answer is that of an earlier run
     truncated:bool=False # Whether the limit ended the answer
     reason:str|None=None # Why there is no answer; None: there is one
@@ -147,6 +148,7 @@ class Pipeline:
         for completion in self.engine.generate(requests):
             row = rows[completion.key]
             row.prediction, row.truncated = completion.text.replace('\0', '\ufffd'), completion.truncated # no text file can hold NUL
+            if completion.scores: row.scores = {name:round(getattr(completion.scores, name), 4) for name in SCORE_COLUMNS}
 
     def run(self,
         shards:Iterable[list], # The `PromptedRow`s of each shard
@@ -222,8 +224,9 @@ def open_output(
     s:InferSettings, # Settings of the run
 )->InferOutput: # With its input opened
     "Check input and output as far as no row has to be read"
-    out = InferOutput(s.output, open_rows(s.input, ('audio',), s.encoding), s.base_dir)
-    out.check_input(s.chat_template)
+    columns = SCORE_COLUMNS if s.labels else ()
+    out = InferOutput(s.output, open_rows(s.input, ('audio',), s.encoding), s.base_dir, columns)
+    out.check_input(s.chat_template, None if s.labels=='auto' else s.labels)
     check_output(out, s)
     return out
 
@@ -254,13 +257,14 @@ def lock_output(
 # %% ../../nbs/4_infer/02_run.ipynb #c19
 def load_pipeline(
     s:InferSettings, # As they were given
+    source:RowFile, # The input
     own:TrainingPrompts, # Prompts of the rows
     ranks:Ranks, # The processes of the run
     callbacks:Iterable[Callable], # The first with a method `note` shows the notes; otherwise stderr does
 )->tuple[Pipeline, list[str]]: # Its settings name the prompts to use; notes on them
     "Load the model, and find the prompts that it was trained with"
-    from mdl_nbdev.model.engine import load_engine
-    engine = ranks.agree(load_engine, s)
+    from mdl_nbdev.model.label_scores import load_engine_for
+    engine = ranks.agree(load_engine_for, s, ranks.on_main(read_labels, s, source))
     used, notes = ranks.on_main(use_training_prompts, s, own)
     show = next((c.note for c in callbacks if hasattr(c, 'note')), partial(print, file=sys.stderr, flush=True))
     for line in notes if ranks.is_main else []: show(line)
@@ -310,7 +314,8 @@ def rows_of_shards(
     wanted, rows = set(numbers), map(PromptedRow, out.source.rows())
     if rejected is not None:
         answers = zip(out.source.rows(), out.earlier_answers(rejected))
-        rows = (PromptedRow(row, prediction=answer or '', kept=answer is not None) for row,answer in answers)
+        def kept(row, answer): return PromptedRow(row, prediction=answer[0], scores=answer[1], kept=True)
+        rows = (kept(row, answer) if answer else PromptedRow(row) for row,answer in answers)
     shards = islice(chunked(rows, shard_rows), max(numbers, default=-1) + 1)
     return (rows for number,rows in enumerate(shards) if number in wanted)
 
@@ -320,7 +325,7 @@ def prepare_output(
     pipeline:Pipeline, # Knows the settings of the run, with its prompts
 )->tuple[list[int], set[int]|None]: # Numbers of the finished shards, and of the only rows to answer
     "Start or continue an output, on the main process"
-    s, identity = pipeline.s, run_identity(pipeline.s)
+    s, identity = pipeline.s, run_identity(pipeline.s, pipeline.engine.labels)
     if s.refresh_cache: prepare_clips(s, out.clips(out.source.rows()))
     rejected = out.rejected_rows(identity) if s.retry_rejects else None
     for _ in out.earlier_answers(rejected) if s.retry_rejects else []: pass # which checks them
@@ -364,7 +369,7 @@ def infer(
         lock_output(out, s, ranks, stack)
         if ranks.is_main: note_misnamed(out.source)
         total, own = ranks.on_main(count_prompts, out.source)
-        pipeline, prompts = load_pipeline(s, own, ranks, callbacks)
+        pipeline, prompts = load_pipeline(s, out.source, own, ranks, callbacks)
         shard_rows = pipeline.shard_rows
         finished, rejected = ranks.on_main(prepare_output, out, pipeline)
         part = ranks.agree(join_output, out, ranks.rank)

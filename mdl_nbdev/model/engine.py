@@ -58,6 +58,7 @@ class Completion:
 class Engine:
     "Generates completions; subclasses define how"
     max_tokens:int=sys.maxsize # Of prompt and completion together
+    labels:list[str]|None=None # The closed set that completions are chosen from; None: they are generated
     def generate(self,
         requests:Iterable[Request], # In any order; read as they are needed
     )->Iterator[Completion]: # As they finish

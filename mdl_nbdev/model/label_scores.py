@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP_POSITIONS', 'GROUP_LOGITS', 'LabelSet', 'label_fault', 'LabelScores', 'group_labels', 'token_logprobs',
-           'LabelEngine']
+           'LabelEngine', 'load_engine_for']
 
 # %% ../../nbs/2_model/41_label_scores.ipynb #c4
 import copy, inspect
@@ -14,10 +14,11 @@ import torch
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.html import Html, html_bar, html_table
+from ..base.settings import InferSettings
 from ..base.text import shorten
 from ..data.conversations import Conversation, text_message
 from .chat import Chat, Example
-from .engine import Completion, Request, TransformersEngine
+from .engine import Completion, Request, TransformersEngine, load_engine
 from .template import shape_of
 
 # %% ../../nbs/2_model/41_label_scores.ipynb #c6
@@ -39,6 +40,11 @@ class LabelSet:
         shape = shape_of(prompt.messages)
         if shape not in self.known: self.known[shape] = self.completions(prompt)
         return self.known[shape]
+
+    @property
+    def longest(self)->int:
+        "The most tokens of a label"
+        return max(len(ids) for known in self.known.values() for ids in known)
 
 def label_fault(
     labels:list[str], # The labels of a closed set
@@ -137,7 +143,8 @@ class LabelEngine(TransformersEngine):
         batch_size:int=32, # Requests scored together
     ):
         super().__init__(model, chat, batch_size=batch_size)
-        self.label_set = LabelSet(chat, labels)
+        self.labels, self.label_set = labels, LabelSet(chat, labels)
+        self.max_tokens -= self.label_set.longest - 1
         base = model.get_base_model() if hasattr(model, 'get_base_model') else model
         self.accepted = set(inspect.signature(base.forward).parameters)
 
@@ -204,3 +211,14 @@ def complete(self:LabelEngine,
     scores = self.score([r.example for r in batch])
     def ids(r, s): return self.label_set.ids(r.example.conversation)[int(s.logprobs.argmax())]
     return [Completion(r.key, ids(r, s)[:-1].tolist(), s.best, False, scores=s) for r,s in zip(batch, scores)]
+
+# %% ../../nbs/2_model/41_label_scores.ipynb #c20
+def load_engine_for(
+    s:InferSettings, # Settings of the run
+    labels:list[str]|None, # Its closed set; None: answers are generated
+)->TransformersEngine: # Ready to answer
+    "Load model, adapter and tokenizer"
+    engine = load_engine(s)
+    if labels is None: return engine
+    try: return LabelEngine(engine.model, engine.chat, labels, s.batch_size)
+    except InputError as e: raise InputError(f"--labels {s.labels}: {e}") from None
