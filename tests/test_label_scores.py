@@ -70,7 +70,7 @@ def test_scores_are_those_of_a_pass_for_each_label_and_row(parts, monkeypatch):
     together = engine.log_probs(prompts)
     np.testing.assert_allclose(together, expected, atol=1e-4)
     np.testing.assert_allclose(np.concatenate([engine.log_probs([e]) for e in prompts]), expected, atol=1e-4)
-    monkeypatch.setattr(label_scores, "GROUP_POSITIONS", 1) # one label in each pass
+    monkeypatch.setattr(label_scores, "GROUP_POSITIONS_CPU", 1) # one label in each pass
     np.testing.assert_allclose(engine.log_probs(prompts), expected, atol=1e-4)
 
 
