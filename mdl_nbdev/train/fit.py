@@ -59,7 +59,7 @@ def training_arguments(
         weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
         metric_for_best_model='loss' if evaluated else None, greater_is_better=False,
         eval_strategy='steps' if evaluated and 'steps' in s.eval_strategy else 'no', eval_steps=s.eval_steps,
-        save_steps=s.save_steps, logging_steps=s.logging_steps, report_to=s.report_to or 'none', seed=s.seed,
+        save_steps=s.save_steps, logging_steps=s.logging_steps, logging_first_step=True, report_to=s.report_to or 'none', seed=s.seed,
         bf16=pick_dtype(s.bf16, model.device)==torch.bfloat16, use_cpu=not cuda,
         dataloader_num_workers=s.num_workers if cuda or s.num_workers > 1 else 0, dataloader_pin_memory=cuda,
         disable_tqdm=True, logging_nan_inf_filter=False, prediction_loss_only=True, remove_unused_columns=False,
