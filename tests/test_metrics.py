@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import sacrebleu
 
@@ -11,8 +12,9 @@ from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import NORMALIZERS, EvalSettings
 from mdl_nbdev.cli.commands import mdl_eval
 from mdl_nbdev.infer.evaluate import evaluate
+from mdl_nbdev.infer.intervals import bootstrap_interval
 from mdl_nbdev.infer.metrics import score
-from mdl_nbdev.infer.named_metrics import Texts, find_choice, measure
+from mdl_nbdev.infer.named_metrics import Metric, Texts, find_choice, load_metrics, measure, row_share
 from mdl_nbdev.infer.normalizers import normalize_texts
 
 # normalizer, two texts that it makes equal; then two that it does not
@@ -172,3 +174,40 @@ def test_own_metrics(tmp_path, monkeypatch, capsys):
         assert e.value.code == 2
         err = capsys.readouterr().err
         assert re.search(message, err) and len(err.splitlines()) == 1
+
+
+# Intervals and parts
+
+def test_intervals_as_the_binomial_distribution():
+    for n, right in [(400, 360), (2000, 1000)]:
+        share = right / n
+        low, high = bootstrap_interval(Metric("exact", "exact match", row_share([i < right for i in range(n)])), n)
+        half = 1.96 * (share * (1 - share) / n) ** 0.5
+        assert (low, high) == pytest.approx((share - half, share + half), abs=half / 8)
+
+
+@pytest.mark.parametrize("names, separator", [(["wer", "macro-f1", "weighted-f1", "bleu"], None), (["map", "macro-f1"], " ")])
+def test_weights_are_repetitions(names, separator):
+    "A row with weight 2 counts like two rows, one with weight 0 like none"
+    refs, preds = ["a b c d e", "a b", "c", "d e f g h"], ["a b d d e", "a", "c b", "d e f g"]
+    [once, twice] = [[2, 0, 1, 3], [1, 1, 1, 1]]
+    repeated = [[t for t, n in zip(texts, once) for _ in range(n)] for texts in (refs, preds)]
+    metrics = load_metrics(names, Texts(refs, preds, score(refs, preds), "none", separator))
+    for m, expected in zip(metrics, measure(names, Texts(*repeated, score(*repeated), "none", separator))):
+        values = m.value(np.array([once, twice]))
+        assert values.tolist() == pytest.approx([expected.value, float(m.value(np.array(twice)))])
+
+
+def test_report_by_column(tmp_path):
+    "A key of either file, of tables and of records; every part's metrics are those of a file of its rows"
+    rows = [("a", "a", "x"), ("b", "a", "y<b>"), ("b", "b", "x"), ("a", "a", "x")]
+    (tmp_path/"in.csv").write_text("audio,prediction,who\n" + "".join(f"{i}.wav,{r},{who}\n" for i, (r, _, who) in enumerate(rows)))
+    (tmp_path/"out.jsonl").write_text("".join(json.dumps(dict(audio=f"{i}.wav", prediction=p, room=i % 2)) + "\n" for i, (_, p, _) in enumerate(rows)))
+    given = dict(input=tmp_path/"out.jsonl", reference=tmp_path/"in.csv")
+    report = evaluate(EvalSettings(by="who", **given))
+    assert [(p["part"], p["rows"], p["values"]["exact"], p["values"]["wer"]) for p in report.parts] == [("x", 3, 1, 0), ("y<b>", 1, 0, 1)]
+    assert "y<b>" in str(report) and "y<b>" not in report._repr_html_() and "y&lt;b&gt;" in report._repr_html_()
+    d = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (d["by"], d["parts"][0]["part"], d["metrics"]["exact"]["value"]) == ("who", "x", .75) and d["metrics"]["exact"]["interval"][1] == 1
+    assert [(p["part"], p["rows"]) for p in evaluate(EvalSettings(by="room", metric="accuracy", max_labels=1, **given)).parts] == [("0", 2), ("1", 2)]
+    with pytest.raises(InputError, match="--by mood: no such column in .*in.csv or .*out.jsonl"): evaluate(EvalSettings(by="mood", **given))

@@ -273,6 +273,7 @@ class EvalSettings(Settings):
     metric:list[str]=opt(list)
     # What separates the labels of an answer, for rows of several labels in macro-f1, weighted-f1 and map; null: one label
     label_separator:str|None=None
+    by:str|None=None # Column of either file, such as speaker: also show the metrics of the rows with each of its values
     output:Path|None=opt(None, location=True) # Also write the metrics to this JSON file
     max_labels:int=opt(30, minimum=0) # Maximum rows of the table by label, or of the worst rows
     overwrite:bool=opt(False, result=False) # Replace an existing output

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_all', 'prompt_of', 'mismatch', 'excerpt', 'reference_faults', 'read_pairs', 'other_prompts', 'EvalReport',
-           'label_lines', 'count_cell', 'corrections_html', 'evaluate']
+           'part_lines', 'label_lines', 'count_cell', 'corrections_html', 'column_values', 'evaluate']
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c5
 import os
@@ -25,6 +25,7 @@ from ..data.conversations import message_clips, message_text
 from ..data.jsonl import Record
 from ..data.sources import open_rows
 from ..data.rows import BadRow, bad_rows_error
+from .intervals import bootstrap_interval, measure_parts
 from .metrics import Scores, score
 from .named_metrics import MetricValue, Texts, check_metric_names, measure
 
@@ -125,6 +126,8 @@ class EvalReport:
     normalizer:str='none' # One of `NORMALIZERS`
     raw:Scores|None=None # Metrics without the normalizer, if there is one
     values:list[MetricValue]|None=None # The metrics of `--metric`; None: exact match and error rates
+    by:str|None=None # A column
+    parts:list[dict]|None=None # From `measure_parts`, for that column
 
     @property
     def references(self)->list[str]: # [rows]
@@ -183,6 +186,25 @@ def worst(self:EvalReport
     return [int(i) for i in order if s.word_edits[i]]
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c18
+@patch
+def part_rows(self:EvalReport
+)->list[list[str]]: # The header, then at most `most` parts
+    "The metrics by column as a table"
+    metrics = [v.metric for v in self.values]
+    rows = [[excerpt(p['part'], 30), f"{p['rows']:,}", *(m.text(p['values'][m.name]) for m in metrics)] for p in self.parts]
+    left_out = len(rows) - self.most
+    if left_out > 0: rows = [*rows[:self.most], [f'({left_out:,} more)', *['']*(len(metrics) + 1)]]
+    return [[f'by {self.by}', 'rows', *(m.title for m in metrics)], *rows]
+
+def part_lines(
+    rows:list[list[str]], # A header and rows
+)->list[str]: # Lines of text
+    "A table for a terminal"
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return ['  ' + '  '.join(row).rstrip() for row in aligned]
+
+# %% ../../nbs/4_infer/09_evaluate.ipynb #c20
 def label_lines(
     records:list[dict], # From `label_table`
     most:int, # Maximum number of labels
@@ -218,11 +240,12 @@ def worst_lines(self:EvalReport
 @patch
 def __repr__(self:EvalReport):
     lines = [f"{self.input}, compared with {self.reference}", *(f"  {line}" for line in self.score_lines())]
+    if self.parts and self.most: lines += ['', *part_lines(self.part_rows())]
     table = label_lines(self.label_table(), self.most) if self.by_label else self.worst_lines()
     if table and self.most: lines += ['', *table]
     return '\n'.join(lines)
 
-# %% ../../nbs/4_infer/09_evaluate.ipynb #c20
+# %% ../../nbs/4_infer/09_evaluate.ipynb #c22
 def count_cell(
     n:int, # Rows with this reference and this prediction
     of:int, # Rows with this reference
@@ -259,7 +282,7 @@ def labels_html(self:EvalReport
         rows.append([excerpt(r['label'], 60), f"{r['rows']:,}", f'{share:.1%}', bar, wrong])
     return html_table(rows, ['label', 'rows', 'exact', '', 'most frequent wrong prediction'])
 
-# %% ../../nbs/4_infer/09_evaluate.ipynb #c22
+# %% ../../nbs/4_infer/09_evaluate.ipynb #c24
 def corrections_html(
     reference:str, # What should have been said
     prediction:str, # What the model said
@@ -291,9 +314,11 @@ def _repr_html_(self:EvalReport):
     if not self.most: table = ''
     elif not self.by_label: table = self.worst_html()
     else: table = self.confusion_html() if len(self.labels) <= min(12, self.most) else self.labels_html()
-    return f"<p>{'<br>'.join(map(as_html, head))}</p>{table}"
+    header, *rows = self.part_rows() if self.parts and self.most else [[]]
+    parts = html_table(rows, header) if rows else ''
+    return f"<p>{'<br>'.join(map(as_html, head))}</p>{parts}{table}"
 
-# %% ../../nbs/4_infer/09_evaluate.ipynb #c24
+# %% ../../nbs/4_infer/09_evaluate.ipynb #c26
 @patch
 def to_dict(self:EvalReport
 )->dict: # Plain values, ready for JSON
@@ -301,13 +326,28 @@ def to_dict(self:EvalReport
     s = self.scores
     out = dict(input=self.input, reference=self.reference) | (self.raw or s).to_dict()
     if self.raw: out |= dict(normalizer=self.normalizer, normalized=s.to_dict())
+    if self.parts: out |= dict(by=self.by, parts=self.parts)
     if self.values: out |= dict(metrics={v.metric.name:v.to_dict() for v in self.values})
     if self.by_label: return out | dict(labels=self.label_table())
     worst = [dict(line=self.lines[i], wer=float(s.row_wer[i]), reference=self.references[i],
                   prediction=self.predictions[i]) for i in self.worst()]
     return out | dict(worst=worst)
 
-# %% ../../nbs/4_infer/09_evaluate.ipynb #c26
+# %% ../../nbs/4_infer/09_evaluate.ipynb #c28
+def column_values(
+    name:str, # A column or key
+    files:dict, # Path of a file -> its rows
+)->list[str]: # [rows]
+    "The values of a column in the first file that has it"
+    for path,rows in files.items():
+        records = isinstance(rows[0], Record)
+        columns = [] if records else open_rows(path).columns
+        if records: values = [r.raw.get(name) for r in rows]
+        else: values = [r.cells[columns.index(name)] for r in rows] if name in columns else []
+        if any(v is not None for v in values): return ['' if v is None else str(v) for v in values]
+    raise InputError(f"--by {name}: no such column in {' or '.join(map(str, files))}")
+
+# %% ../../nbs/4_infer/09_evaluate.ipynb #c29
 def evaluate(
     s:EvalSettings, # Settings: the two files, where the metrics go
 )->EvalReport: # Metrics, and a table by label or of the worst rows
@@ -320,8 +360,12 @@ def evaluate(
         scores = score(*texts, s.normalizer)
         raw = score(*texts) if s.normalizer != 'none' else None
         given = Texts(*texts, scores, s.normalizer, s.label_separator)
-        values = measure(s.metric, given, raw and Texts(*texts, raw, 'none', s.label_separator))
+        names = s.metric or (['exact', 'wer', 'cer'] if s.by else [])
+        values = measure(names, given, raw and Texts(*texts, raw, 'none', s.label_separator))
+        for v in values: v.interval = bootstrap_interval(v.metric, len(rows))
+        column = column_values(s.by, {s.reference:refs, s.input:rows}) if s.by else []
+        parts = measure_parts([v.metric for v in values], column)
         report = EvalReport(str(s.input), str(s.reference), scores, [r.line for r in rows], s.max_labels,
-                            other_prompts(rows, refs), s.normalizer, raw, values)
+                            other_prompts(rows, refs), s.normalizer, raw, values, s.by, parts)
         if s.output: write_json(s.output, report.to_dict())
     return report

@@ -283,14 +283,17 @@ class MetricValue:
     metric:Metric # What is measured
     value:float # After the normalizer
     raw:float|None=None # Without the normalizer, if there is one
+    interval:tuple[float, float]|None=None # What 95 % of the draws of a bootstrap give
 
     def __str__(self):
         text = f'{self.metric.title}: {self.metric.text(self.value)}'
+        if self.interval: text += f" (95% interval {' to '.join(map(self.metric.text, self.interval))})"
         return text if self.raw is None else f'{text}; raw: {self.metric.text(self.raw)}'
 
     def to_dict(self)->dict: # Ready for JSON
         "The values"
-        return dict(value=self.value) | ({} if self.raw is None else dict(raw=self.raw))
+        known = dict(value=self.value, raw=self.raw, interval=self.interval and list(self.interval))
+        return {k:v for k,v in known.items() if v is not None}
 
 def measure(
     names:list[str], # Keys of `METRICS`, or `module:function`
