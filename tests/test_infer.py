@@ -443,6 +443,37 @@ def test_unfinished_run_of_version_0_1(whole):
     assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
 
 
+class Killed(BaseException): "Stands for the end of a process: nothing that it would do later happens"
+
+
+def test_killed_at_any_step_of_the_end(whole, monkeypatch):
+    "Of a run whose result is complete nothing else is left, wherever it was killed; before that, it goes on"
+    def files(): return {p.name.removeprefix("out.csv"): p.read_bytes() for p in Path().glob("out.csv*") if not p.name.endswith(".lock")}
+    expected = {"": (whole/"whole.csv").read_bytes(), ".rejects.csv": (whole/"whole.csv.rejects.csv").read_bytes()}
+    finish = InferOutput.finish
+    for step in range(100):
+        for path in Path().glob("out.csv*"): path.unlink()
+        with monkeypatch.context() as m:
+            steps, ended = [0], []
+            def guarded(f):
+                def g(*args, **kwargs):
+                    is_lock = str(args[0]).endswith(".lock") # which the end of a process frees
+                    if ended and not is_lock: steps[0] += 1
+                    if steps[0] > step and not is_lock: raise Killed
+                    return f(*args, **kwargs)
+                return g
+            m.setattr(os, "replace", guarded(os.replace))
+            m.setattr(Path, "unlink", guarded(Path.unlink))
+            m.setattr(InferOutput, "finish", lambda *args: ended.append(1) or finish(*args))
+            try: answer(whole/"sounds.csv", "out.csv", base_dir=whole)
+            except Killed: pass
+            else: break
+        try: answer(whole/"sounds.csv", "out.csv", base_dir=whole)
+        except InputError as e: assert "out.csv: exists already" in str(e)
+        assert files() == expected, step
+    assert 6 <= step < 99
+
+
 def test_many_finished_shards():
     "What remains of 100,000 shards is known at once"
     n = 100_000
