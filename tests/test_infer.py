@@ -446,10 +446,13 @@ def test_unfinished_run_of_version_0_1(whole):
 class Killed(BaseException): "Stands for the end of a process: nothing that it would do later happens"
 
 
-def test_killed_at_any_step_of_the_end(whole, monkeypatch):
+def test_killed_at_any_step_of_the_end(monkeypatch):
     "Of a run whose result is complete nothing else is left, wherever it was killed; before that, it goes on"
     def files(): return {p.name.removeprefix("out.csv"): p.read_bytes() for p in Path().glob("out.csv*") if not p.name.endswith(".lock")}
-    expected = {"": (whole/"whole.csv").read_bytes(), ".rejects.csv": (whole/"whole.csv.rejects.csv").read_bytes()}
+    make_sounds(".", 6)
+    Path("sounds/0003.wav").unlink()
+    answer("sounds.csv", "whole.csv")
+    expected = {"": Path("whole.csv").read_bytes(), ".rejects.csv": Path("whole.csv.rejects.csv").read_bytes()}
     finish = InferOutput.finish
     for step in range(100):
         for path in Path().glob("out.csv*"): path.unlink()
@@ -465,11 +468,11 @@ def test_killed_at_any_step_of_the_end(whole, monkeypatch):
             m.setattr(os, "replace", guarded(os.replace))
             m.setattr(Path, "unlink", guarded(Path.unlink))
             m.setattr(InferOutput, "finish", lambda *args: ended.append(1) or finish(*args))
-            try: answer(whole/"sounds.csv", "out.csv", base_dir=whole)
+            try: answer("sounds.csv", "out.csv")
             except Killed: pass
             else: break
-        try: answer(whole/"sounds.csv", "out.csv", base_dir=whole)
-        except InputError as e: assert "out.csv: exists already" in str(e)
+        try: answer("sounds.csv", "out.csv")
+        except InputError as e: assert "out.csv: the output exists already" in str(e)
         assert files() == expected, step
     assert 6 <= step < 99
 

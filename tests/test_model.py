@@ -297,7 +297,7 @@ def test_merge_writes_the_type_that_is_asked_for(bf16, dtype, tmp_path):
     merged = M.load_model(str(out), dtype="auto", device="cpu")
     assert merged.decoder.lm_head.weight.dtype == dtype and json.loads((out/"config.json").read_text())["dtype"] == str(dtype)[6:]
     assert merged.audio_encoder.init_bn.running_var.dtype == torch.float32
-    assert not (tmp_path/"out.part").exists()
+    assert not list(tmp_path.glob(".out.*"))
 
 
 def test_saving_an_adapter_asks_no_network(tmp_path, monkeypatch):
@@ -759,7 +759,7 @@ def test_merges_that_cannot_be_made(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr("mdl_nbdev.model.save.save_model", full_disk)
         with pytest.raises(InputError, match="out: cannot write this folder: the disk is full; free some space, or choose another --output"): M.merge_adapter(again)
-    assert (tmp_path/"out"/"config.json").exists() and not (tmp_path/"out.part").exists(), "the old one stays, and nothing of the new one"
+    assert (tmp_path/"out"/"config.json").exists() and not list(tmp_path.glob(".out.*")), "the old one stays, and nothing of the new one"
     with pytest.raises(InputError, match="no LoRA adapter here"): M.merge_adapter(MergeSettings(adapter=tmp_path/"out", output=tmp_path/"new"))
     config = json.loads((adapter/"adapter_config.json").read_text())
     (adapter/"adapter_config.json").write_text(json.dumps(config | dict(base_model_name_or_path=None)))

@@ -256,16 +256,19 @@ def new_output(
 def replacing_folder(
     folder:str|Path, # What it holds is replaced
 )->Iterator[Path]: # Where to write meanwhile
-    "Write a folder beside its place and rename it once it is complete; if that fails, nothing of it is left"
+    "Write a folder beside its place and rename it once it is complete; if that fails, the old one is there, and nothing of the new one"
     folder = Path(folder)
-    part = folder.with_name(f'{folder.name}.part')
-    shutil.rmtree(part, ignore_errors=True)
+    part, old = (folder.with_name(f'.{folder.name}.{end}') for end in ('part', 'old'))
+    def tidy():
+        if old.exists() and not folder.exists(): os.replace(old, folder)
+        for path in part, old: shutil.rmtree(path, ignore_errors=True)
+    tidy() # after a run that was killed
     try:
         with writing(folder, 'folder'):
             yield make_folder(part)
             mode = part.stat().st_mode & 0o666 # of any new file; safetensors keeps its own to their owner
             for path in part.rglob('*'):
                 if path.is_file(): path.chmod(mode)
-            if folder.exists(): shutil.rmtree(folder)
+            if folder.exists(): os.replace(folder, old)
             os.replace(part, folder)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    finally: tidy()
