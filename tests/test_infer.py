@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -446,6 +447,24 @@ def test_unfinished_run_of_version_0_1(whole):
 class Killed(BaseException): "Stands for the end of a process: nothing that it would do later happens"
 
 
+class Killer:
+    "Ends a process before one of the steps of `InferOutput.finish`, counting from 0"
+    def __init__(self, step): self.step, self.finishing, self.done = step, False, 0
+    def guard(self, f):
+        def guarded(path, *args, **kwargs):
+            if not self.finishing or str(path).endswith(".lock"): return f(path, *args, **kwargs) # the end of a process frees its locks
+            if self.done == self.step: raise Killed
+            self.done += 1
+            return f(path, *args, **kwargs)
+        return guarded
+    def finish(self, output, *args):
+        self.finishing = True
+        return finish(output, *args)
+
+
+finish = InferOutput.finish
+
+
 def test_killed_at_any_step_of_the_end(monkeypatch):
     "Of a run whose result is complete nothing else is left, wherever it was killed; before that, it goes on"
     def files(): return {p.name.removeprefix("out.csv"): p.read_bytes() for p in Path().glob("out.csv*") if not p.name.endswith(".lock")}
@@ -453,21 +472,13 @@ def test_killed_at_any_step_of_the_end(monkeypatch):
     Path("sounds/0003.wav").unlink()
     answer("sounds.csv", "whole.csv")
     expected = {"": Path("whole.csv").read_bytes(), ".rejects.csv": Path("whole.csv.rejects.csv").read_bytes()}
-    finish = InferOutput.finish
     for step in range(100):
         for path in Path().glob("out.csv*"): path.unlink()
+        killer = Killer(step)
         with monkeypatch.context() as m:
-            steps, ended = [0], []
-            def guarded(f):
-                def g(*args, **kwargs):
-                    is_lock = str(args[0]).endswith(".lock") # which the end of a process frees
-                    if ended and not is_lock: steps[0] += 1
-                    if steps[0] > step and not is_lock: raise Killed
-                    return f(*args, **kwargs)
-                return g
-            m.setattr(os, "replace", guarded(os.replace))
-            m.setattr(Path, "unlink", guarded(Path.unlink))
-            m.setattr(InferOutput, "finish", lambda *args: ended.append(1) or finish(*args))
+            m.setattr(os, "replace", killer.guard(os.replace))
+            m.setattr(Path, "unlink", killer.guard(Path.unlink))
+            m.setattr(InferOutput, "finish", partialmethod(lambda output, *args, killer: killer.finish(output, *args), killer=killer))
             try: answer("sounds.csv", "out.csv")
             except Killed: pass
             else: break

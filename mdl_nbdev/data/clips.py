@@ -27,7 +27,7 @@ from .remote import AudioError, clip_version, fetch, is_url, note_cache, refresh
 
 # %% ../../nbs/1_data/02_clips.ipynb #c7
 _TIMES, _CHANNEL = r't=(?=,?\d)(?:\d+(?:\.\d+)?)?(?:,\d+(?:\.\d+)?)?', r'channel=(?:mix|left|right|\d{1,4})'
-_PART = re.compile(rf'#((?:{_TIMES}|{_CHANNEL})(?:&(?:{_TIMES}|{_CHANNEL}))?)\Z', re.A)
+_PART = re.compile(rf'#({_TIMES}(?:&{_CHANNEL})?|{_CHANNEL}(?:&{_TIMES})?)\Z', re.A)
 
 class ClipPart(NamedTuple):
     "A clip, and which segment and channel of it is used"
@@ -47,8 +47,7 @@ def split_name(
 )->tuple[str,dict[str,str]]: # The name of the whole clip, and the fields behind `#`: `t`, `channel`
     "Split a clip's name into file and fields"
     m = _PART.search(audio)
-    fields = [p.split('=') for p in m[1].split('&')] if m else []
-    return (audio[:m.start()], dict(fields)) if len(dict(fields))==len(fields) > 0 else (audio, {})
+    return (audio[:m.start()], dict(p.split('=') for p in m[1].split('&'))) if m else (audio, {})
 
 def split_segment(
     src:str|Path, # Path or web address, as in `split_name`

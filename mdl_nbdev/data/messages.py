@@ -56,7 +56,9 @@ def clip_source(
     if not isinstance(value, dict): return value
     found = [value[k] for k in ("path", "url") if value.get(k)]
     part = next((k for k in ("start", "end", "onset", "offset", "duration", "channel") if value.get(k) is not None), None)
-    if part: raise InputError(f"{name} has an object with {part}; put what selects a part of the clip beside {name}, or into its path, as in clip.wav#t=1.5,3")
+    if part:
+        raise InputError(f"{name} has an object with {part}; put what selects a part of the clip beside {name}, "
+                         "or into its path, as in clip.wav#t=1.5,3")
     if len(found)==1 and not value.get("bytes"): return found[0]
     raise InputError(f"{name} has an object where a clip should be, with the keys {shorten(', '.join(map(str, value)))}; "
                      "give its path or URL, and save sound that stands in the record itself as a file")

@@ -31,6 +31,7 @@ def shard_digest(
     "A digest that is the same only for the same rows with the same predictions"
     return hashlib.sha256(input_text.encode() + output).hexdigest()[:16]
 
+# %% ../../nbs/4_infer/01_output.ipynb #loggedShard
 @dataclass(slots=True)
 class LoggedShard:
     "A finished shard, as the log of a part describes it"
@@ -324,10 +325,9 @@ def write(self:InferOutput,
     truncated = [(str(n), str(r.row.line)) for n,r in enumerate(rows, first+1) if r.truncated]
     input_text = ''.join(self.text(r.row) for r in rows)
     output_text = ''.join(self.text(r.row, r.prediction, r.scores) for r in rows)
-    clips = clips_digest(self.clips(r.row for r in rows))
     notes = {}
     for r in rows: count_notes(notes, r.notes)
-    found = dict(rejects=rejects, truncated=truncated, clips=clips, notes=notes)
+    found = dict(rejects=rejects, truncated=truncated, clips=clips_digest(self.clips(r.row for r in rows)), notes=notes)
     part.append(number, input_text, output_text, len(rows), **found)
 
 # %% ../../nbs/4_infer/01_output.ipynb #c30
