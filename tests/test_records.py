@@ -3,6 +3,8 @@ import csv
 import json
 import pickle
 import re
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -687,6 +689,28 @@ def test_a_row_names_a_part_of_its_clip(tmp_path, ramp, name):
         first, _, last = part.removeprefix("#t=").partition(",")
         assert not r.bad and list(r.seconds) == pytest.approx([float(last or 2) - float(first or 0)])
         assert set(r.other) == (set() if part or name == "nothing is given" else set(extra))
+
+
+@pytest.mark.parametrize("name, remedy", [("a.jsonl.gz", "unpack it: gunzip"), ("a.json", "write its records one below the other: python -c"), ("a.manifest", "rename it to .jsonl"),
+                                          ("a.txt", "its name must end in .csv, .tsv, .jsonl, .parquet")])
+def test_other_kinds_of_files(tmp_path, name, remedy):
+    with pytest.raises(InputError, match=f"not a kind of file with rows; {re.escape(remedy)}"): open_rows(write(tmp_path, "[]", name))
+
+
+def test_the_remedy_for_json(tmp_path):
+    (tmp_path/"OLD.json").write_text(json.dumps([{"prompt": "a", "response": "1"}, {"prompt": "é", "response": "2"}]))
+    with pytest.raises(InputError) as e: open_rows(tmp_path/"OLD.json")
+    command = str(e.value).partition("one below the other: ")[2].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert [r.prediction or r.messages[-1]["content"][0]["text"] for r in open_rows(tmp_path/"NEW.jsonl")] == ["1", "2"]
+
+
+def test_a_manifest_without_or_with_a_wrong_text(tmp_path):
+    "The message names the key of the file"
+    unlabelled = write(tmp_path, json.dumps({"audio_filepath": "a.wav", "text": None}) + "\n", "a.jsonl")
+    row, = open_rows(unlabelled)
+    assert to_conversation(row, with_prediction=False).clips == ["a.wav"] and "add the answer as prediction" in row.faults()[0]
+    with pytest.raises(InputError, match="text is a number"): open_rows(write(tmp_path, json.dumps({"audio_filepath": "a.wav", "text": 5}) + "\n", "b.jsonl")).count()
 
 
 def test_columns_that_look_like_times(tmp_path, ramp, capfd):

@@ -191,10 +191,11 @@ def with_our_keys(
     if unread: raise InputError(f"{unread[0]} cannot be read, only texts and clips; remove the record")
     if len(clips) > 1: raise InputError(f"clips in {' and '.join(clips)}; keep one of these keys")
     for value in clips.values(): out["audio"] = value
-    if "audio_filepath" in clips and raw.get("text") is not None: # a manifest: the text is what is said in the clip
+    text = out.pop("text", None) if "audio_filepath" in clips else None # of a manifest: what is said in the clip
+    if text is not None:
         if any(raw.get(k) for k in (*ANSWER_KEYS, *LISTS)):
             raise InputError("audio_filepath with text and another answer; keep one of them")
-        out["response"] = out.pop("text")
+        out["response"] = text_value(text, "text")
     if raw.get("instruction") and raw.get("input") and any(k in raw for k in ANSWER_KEYS): # one prompt of two parts
         parts = [text_value(out["instruction"], "instruction"), text_value(out.pop("input"), "input")]
         out["instruction"] = "\n".join(parts)
