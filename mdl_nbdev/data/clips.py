@@ -75,7 +75,8 @@ def segment_names(
     names:Iterable[str], # Of the columns or keys of a row
 )->list[str]: # Such as `["start", "end", "channel"]`
     "The names that select a part of a clip"
-    pair = max((p for p in SEGMENTS if p[0] in names), key=lambda p: p[1] in names, default=()) # the first of the complete ones
+    pairs = (p for p in SEGMENTS if p[0] in names)
+    pair = max(pairs, key=lambda p: p[1] in names, default=())
     return [name for name in (*pair, "channel") if name in names]
 
 def read_seconds(

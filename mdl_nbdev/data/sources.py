@@ -26,9 +26,10 @@ def note_misnamed(
     if found: print(f"{f.path}: ignored columns: {found}", file=sys.stderr, flush=True)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet") # Kinds of files with rows
-OTHER_KINDS = {".gz":"unpack it: gunzip FILE.gz", ".manifest":"rename it to .jsonl", ".json":"write its records one below the other: "
-    "python -c \"import json, sys; [print(json.dumps(r)) for r in json.load(sys.stdin)]\" < OLD.json > NEW.jsonl",
-    ".xlsx":"save it as CSV"} # What to do about others
+OTHER_KINDS = { # What to do about others
+    ".gz":"unpack it: gunzip FILE.gz", ".manifest":"rename it to .jsonl", ".xlsx":"save it as CSV",
+    ".json":"write its records one below the other: python -c \"import json, sys; "
+            "[print(json.dumps(r)) for r in json.load(sys.stdin)]\" < OLD.json > NEW.jsonl"}
 
 FROM_KALDI = ("make a table of its folder: python -c \"import csv, sys; "
     "texts = dict(l.rstrip('\\n').split(None, 1) for l in open('text')); "

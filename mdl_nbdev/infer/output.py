@@ -321,14 +321,14 @@ def write(self:InferOutput,
     rows:list, # Its `PromptedRow`s, with their predictions
 )->None:
     "Write a finished shard"
-    rejects = [(str(n), str(r.row.line), r.row.audio or '', r.reason) for n,r in enumerate(rows, first+1) if r.reason is not None]
-    truncated = [(str(n), str(r.row.line)) for n,r in enumerate(rows, first+1) if r.truncated]
+    numbered = [*enumerate(rows, first+1)]
+    rejects = [(str(n), str(r.row.line), r.row.audio or '', r.reason) for n,r in numbered if r.reason is not None]
+    truncated = [(str(n), str(r.row.line)) for n,r in numbered if r.truncated]
     input_text = ''.join(self.text(r.row) for r in rows)
     output_text = ''.join(self.text(r.row, r.prediction, r.scores) for r in rows)
-    notes = {}
+    clips, notes = clips_digest(self.clips(r.row for r in rows)), {}
     for r in rows: count_notes(notes, r.notes)
-    found = dict(rejects=rejects, truncated=truncated, clips=clips_digest(self.clips(r.row for r in rows)), notes=notes)
-    part.append(number, input_text, output_text, len(rows), **found)
+    part.append(number, input_text, output_text, len(rows), rejects=rejects, truncated=truncated, clips=clips, notes=notes)
 
 # %% ../../nbs/4_infer/01_output.ipynb #c30
 FINISHED = 'finished' # The state of a run whose result is complete, while its parts are being removed
