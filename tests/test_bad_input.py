@@ -589,5 +589,5 @@ def test_a_full_disk_is_one_message(command, size):
     try:
         process = start([*source, "--model-name", "tiny", "--output", "small/out"], "log", command)
         assert "the disk is full" in finish(process, "log", 2)
-        assert not list(Path("small").rglob("*.part"))
+        assert not list(Path("small").rglob(".final.*"))
     finally: subprocess.run(["umount", "small"])

@@ -144,7 +144,7 @@ def test_unfinished_answers_to_changed_clips_are_given_again(site, tmp_path, cap
     out.begin(dict(version=2, settings={}, contents={}))
     part, rows = out.part(), list(out.source.rows())
     part.create(out.header)
-    for i in range(3): out.write(part, i, 2*i, [SimpleNamespace(row=r, prediction="x", truncated=False, reason=None, notes={}) for r in rows[2*i:2*i+2]])
+    for i in range(3): out.write(part, i, 2*i, [SimpleNamespace(row=r, prediction="x", truncated=False, reason=None, notes={}, scores=None) for r in rows[2*i:2*i+2]])
     assert out.resume(2) == [0, 1, 2]
     Server.files["/b.wav"] = sound(tmp_path, 880)
     assert refresh_cache(out.clips(rows), 1) == [f"{site}/b.wav"]

@@ -235,7 +235,7 @@ def check_output(
     s:InferSettings, # Settings of the run
 )->None:
     "Raise `InputError` if there is an output that this run may not replace"
-    out.clear_finished()
+    out.finish_clearing()
     if s.retry_rejects and s.overwrite: raise InputError("--retry-rejects keeps the answers that there are; leave out --overwrite")
     if s.overwrite or not (s.retry_rejects or out.is_joined()): new_output(s.output, s.overwrite)
 
