@@ -730,6 +730,13 @@ def test_times_that_mean_nothing(tmp_path, name):
         assert message.replace("'", "") in str(e.value).replace("'", "").replace("-1.0", "-1")
 
 
+@pytest.mark.parametrize("key", ["start", "end", "onset", "offset", "duration", "channel"])
+def test_a_part_inside_a_clips_object_is_refused(tmp_path, key):
+    "It would be dropped, and the whole clip used"
+    path = write(tmp_path, json.dumps({"audio": {"path": "a.wav", "bytes": None, key: 0}, "prediction": "x"}) + "\n", "t.jsonl")
+    with pytest.raises(InputError, match=f"t.jsonl:1: audio has an object with {key}; put what selects a part of the clip beside audio, or into its path"): open_rows(path).count()
+
+
 def test_segments_of_records(tmp_path):
     two = write(tmp_path, json.dumps({"audio": ["a.wav", "b.wav"], "prediction": "x", "start": 1}) + "\n", "two.jsonl")
     with pytest.raises(InputError, match="start with 2 clips; name the part in each clip, as in clip.wav#t=1.5,3"): open_rows(two).count()

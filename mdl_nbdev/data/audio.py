@@ -270,7 +270,7 @@ def check_complete(
     path:Path, # Where it is
     src:str|Path, # What messages call it
 )->None:
-    "Raise `AudioError` if the file is shorter than its header promises, or is several in one"
+    "Raise `AudioError` if the file is shorter than its header promises, or is several in one; note wrong headers and further tracks"
     m = _SHORT.search(f.extra_info)
     promised, found = map(int, m.groups()) if m else (0, 0)
     counts_header = f.format.startswith('WAV') and promised - found <= 64 # some recorders count the header as sound, or lose a few bytes
@@ -289,6 +289,7 @@ def check_complete(
     if f.format=='OGG' and not ogg_is_complete(path):
         raise DamagedAudio(f'{src}: truncated, its last page is incomplete; copy or download it again')
     if f.format=='OGG' and is_chained_ogg(path): raise AudioError(f'{src}: {_JOINED}')
+    if f.format=='OGG' and ogg_tracks(path) > 1: note_clip('tracks', src)
 
 # %% ../../nbs/1_data/03_audio.ipynb #c19
 class FileSegment:
@@ -364,7 +365,7 @@ def open_clip(
         try: f = files.enter_context(other) if other else open_file(path, files)
         except sf.LibsndfileError as e: raise _unreadable(src, path, e.error_string) from None
         if not other: check_complete(f, path, src)
-        if (other.tracks if other else ogg_tracks(path) if f.format=='OGG' else 1) > 1: note_clip('tracks', src)
+        if other and other.tracks > 1: note_clip('tracks', src)
         if not f.frames: raise AudioError(f'{src}: contains no sound (0 frames); record or export it again')
         if (part.channel_index or 0) >= f.channels:
             raise AudioError(f'{src}: it has {plural(f.channels, "channel")}, and channel {part.channel_index} is asked '

@@ -10,10 +10,11 @@ __all__ = ['ROLES', 'PROMPTS', 'ANSWER_KEYS', 'PAIRS', 'PROMPT_KEYS', 'LISTS', '
 
 # %% ../../nbs/1_data/09_messages.ipynb #c4
 import json
-from itertools import product
+from itertools import chain, product
 from typing import Any
 from ..base.errors import InputError
 from ..base.text import shorten
+from .clips import SEGMENTS
 from .conversations import MARK, message_clips, message_text, place_clips, text_message
 
 # %% ../../nbs/1_data/09_messages.ipynb #c5
@@ -55,7 +56,7 @@ def clip_source(
     "The clip of an object such as `{\"path\", \"bytes\"}`; other values stay as they are"
     if not isinstance(value, dict): return value
     found = [value[k] for k in ("path", "url") if value.get(k)]
-    part = next((k for k in ("start", "end", "onset", "offset", "duration", "channel") if value.get(k) is not None), None)
+    part = next((k for k in (*chain(*SEGMENTS), "channel") if value.get(k) is not None), None)
     if part:
         raise InputError(f"{name} has an object with {part}; put what selects a part of the clip beside {name}, "
                          "or into its path, as in clip.wav#t=1.5,3")

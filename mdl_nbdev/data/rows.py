@@ -389,6 +389,6 @@ def line_fault(
         remedy = encoding_remedy(path, encoding, line.encode(encoding, "surrogateescape"))
         return f"byte 0x{byte:02x} in column {e.start+1} of line {number} is not {encoding.upper()}; {remedy}"
     if nul < 0: return None
-    if path and likely_encodings(path)[:1] in (["utf_16_le"], ["utf_16_be"]):
-        return f"NUL character in column {nul+1} of line {number}; {encoding_remedy(path, encoding, b'')}"
-    return f"NUL character in column {nul+1} of line {number}; the file is damaged or not text: write it again"
+    is_utf_16 = path and likely_encodings(path)[:1] in (["utf_16_le"], ["utf_16_be"])
+    remedy = encoding_remedy(path, encoding, b"") if is_utf_16 else "the file is damaged or not text: write it again"
+    return f"NUL character in column {nul+1} of line {number}; {remedy}"

@@ -340,10 +340,8 @@ def column_values(
 )->list[str]: # [rows]
     "The values of a column in the first file that has it"
     for path,rows in files.items():
-        records = isinstance(rows[0], Record)
-        columns = [] if records else open_rows(path).columns
-        if records: values = [r.raw.get(name) for r in rows]
-        else: values = [r.cells[columns.index(name)] for r in rows] if name in columns else []
+        source = open_rows(path)
+        values = [source.values(r).get(name) for r in rows]
         if any(v is not None for v in values): return ['' if v is None else str(v) for v in values]
     raise InputError(f"--by {name}: no such column in {' or '.join(map(str, files))}")
 

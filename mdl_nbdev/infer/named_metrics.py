@@ -245,11 +245,12 @@ def choice_share(t:Texts)->Callable: # For `Metric`
     "Share of rows that name the right choice"
     return row_share(list(map(same_choice, t.references, t.predictions)))
 
-METRICS = {
-    'exact':('exact match', exact_share), 'accuracy':('accuracy', exact_share), 'wer':('word error rate', word_errors),
-    'cer':('character error rate', character_errors), 'macro-f1':('macro F1', macro_f1),
-    'weighted-f1':('weighted F1', weighted_f1), 'map':('mean average precision', mean_average_precision),
-    'choice':('right choices', choice_share), 'bleu':('BLEU', bleu), 'chrf':('chrF', chrf)} # Name -> title, function
+METRICS = { # Name -> title, function, and what else its `Metric` is
+    'exact':('exact match', exact_share, {}), 'accuracy':('accuracy', exact_share, {}),
+    'wer':('word error rate', word_errors, {}), 'cer':('character error rate', character_errors, {}),
+    'macro-f1':('macro F1', macro_f1, {}), 'weighted-f1':('weighted F1', weighted_f1, {}),
+    'map':('mean average precision', mean_average_precision, {}), 'choice':('right choices', choice_share, {}),
+    'bleu':('BLEU', bleu, dict(percent=False)), 'chrf':('chrF', chrf, dict(percent=False, vectorized=False))}
 
 # %% ../../nbs/4_infer/05_named_metrics.ipynb #c24
 def check_metric_names(
@@ -271,9 +272,8 @@ def load_metrics(
     for name in names:
         if name not in METRICS: found += own_metrics(name, t)
         else:
-            title, function = METRICS[name]
-            scale = name in ('bleu', 'chrf')
-            found.append(Metric(name, title, function(t), percent=not scale, vectorized=name != 'chrf'))
+            title, function, more = METRICS[name]
+            found.append(Metric(name, title, function(t), **more))
     return found
 
 # %% ../../nbs/4_infer/05_named_metrics.ipynb #c25

@@ -50,7 +50,8 @@ def label_fault(
     labels:list[str], # The labels of a closed set
 )->str|None: # What is wrong, and what to do
     "What rules a set of labels out"
-    twice = next((label for n,label in enumerate(labels) if label in labels[:n]), None)
+    seen = set()
+    twice = next((label for label in labels if label in seen or seen.add(label)), None)
     broken = next((label for label in labels if len(label.splitlines()) > 1), None)
     if len(labels) < 2: return f"a closed set has at least two labels, not {len(labels)}"
     if not all(label.strip() for label in labels): return "an empty text cannot be a label; remove it"
