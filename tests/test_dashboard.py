@@ -39,9 +39,9 @@ from mdl_nbdev.cli.live import Live
 from mdl_nbdev.cli.training import TrainFeed, TrainRun, start_training
 from mdl_nbdev.cli.view import Pace, View, marked_answer
 from mdl_nbdev.cli.watch import TrainView, watch
+from mdl_nbdev.data.metrics import score
 from mdl_nbdev.data.rows import BadRow, bad_rows_error, stored_error
 from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.infer.metrics import score
 from mdl_nbdev.infer.run import infer, reference_mark
 from mdl_nbdev.train.report import TrainReport
 from mdl_nbdev.train.run import train

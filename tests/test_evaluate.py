@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import EvalSettings
 from mdl_nbdev.cli.commands import mdl_eval
+from mdl_nbdev.data.metrics import score
 from mdl_nbdev.infer.evaluate import evaluate
-from mdl_nbdev.infer.metrics import score
 
 
 def distance(a, b):

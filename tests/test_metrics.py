@@ -11,11 +11,11 @@ import sacrebleu
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import NORMALIZERS, EvalSettings
 from mdl_nbdev.cli.commands import mdl_eval
+from mdl_nbdev.data.intervals import bootstrap_interval
+from mdl_nbdev.data.metrics import score
+from mdl_nbdev.data.named_metrics import Metric, Texts, find_choice, load_metrics, measure, row_share
+from mdl_nbdev.data.normalizers import normalize_texts
 from mdl_nbdev.infer.evaluate import evaluate
-from mdl_nbdev.infer.intervals import bootstrap_interval
-from mdl_nbdev.infer.metrics import score
-from mdl_nbdev.infer.named_metrics import Metric, Texts, find_choice, load_metrics, measure, row_share
-from mdl_nbdev.infer.normalizers import normalize_texts
 
 # normalizer, two texts that it makes equal; then two that it does not
 EQUAL = [

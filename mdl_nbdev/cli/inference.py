@@ -18,7 +18,7 @@ from ..base.settings import InferSettings
 from ..base.text import plural, shorten
 from .background import Run
 from .view import Pace, View, marked_answer, small_player
-from ..infer.metrics import score
+from ..data.metrics import score
 from ..infer.run import PromptedRow, infer
 
 # %% ../../nbs/5_cli/06_inference.ipynb #c6

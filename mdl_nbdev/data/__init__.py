@@ -1,4 +1,4 @@
-"Rows and clips: tables, records, audio, checks"
+"Rows and clips: tables, records, audio, checks, metrics"
 import sys
 
 from mdl_nbdev._moved import Moved

@@ -25,9 +25,9 @@ from ..data.conversations import message_clips, message_text
 from ..data.jsonl import Record
 from ..data.sources import open_rows
 from ..data.rows import BadRow, bad_rows_error
-from .intervals import bootstrap_interval, measure_parts
-from .metrics import Scores, score
-from .named_metrics import MetricValue, Texts, check_metric_names, measure
+from ..data.intervals import bootstrap_interval, measure_parts
+from ..data.metrics import Scores, score
+from ..data.named_metrics import MetricValue, Texts, check_metric_names, measure
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c8
 def read_all(
