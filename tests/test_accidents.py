@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -150,25 +151,105 @@ def test_no_output_takes_an_input_with_it(made):
     shutil.copytree(made/"converted", "set")
     shutil.copy("sounds.csv", "set/rows.csv")
     Path("set.part").mkdir()
-    for name in ("set.part/rows.csv", "o.csv.part-3", "o.csv.new", "o.csv.rejects.csv", "o.csv.rejects.csv.new", "o.csv.part.json.new"):
+    for name in ("set.part/rows.csv", "o.csv.part-3", "o.csv.rejects.csv", ".o.csv.part", ".o.csv.rejects.csv.part", ".o.csv.part.json.part"):
         shutil.copy("sounds.csv", name)
     os.symlink("o.csv.part-3", "link.csv")
     os.link("o.csv.part-3", "hard.csv")
-    shutil.copy("sounds.csv", "m.json.new")
+    shutil.copy("sounds.csv", "m.csv")
     def template(name): return Path(name).write_text("{{ messages[0].content }}") and name
     refused = [
         *(lambda n=n: convert(ConvertSettings(input=n, output="set", model_name="tiny", overwrite=True)) for n in ("set/rows.csv", "set.part/rows.csv")),
         lambda: convert(ConvertSettings(input="sounds.csv", output="set", model_name="tiny", base_dir="set", overwrite=True)),
-        *(lambda n=n: infer(asked(input=n, output="o.csv", overwrite=True)) for n in [*map(str, Path().glob("o.csv.*")), "link.csv", "hard.csv"]),
+        *(lambda n=n: infer(asked(input=n, output="o.csv", overwrite=True)) for n in [*map(str, Path().glob("o.csv.*")), *map(str, Path().glob(".o.csv.*")), "link.csv", "hard.csv"]),
         lambda: infer(asked(output="o.csv", chat_template=template("o.csv.part.jinja"), overwrite=True)),
         lambda: merge_adapter(MergeSettings(adapter="adapter", model_name="model", output="model", overwrite=True)),
-        lambda: mdl_nbdev.evaluate(EvalSettings(input="m.json.new", reference="sounds.csv", output="m.json"))]
+        lambda: mdl_nbdev.evaluate(EvalSettings(input="m.csv", reference="sounds.csv", output="m.csv", overwrite=True))]
     Path("set/sounds").mkdir() # clips inside the output
     for p in Path("sounds").iterdir(): shutil.copy(p, "set/sounds")
     before = everything() | {"o.csv.part.jinja": b"{{ messages[0].content }}"}
     for n,f in enumerate(refused):
         with pytest.raises(InputError, match="own input|did not write it|not a kind of file"): f()
         assert everything() | {"o.csv.part.jinja": before["o.csv.part.jinja"]} == before, n
+
+
+def test_files_whose_names_are_like_ours_stay(made):
+    "What a command writes for a while has hidden names; where it has not, a file of somebody else's stops it"
+    commands = {"o.csv": lambda: infer(asked(output="o.csv")), "m.json": lambda: mdl_nbdev.evaluate(EvalSettings(input="sounds.csv", reference=made/"sounds.csv", output="m.json")),
+                "set": lambda: convert(ConvertSettings(input="sounds.csv", output="set", model_name="tiny", num_workers=1)),
+                "merged": lambda: merge_adapter(MergeSettings(adapter=made/"adapted"/"final", output="merged"))}
+    others = [f"{output}.{end}" for output in commands for end in ("new", "old", "tmp")]
+    for name in [*others, "m.json.part", "merged.part", "o.csv.rejects.csv.new", "o.csv.part.json.new"]: Path(name).write_text("mine")
+    before = everything()
+    refused = ("o.csv.part", "o.csv.part.lock", "m.json.lock", "set.lock", "merged.lock", "set.part/data.txt", "set.part/data-0.csv")
+    for name in refused:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("mine")
+        output = next(output for output in commands if name.startswith(output))
+        with pytest.raises(InputError, match=f"{re.escape(name)}: .*choose another --output"): commands[output]()
+        assert Path(name).read_text() == "mine" and not Path(output).exists()
+        if Path(name).parent.name: shutil.rmtree(Path(name).parent)
+        else: Path(name).unlink()
+    for command in commands.values(): command()
+    after = everything()
+    assert before == {name: after[name] for name in before} and not [name for name in after if name.startswith(".")]
+    assert {*commands} <= {*after}
+
+
+def signal_before(step, number):
+    "Send this process a signal before it changes the file system for the `step`-th time, counting from 0"
+    changes = iter(range(1000))
+    def watch(event, args):
+        writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wxa+")
+        if not (writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod")): return
+        if next(changes) == step: os.kill(os.getpid(), number)
+    sys.addaudithook(watch)
+
+
+def in_a_child(f):
+    "Run a function in a child process, and return how it ended"
+    pid = os.fork()
+    if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try: f()
+    except BaseException: os._exit(1) # noqa: B036
+    os._exit(0)
+
+
+def write_model(text, fails=False):
+    with files.replacing_folder("model") as part:
+        for name in ("config", "weights"): files.write_text(part/name, text)
+        os.chmod(part/"weights", 0o600)
+        if fails: raise ValueError
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_folder_is_old_or_new_whenever_a_signal_comes(number):
+    "After a rerun, which tidies up, whether it succeeds or not"
+    def model(): return {p.name: p.read_text() for p in Path("model").iterdir()}
+    old, new, again = ({name: text for name in ("config", "weights")} for text in ("old", "new", "again"))
+    ends = []
+    for step in range(100):
+        for p in Path("model"), Path(".model.part"), Path(".model.old"): shutil.rmtree(p, ignore_errors=True)
+        write_model("old")
+        code = in_a_child(lambda step=step: (signal_before(step, number), write_model("new")))
+        if code == 0 and ends and model() == new: break
+        ends.append(code)
+        with pytest.raises(ValueError, match="^$"): write_model("again", fails=True)
+        assert model() in (old, new) and not [*Path().glob(".model*")], step
+        write_model("again")
+        assert model() == again, step
+    assert 8 < step < 99 and (number != signal.SIGKILL or {*ends} == {-signal.SIGKILL})
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_file_is_old_or_new_whenever_a_signal_comes(number):
+    for step in range(100):
+        files.write_text("m.json", "old")
+        code = in_a_child(lambda step=step: (signal_before(step, number), files.write_text("m.json", "new")))
+        if code == 0: break
+        assert Path("m.json").read_text() in ("old", "new")
+        files.write_text("m.json", "again")
+        assert Path("m.json").read_text() == "again" and not [*Path().glob(".m.json*")], step
+    assert 3 <= step < 99
 
 
 @pytest.mark.parametrize("name", ["samples.jsonl", "too_long.csv", "final/rows.csv", "checkpoint-2/rows.csv"])

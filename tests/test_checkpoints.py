@@ -189,6 +189,20 @@ def test_no_pickle_in_the_source(module):
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("load", "save") and getattr(n.value, "id", "") in ("torch", "np")]
 
 
+def test_files_are_as_readable_as_any_new_file(tmp_path):
+    "safetensors keeps its own to their owner; a colleague may use the checkpoint"
+    def private(folder):
+        for name in ("weights", "sub/weights"):
+            (folder/name).parent.mkdir(exist_ok=True)
+            os.close(os.open(folder/name, os.O_CREAT, 0o600))
+        (folder/"script").touch(0o777)
+    before = os.umask(0o027)
+    try: checkpoint = C.write_checkpoint(tmp_path, 1, private)
+    finally: os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in checkpoint.rglob("*") if p.is_file()}
+    assert modes == {"weights": 0o640, "script": 0o750, "manifest.json": 0o640} and not C.check_checkpoint(checkpoint)
+
+
 # Names
 
 def test_newest_of_checkpoints_and_epochs(run, capsys):

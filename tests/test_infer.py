@@ -467,13 +467,14 @@ finish = InferOutput.finish
 
 def test_killed_at_any_step_of_the_end(monkeypatch):
     "Of a run whose result is complete nothing else is left, wherever it was killed; before that, it goes on"
-    def files(): return {p.name.removeprefix("out.csv"): p.read_bytes() for p in Path().glob("out.csv*") if not p.name.endswith(".lock")}
+    def paths(): return [*Path().glob("out.csv*"), *Path().glob(".out.csv*")]
+    def files(): return {p.name.removeprefix("out.csv"): p.read_bytes() for p in paths() if not p.name.endswith(".lock")}
     make_sounds(".", 6)
     Path("sounds/0003.wav").unlink()
     answer("sounds.csv", "whole.csv")
     expected = {"": Path("whole.csv").read_bytes(), ".rejects.csv": Path("whole.csv.rejects.csv").read_bytes()}
     for step in range(100):
-        for path in Path().glob("out.csv*"): path.unlink()
+        for path in paths(): path.unlink()
         killer = Killer(step)
         with monkeypatch.context() as m:
             m.setattr(os, "replace", killer.guard(os.replace))

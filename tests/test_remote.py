@@ -215,6 +215,72 @@ def test_a_public_host_never_redirects_into_a_private_network(site, monkeypatch)
     with pytest.raises(InputError, match=r"/redirect: redirects to localhost \(.*\), which is not public"): fetch(f"{site}/redirect", retries=0)
 
 
+@pytest.fixture
+def proxy(site, monkeypatch):
+    "The server of this machine as the proxy of the environment"
+    for name in ("http_proxy", "HTTP_PROXY"): monkeypatch.setenv(name, site)
+    for name in ("no_proxy", "NO_PROXY"): monkeypatch.delenv(name, raising=False)
+    for cached in (remote.http_client, remote.is_private_host): cached.cache_clear()
+    monkeypatch.setattr(remote, "_silent", {})
+    yield
+    for cached in (remote.http_client, remote.is_private_host): cached.cache_clear()
+
+
+def names(monkeypatch, **addresses):
+    "The address of some names; nobody knows the others"
+    def lookup(host, port, *args, **kwargs):
+        address = host if host[:1].isdigit() else addresses.get(host)
+        if address: return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port or 0))]
+        raise socket.gaierror(-2, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+
+@pytest.mark.parametrize("target", ["169.254.169.254", "localhost", "router"])
+@pytest.mark.parametrize("host", ["clips", "nobody"])
+def test_a_proxy_is_asked_for_no_private_host_either(proxy, monkeypatch, host, target):
+    "After a host that is public, or whose name only the proxy knows"
+    names(monkeypatch, clips="8.8.8.8", router="192.168.1.1", localhost="127.0.0.1")
+    Server.location, url = f"http://{target}/a.wav", f"http://{host}/redirect"
+    Server.files = {f"http://{target}/a.wav": b"secret"}
+    monkeypatch.setattr(Server, "do_GET", lambda self, do=Server.do_GET: (setattr(self, "path", self.path.replace(url, "/redirect")), do(self))[1])
+    with pytest.raises(InputError, match=f"{url}: redirects to {re.escape(target)}, which is not public; check the address"): fetch(url, retries=0)
+    assert Server.answers == [302]
+
+
+@pytest.mark.parametrize("host, target", [("clips", "store"), ("nobody", "unknown"), ("wiki", "router")])
+def test_a_proxy_is_asked_for_other_hosts(proxy, monkeypatch, host, target):
+    "A private host may redirect to another one"
+    names(monkeypatch, clips="8.8.8.8", store="9.9.9.9", wiki="10.0.0.1", router="192.168.1.1")
+    Server.location, url = f"http://{target}/a.wav", f"http://{host}/redirect"
+    Server.files = {f"http://{target}/a.wav": Server.files["/a.wav"]}
+    monkeypatch.setattr(Server, "do_GET", lambda self, do=Server.do_GET: (setattr(self, "path", self.path.replace(url, "/redirect")), do(self))[1])
+    assert fetch(url, retries=0).read_bytes() and Server.answers == [302, 200]
+    assert not clip_record(cached_path(url))["public"]
+
+
+def test_strangers_tables_use_no_proxy(proxy, monkeypatch):
+    names(monkeypatch)
+    remote.set_host_policy(False)
+    with pytest.raises(InputError, match="ConnectError .*Name or service not known; --allow-private-hosts false uses no proxy"): fetch("http://clips/a.wav", retries=0)
+    assert not Server.answers
+
+
+def test_no_proxy_is_no_proxy(site, monkeypatch):
+    "A list of hosts that need none names none"
+    monkeypatch.setenv("no_proxy", "localhost")
+    Server.location = f"{site.replace('127.0.0.1', 'localhost')}/a.wav"
+    answers = [True] # of the peer that redirects
+    monkeypatch.setattr(remote, "is_public", lambda address: answers.pop() if answers else is_public(address))
+    with pytest.raises(InputError, match="redirects to localhost"): fetch(f"{site}/redirect", retries=0)
+
+
+def test_a_clip_in_the_cache_is_as_readable_as_any_file(site, tmp_path):
+    before = os.umask(0o027)
+    try: path = fetch(f"{site}/a.wav")
+    finally: os.umask(before)
+    assert [p.stat().st_mode & 0o777 for p in (path, path.with_name(f"{path.name}.json"))] == [0o640]*2
+
+
 def test_what_came_from_a_private_host_stays_out_of_strangers_tables(site):
     fetch(f"{site}/a.wav")
     remote.set_host_policy(False)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAT64', 'MAX_REDIRECTS', 'CONDITIONS', 'SKIP_AFTER', 'SKIP_SECONDS', 'AudioError', 'is_url', 'TryAgain', 'NoAnswer',
-           'SilentHost', 'check_response', 'is_public', 'PrivateHost', 'PublicNetwork', 'set_host_policy',
-           'only_public_hosts', 'http_client', 'open_url', 'decompressed', 'NotModified', 'write_body', 'cached_path',
-           'note_cache', 'cached_file', 'clip_record', 'record_clip', 'clip_version', 'download', 'call_within',
-           'note_answer', 'update', 'fetch', 'refresh_cache']
+           'SilentHost', 'check_response', 'is_public', 'is_private_host', 'PrivateHost', 'PublicNetwork',
+           'set_host_policy', 'only_public_hosts', 'names_proxy', 'http_client', 'open_url', 'decompressed',
+           'NotModified', 'write_body', 'cached_path', 'note_cache', 'cached_file', 'clip_record', 'record_clip',
+           'clip_version', 'download', 'call_within', 'note_answer', 'update', 'fetch', 'refresh_cache']
 
 # %% ../../nbs/1_data/00_remote.ipynb #c4
-import concurrent.futures, hashlib, ipaddress, json, multiprocessing, os, re, socket, sys, tempfile, time, urllib.request, zlib
+import concurrent.futures, hashlib, ipaddress, json, multiprocessing, os, re, secrets, socket, sys, time, urllib.request, zlib
 from functools import lru_cache
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +70,14 @@ def is_public(
         ip = ip.ipv4_mapped or ip.sixtofour or teredo or nat64 or ip
     return ip.is_global and not ip.is_multicast and not getattr(ip, 'is_site_local', False)
 
+@lru_cache
+def is_private_host(
+    host:str, # Name or address
+)->bool: # False where it cannot be looked up here, as in a network where only the proxy can
+    "Whether a host is known to have no public address"
+    try: return not any(is_public(address[0]) for *_,address in socket.getaddrinfo(host, None))
+    except (OSError, UnicodeError): return False
+
 class PrivateHost(Exception):
     "A host that is not public, where only public ones may be connected to"
 
@@ -101,6 +109,10 @@ def only_public_hosts()->bool: # False unless `set_host_policy` was called with 
     "Whether clips may come from public hosts only"
     return os.environ.get('MDL_ALLOW_PRIVATE_HOSTS')=='false'
 
+def names_proxy()->bool: # As in `https_proxy`
+    "Whether the environment names a proxy"
+    return not {'http', 'https', 'all'}.isdisjoint(urllib.request.getproxies())
+
 @lru_cache
 def http_client(
     pid:int, # Number of this process
@@ -125,14 +137,16 @@ def open_url(
 )->Iterator[tuple]: # The response of httpx, and whether all hosts that led to it are known to be public
     "Request a file; once a host is public, redirects must lead to public hosts"
     only_public, all_public = only_public_hosts(), True
+    by_proxy = names_proxy() and not only_public # then the peer is the proxy
     request = http_client(os.getpid(), only_public).build_request('GET', url, headers=headers, timeout=timeout)
     for redirects in range(MAX_REDIRECTS + 1):
-        try: r = http_client(os.getpid(), only_public).send(request, stream=True)
+        try:
+            if by_proxy and only_public and is_private_host(request.url.host): raise PrivateHost(shorten(request.url.host))
+            r = http_client(os.getpid(), only_public and not by_proxy).send(request, stream=True)
         except PrivateHost as e:
             if redirects: raise AudioError(f'{url}: redirects to {e}, which is not public; check the address') from None
             raise AudioError(f'{url}: {e} is not public, and --allow-private-hosts is false') from None
         try:
-            by_proxy = not only_public and urllib.request.getproxies() # then the peer is the proxy
             peer, *_ = r.extensions['network_stream'].get_extra_info('server_addr')
             is_from_public = not by_proxy and is_public(peer)
             all_public = all_public and is_from_public
@@ -140,7 +154,8 @@ def open_url(
                 yield r, all_public
                 return
         finally: r.close()
-        only_public, request = only_public or is_from_public, r.next_request
+        if is_from_public or by_proxy and not is_private_host(request.url.host): only_public = True
+        request = r.next_request
     raise AudioError(f'{url}: redirects more than {MAX_REDIRECTS} times; check the address')
 
 # %% ../../nbs/1_data/00_remote.ipynb #c18
@@ -192,7 +207,9 @@ def write_body(
     except httpx.UnsupportedProtocol as e:
         raise AudioError(f'{url}: not an address that can be downloaded ({e}); check it') from None
     except InputError: raise
-    except httpx.TransportError as e: raise NoAnswer(f'{type(e).__name__} {e}'.strip()) from None
+    except httpx.TransportError as e:
+        unused = '; --allow-private-hosts false uses no proxy' if only_public_hosts() and names_proxy() else ''
+        raise NoAnswer(f'{type(e).__name__} {e}'.strip() + unused) from None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as e: # such as the UnicodeError of an empty or too long label
         raise AudioError(f'{url}: {type(e).__name__} {e}; check the address') from None
 
@@ -217,11 +234,11 @@ def cached_file(
 )->Iterator: # An open file
     "Write a file of the cache under a name of its own, and rename it once it is complete: others may write the same"
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, part = tempfile.mkstemp(dir=path.parent, suffix='.part')
+    part = path.with_name(f'{path.name}-{secrets.token_hex(8)}.part')
     try:
-        with open(fd, 'wb') as out: yield out
+        with open(part, 'xb') as out: yield out # as readable as any new file, unlike those of `tempfile`
         os.replace(part, path)
-    finally: Path(part).unlink(missing_ok=True)
+    finally: part.unlink(missing_ok=True)
 
 # %% ../../nbs/1_data/00_remote.ipynb #c24
 def clip_record(

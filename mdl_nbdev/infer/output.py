@@ -141,8 +141,7 @@ class InferOutput:
         suffix = self.path.suffix.lower()
         own = ('.jsonl',) if source.out_suffix=='.jsonl' else ('.csv', '.tsv')
         if suffix in (*SUFFIXES, '.json', '.xls', '.xlsx') and suffix not in own:
-            kinds = ' or '.join(own)
-            raise InputError(f"{path}: the answers to {source.path} are written as {kinds}; "
+            raise InputError(f"{path}: the answers to {source.path} are written as {' or '.join(own)}; "
                              "choose an --output with this ending")
         self.delimiter = '\t' if suffix=='.tsv' else ','
 
@@ -200,7 +199,7 @@ def check_input(self:InferOutput,
     "Raise `InputError` if this run would replace or remove its own input"
     parts = self.path.parent.glob(f'{glob.escape(self.path.name)}.part*')
     ends = [path.name.removeprefix(self.path.name) for path in parts]
-    check_inputs(self.path, [self.source.path, *others], ('.new', '.rejects.csv', '.rejects.csv.new', *ends))
+    check_inputs(self.path, [self.source.path, *others], ('.rejects.csv', *ends))
 
 # %% ../../nbs/4_infer/01_output.ipynb #c20
 @patch
@@ -228,6 +227,8 @@ def begin(self:InferOutput,
     retry:bool=False, # Whether the rows of `<output>.rejects.csv` are answered again, so that it is still needed
 )->None:
     "Start a run, or continue one with the same identity; `InputError` if what is here belongs to another one"
+    foreign = [] if self.state.exists() else [p.path for p in [self.part(), *self.parts()] if p.path.exists()]
+    if foreign: raise InputError(f"{foreign[0]}: this command did not write it; choose another --output")
     if not overwrite and self.state.exists() and any(next(p.shards(), None) for p in self.parts()):
         try: changes = identity_changes(json.loads(self.state.read_text(encoding='utf-8')), identity)
         except (ValueError, KeyError, TypeError, AttributeError): changes = [f"{self.state} is damaged"]
@@ -239,7 +240,6 @@ def begin(self:InferOutput,
         if not retry: self.rejects.unlink(missing_ok=True)
     write_json(self.state, identity)
 
-# %% ../../nbs/4_infer/01_output.ipynb #c23
 @patch
 def open_parts(self:InferOutput,
     stack:ExitStack, # Closes the files

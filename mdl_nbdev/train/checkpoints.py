@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Callable
 from safetensors import SafetensorError
 from ..base.errors import InputError, why_not_written
-from ..base.files import check_inputs, file_digests
+from ..base.files import check_inputs, file_digests, share_files
 from ..base.text import format_bytes
 
 # %% ../../nbs/3_train/08_checkpoints.ipynb #c6
@@ -165,6 +165,7 @@ def finish_checkpoint(
     "Hash the files, write the manifest, and give the folder its name"
     check_is_visible(part)
     (part/MANIFEST).touch() # a change makes a network file system look again at what other machines have written
+    share_files(part)
     names = [n for n in list_files(part) if n != MANIFEST]
     files = {n:dict(size=(part/n).stat().st_size, sha256=d) for n,d in zip(names, file_digests(part, names))}
     (part/MANIFEST).write_text(sealed(dict(format=1, step=step, files=files)), encoding='utf-8')

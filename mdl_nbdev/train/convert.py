@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np, pyarrow as pa
 from xxhash import xxh3_128
 from ..base.errors import InputError
-from ..base.files import check_inputs, make_folder, new_output, output_lock, write_json, writing
+from ..base.files import check_inputs, check_own_files, make_folder, new_output, output_lock, write_json, writing
 from ..base.processes import DaemonPool, end_with_parent, is_main_process
 from ..base.progress import progress_bar
 from ..base.settings import ConvertSettings
@@ -36,7 +36,7 @@ from ..model.families import load_chat
 
 # %% ../../nbs/3_train/00_convert.ipynb #c6
 MANIFEST = 'mdl_nbdev.json' # What a converted folder says about itself
-OWN_FILES = (MANIFEST, 'data-*', 'dataset_info.json', 'state.json', 'key') # All that a converted folder holds
+OWN_FILES = (MANIFEST, 'data-*.arrow', 'data-*.tmp', 'dataset_info.json', 'state.json', 'key') # All that a converted folder holds
 
 def row_schema(
     audio_dtype:str, # 'int16' or 'float32'
@@ -384,6 +384,7 @@ def convert(
         jobs = jobs or plan_shards(s, chat)
         check_inputs(out, {os.path.dirname(p) or '.' for job in jobs for c in job.conversations for p in c.clips})
         part = make_folder(jobs[0].folder)
+        check_own_files(part, OWN_FILES)
         total, shards = sum(len(job.conversations) for job in jobs), []
         with progress_bar(total, 'converting', 'row') as bar, phase('converting', total) as at:
             for shard in keep_shards(write_shards(jobs, chat, s.num_workers)):
