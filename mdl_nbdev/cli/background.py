@@ -9,6 +9,7 @@ __all__ = ['NoteHandler', 'warnings_noted', 'UserRequest', 'Run']
 import asyncio, contextvars, logging, sys, threading, warnings
 from contextlib import contextmanager
 from typing import Any
+from fastcore.basics import patch
 from ..base.html import Html
 from ..base.progress import bars_hidden, library_bars_hidden
 from .live import Live
@@ -40,7 +41,7 @@ def warnings_noted(
     def note_warning(message, category, *args, **kwargs):
         if threading.get_ident()==handler.thread_id: view.safely(view.note, f'{category.__name__}: {message}', True)
         else: show(message, category, *args, **kwargs)
-    # The root logger gets nothing from that of transformers once transformers is imported, and everything before
+    # Once transformers is imported, its logger no longer passes records on to the root logger
     loggers = [logging.getLogger(), logging.getLogger('transformers')]
     for logger in loggers: logger.addHandler(handler)
     warnings.showwarning = note_warning
@@ -51,7 +52,7 @@ def warnings_noted(
 
 # %% ../../nbs/5_cli/03_background.ipynb #c9
 class UserRequest(threading.Event):
-    "A wish of the user that a run fulfils when it can"
+    "Something that the user asks of a run, which does it when it can"
     def take(self)->bool: # Whether there was one
         "Withdraw the request, in order to act on it"
         wanted = self.is_set()
@@ -101,8 +102,6 @@ class Run(Live):
         return self
 
 # %% ../../nbs/5_cli/03_background.ipynb #c14
-from fastcore.basics import patch
-
 @patch
 def stop(self:Run)->None:
     "Ask the run to save its work and end"

@@ -200,10 +200,10 @@ def columns(
     "The values of all lines, side by side"
     found = {}
     for line in lines:
-        for place,buckets in groupby(line.curve.buckets, lambda b: round(x(b.centre))):
+        for column,buckets in groupby(line.curve.buckets, lambda b: round(x(b.centre))):
             joined, *rest = buckets
             for b in rest: joined = joined.joined(b)
-            found.setdefault(place, {})[line.name] = joined
+            found.setdefault(column, {})[line.name] = joined
     return sorted(found.items())
 
 def column_steps(
@@ -226,10 +226,11 @@ def draw_hover(
     "Invisible columns that show their values when the pointer is over them"
     length = max(len(line.curve.buckets) for line in lines)
     pixels = FINE if length <= 100 else COARSE
-    found, out = columns(lines, lambda step: axes.x(step)/pixels), []
-    places, height = [place*pixels for place,_ in found], axes.bottom-axes.top
-    edges = [axes.left, *((a+b)/2 for a,b in zip(places, places[1:])), axes.right]
-    for at,start,stop,(_,values) in zip(places, edges, edges[1:], found):
+    found = columns(lines, lambda step: axes.x(step)/pixels)
+    centres = [column*pixels for column,_ in found]
+    edges = [axes.left, *((a+b)/2 for a,b in zip(centres, centres[1:])), axes.right]
+    height, out = axes.bottom-axes.top, []
+    for at,start,stop,(_,values) in zip(centres, edges, edges[1:], found):
         many = any(b.low < b.high for b in values.values())
         texts = [column_steps(values) + (': mean (lowest to highest)' if many else '')]
         for name,b in values.items():
@@ -296,7 +297,7 @@ def with_images(
 )->Html: # The same with `<img>` elements
     "Turn the charts of a page into images"
     def image(match):
-        svg = re.sub('<g class="mdl-hover".*</g>(?=</g></svg>)', '', match[0]) # nothing in an image feels the pointer
+        svg = re.sub('<g class="mdl-hover".*</g>(?=</g></svg>)', '', match[0]) # an image has no values under the pointer
         alt = re.search('aria-label="(.*?)"', svg)
         return svg_image(svg, html.unescape(alt[1]) if alt else '')
     return Html(re.sub('<svg.*?</svg>', image, page, flags=re.S))

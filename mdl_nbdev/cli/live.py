@@ -83,7 +83,7 @@ def pause_after(
 
 @patch
 def make_widgets(self:Live): # An ipywidgets `VBox`
-    "The buttons and one widget for each part, filled; what changes them stands below the first part"
+    "The buttons and one widget for each part, filled; the controls stand below the first part"
     import ipywidgets as w
     self.boxes = {name:w.HTML(layout=w.Layout(margin='0')) for name in self.view.parts}
     self.buttons, self.controls = w.HBox(), w.HBox(layout=w.Layout(flex_flow='row wrap', grid_gap='0 10px'))
@@ -114,14 +114,14 @@ def redraw(self:Live)->None:
 # %% ../../nbs/5_cli/02_live.ipynb #c11
 @patch
 def show_buttons(self:Live)->None:
-    "Show a button for each action; those that are there already stay"
+    "Show a button for each action, unless these are shown already"
     import ipywidgets as w
     actions = self.actions()
     if [b.description for b in self.buttons.children]==list(actions): return
     buttons = [w.Button(description=label, layout=w.Layout(width='auto')) for label in actions]
     def act(button):
         actions[button.description]()
-        self.view.safely(self.paint, ('head', 'remarks')) # the click was heard
+        self.view.safely(self.paint, ('head', 'remarks')) # so that the click shows at once
     for button in buttons: button.on_click(act)
     self.buttons.children = buttons
 

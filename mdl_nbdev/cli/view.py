@@ -32,7 +32,7 @@ def figure_cards(
 
 def marked_answer(
     answer:str, # What the model answered
-    reference:str|None, # What it should be; `None`: nobody knows
+    reference:str|None, # What it should be; `None` if that is unknown
     most:int=160, # Maximum number of characters
 )->Html: # For a cell of a table
     "An answer with a mark: does it equal the reference?"
