@@ -103,8 +103,9 @@ def figure(self:DemoReport): # A matplotlib figure
 @patch
 def _repr_html_(self:DemoReport):
     "The picture, and the answers with players"
-    self.figure().savefig(b := BytesIO(), dpi=70, format='jpg')
-    picture = b64encode(b.getvalue()).decode()
+    out = BytesIO()
+    self.figure().savefig(out, dpi=70, format='jpg')
+    picture = b64encode(out.getvalue()).decode()
     return f"<img src='data:image/jpeg;base64,{picture}'>{self.answers._repr_html_()}"
 
 # %% ../../nbs/5_cli/08_demo.ipynb #c12

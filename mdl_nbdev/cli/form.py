@@ -168,13 +168,13 @@ def explanation(self:SettingsForm,
 )->Html: # A `<div>` element
     "The help of a field, with the default if its value is another, or what is wrong with its value"
     def words(text): return Html(re.sub('`(.+?)`', r'<code>\1</code>', as_html(text)))
-    said = words(text)
+    shown = words(text)
     if name in self.values and name not in self.required:
         default = as_html(shorten(option_text(default_value(self.fields[name])), 80))
-        said = Html(f'<b>Default: {default or "none"}.</b> {said}')
-    if name in self.warnings: said = remark('Check', words(self.warnings[name]))
-    if name in self.faults: said = remark('Wrong', words(self.faults[name]))
-    return Html(f'<div style="font:12px/1.4 system-ui,sans-serif;padding-top:6px">{said}</div>')
+        shown = Html(f'<b>Default: {default or "none"}.</b> {shown}')
+    if name in self.warnings: shown = remark('Check', words(self.warnings[name]))
+    if name in self.faults: shown = remark('Wrong', words(self.faults[name]))
+    return Html(f'<div style="font:12px/1.4 system-ui,sans-serif;padding-top:6px">{shown}</div>')
 
 @patch
 def group_title(self:SettingsForm,

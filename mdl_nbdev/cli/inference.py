@@ -50,7 +50,7 @@ class InferView(View):
     )->None:
         "Take in a shard"
         if not self.pace.now: self.pace.at(done-len(rows), self.since)
-        elif self.pace.start[1]==self.since: self.pace.start = self.pace.now # without the loading of the model
+        elif self.pace.start[1]==self.since: self.pace.start = self.pace.now # so that loading the model does not count
         self.pace.at(done)
         self.done, self.total = done, total
         self.answered += len(rows)
@@ -68,7 +68,7 @@ def compare(self:InferView,
     "Count correct answers and word edits"
     if not rows: return
     s = score([r.reference for r in rows], [r.prediction for r in rows])
-    self.counts.update(rows=len(rows), right=int(s.correct.sum()), words=int(s.words.sum()), edits=int(s.word_edits.sum()))
+    self.counts.update(rows=len(rows), correct=int(s.correct.sum()), words=int(s.words.sum()), edits=int(s.word_edits.sum()))
 
 # %% ../../nbs/5_cli/06_inference.ipynb #c9
 @patch
@@ -77,7 +77,7 @@ def head(self:InferView)->Html: # A `<div>` element
     c = self.counts
     figures = {}
     if self.pace.rate: figures['rows/s'] = f'{self.pace.rate:.1f}'
-    if c['rows']: figures['exact match'] = f"{c['right']/c['rows']:.1%} of {c['rows']:,}"
+    if c['rows']: figures['exact match'] = f"{c['correct']/c['rows']:.1%} of {c['rows']:,}"
     if c['words'] > 1.5*c['rows']: figures['word error rate'] = f"{c['edits']/c['words']:.1%}"
     if self.answered: figures['without an answer'] = f'{self.without:,}'
     if not self.total: return self.headline('reading the file and loading the model', 0, figures)
@@ -127,7 +127,7 @@ class InferFeed:
     def note(self,
         line:str, # Such as which prompt of the training is used
     )->None:
-        "Something to be known before the first answers"
+        "Show a line about the run before its first answers"
         self.run.view.safely(self.run.view.note, line, line.startswith('warning'))
 
     def __call__(self,

@@ -16,7 +16,7 @@ from .watch import TrainView
 
 # %% ../../nbs/5_cli/05_training.ipynb #c6
 class TrainFeed:
-    "A callback that feeds a dashboard from a training run, and the run with the requests of its buttons"
+    "A callback that feeds a dashboard from a training run, and passes clicks on its buttons to the trainer"
     shows_progress = True # so that `train` shows no progress bar
     def __init__(self,
         run:'TrainRun', # The run with its view

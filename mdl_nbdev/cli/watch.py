@@ -208,7 +208,7 @@ class Watch(Live):
         self.look_again = f'watch({str(folder)!r})'
         self.read = 0 # Bytes of metrics.jsonl that were read
         self.inode = None # Which file it was
-        self.samples_read = None # When the answers that were read had been written
+        self.samples_read = None # Time of the samples.jsonl that was read last
         self.pulse = Pulse()
         self.next_poll = 0.
         self.closed = False
