@@ -203,7 +203,7 @@ def checkpoints(folder): return len(list((folder/"out").glob("checkpoint-*")))
 
 # Arguments of a command but for its output; what is equal in two of its results; how far it is, and in what
 SERIES = {
-    "mdl_infer": (infer_args("rows.csv"), lambda folder, name: {k.removeprefix(name): v for k, v in contents(folder, f"{name}*").items()}, shards_of_infer, "shard"),
+    "mdl_infer": (infer_args("rows.csv"), lambda folder, name: {k.removeprefix(name): v for k, v in (contents(folder, f"{name}*") | contents(folder, f".{name}*")).items()}, shards_of_infer, "shard"),
     "mdl_convert": (["sounds.csv", "--model-name", "tiny", "--num-workers", "2", "--output"], lambda folder, name: contents(folder/name, "**/*"), shards_of_convert, "shard"),
     "mdl_train": (["--train-dataset", "sounds.csv", "--model-name", "tiny", "--batch-size", "8", "--max-steps", "8", "--save-steps", "2", "--logging-steps", "1",
         "--gradient-checkpointing", "false", "--resume-from-checkpoint", "true", "--output"],

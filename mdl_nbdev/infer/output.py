@@ -210,14 +210,10 @@ def lock(self:InferOutput,
     return file_lock(f'{self.part(rank).path}.lock', self.path)
 
 @patch
-def check_other_locks(self:InferOutput,
-    world:int=1, # Number of processes in this run, which hold their own locks
-)->None:
-    "Raise `InputError` while a process of an earlier run is alive"
-    own = {Path(f'{self.part(rank).path}.lock') for rank in range(world)}
+def check_other_locks(self:InferOutput)->None:
+    "Raise `InputError` while a process of an earlier run is alive, and remove the locks of those that are not"
     for path in self.path.parent.glob(f'{glob.escape(self.path.name)}.part-*.lock'):
-        if path not in own:
-            with file_lock(path, self.path): pass
+        with file_lock(path, self.path): pass
 
 # %% ../../nbs/4_infer/01_output.ipynb #c22
 @patch

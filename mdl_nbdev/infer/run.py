@@ -223,11 +223,10 @@ def _repr_html_(self:InferReport):
 def open_output(
     s:InferSettings, # Settings of the run
 )->InferOutput: # With its input opened
-    "Check input and output as far as no row has to be read"
+    "Open the input, and check it as far as no row has to be read"
     columns = SCORE_COLUMNS if s.labels else ()
     out = InferOutput(s.output, open_rows(s.input, ('audio',), s.encoding), s.base_dir, columns)
     out.check_input(s.chat_template, None if s.labels=='auto' else s.labels)
-    check_output(out, s)
     return out
 
 def check_output(
@@ -250,7 +249,7 @@ def lock_output(
     def lock_mine(): stack.enter_context(out.lock(ranks.rank))
     def lock_main():
         lock_mine()
-        out.check_other_locks(ranks.world)
+        out.check_other_locks()
         check_output(out, s)
     ranks.on_main(lock_main)
     ranks.agree(lambda: None if ranks.is_main else lock_mine())
