@@ -327,7 +327,7 @@ def test_answers_that_are_not_learned_are_counted(tmp_path, capsys):
     chat = Chat(PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(BPE.backend_tokenizer), eos_token="<|im_end|>", chat_template=QWEN3), TextFamily())
     s = ConvertSettings(input=tmp_path/"rows.jsonl", output=tmp_path/"out", model_name="tiny-text", num_workers=1)
     convert(s, chat)
-    assert "rows.jsonl: 3 answers not learned: in a whole conversation, the chat template shows earlier answers after another prompt" in capsys.readouterr().err
+    assert "rows.jsonl: 3 answers not learned: in a whole conversation, the chat template changes the prompt of earlier answers" in capsys.readouterr().err
     data = AudioDataset(tmp_path/"out", chat.fingerprint)
     for e in (data[i] for i in range(3)): assert chat.tok.decode(e.labels[e.labels >= 0]) == "b<|im_end|>"
     convert(replace(s, learn_answers="last", overwrite=True), chat)

@@ -76,7 +76,7 @@ def order(self:StepSampler,
     if self.pack: steps = self.packed_steps(epoch, rng)
     elif self.shuffle:
         pools = cut(rng.permutation(self.rows(epoch)), size*int(np.clip(4096//size, 8, 64)))
-        rows = np.concatenate([self.by_rank_in_task(pool) for pool in pools])
+        rows = np.concatenate([self.by_quantile_in_task(pool) for pool in pools])
         rest = len(rows) % size
         steps = [*self.by_length(rows[:len(rows)-rest].reshape(-1, size))]
         if rest: steps.append(self.by_length(rows[len(rows)-rest:]))
@@ -87,17 +87,17 @@ def order(self:StepSampler,
 
 # %% ../../nbs/3_train/03_batches.ipynb #c10
 @patch
-def by_rank_in_task(self:StepSampler,
+def by_quantile_in_task(self:StepSampler,
     rows:np.ndarray, # Row numbers
 )->np.ndarray: # The same, sorted
-    "Rows by their rank in length among the rows of their task"
+    "Rows by their quantile in length among the rows of their task"
     rows = self.by_length(rows)
     if self.task_ids is None: return rows
-    task, rank = self.task_ids[rows], np.empty(len(rows))
+    task, quantile = self.task_ids[rows], np.empty(len(rows))
     for t in np.unique(task):
         mine = task==t
-        rank[mine] = (np.arange(mine.sum()) + .5)/mine.sum()
-    return rows[np.argsort(rank, kind='stable')]
+        quantile[mine] = (np.arange(mine.sum()) + .5)/mine.sum()
+    return rows[np.argsort(quantile, kind='stable')]
 
 # %% ../../nbs/3_train/03_batches.ipynb #c12
 @patch
@@ -121,7 +121,7 @@ def rows(self:StepSampler,
 @patch
 def deal(self:StepSampler,
     items, # The rows or packs of a step
-)->list: # Micro-batches: of all ranks the first, then the second, ...; some may be empty
+)->list: # Micro-batches: the first of every rank, then the second of every rank, ...; some may be empty
     "Cut a step into micro-batches of nearly equal size"
     size = len(items)
     n = -(-size//(self.batch_size*self.world_size))*self.world_size

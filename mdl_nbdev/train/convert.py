@@ -75,8 +75,8 @@ def record_batch(
     return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
 
 # %% ../../nbs/3_train/00_convert.ipynb #c8
-MISPLACED = ("in a whole conversation, the chat template shows earlier answers after another prompt than the model "
-             "is given when it answers; to learn such an answer, make a row that ends with it")
+MISPLACED = ("in a whole conversation, the chat template changes the prompt of earlier answers, so it is not "
+             "the one that the model is given when it answers; to learn such an answer, make a row that ends with it")
 
 def bad_row(
     row, # A conversation, or a row of a file

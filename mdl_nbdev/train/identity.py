@@ -63,7 +63,7 @@ ROWS_OF_A_STEP = ('--batch-size', '--gradient-accumulation-steps', '--packing', 
 def check_identity(
     checkpoint:Path, # From which the run resumes
     now:dict[str, Any], # From `identity`
-    allow_changes:bool, # Resume whatever has changed?
+    allow_changes:bool, # Whether to resume whatever has changed
 )->None:
     "`InputError` if a checkpoint belongs to another run; allowed changes are printed"
     saved = update_identity(load_state(checkpoint, 'run')['identity'])

@@ -32,7 +32,7 @@ from .stopping import EarlyStopping
 
 # %% ../../nbs/3_train/14_loop.ipynb #c6
 class EpochLoader(DataLoader):
-    "A loader that passes the epoch on to its sampler; `Trainer` tells it"
+    "A loader that passes the epoch, which `Trainer` sets, on to its sampler"
     def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)
 
 def start_loader_worker(

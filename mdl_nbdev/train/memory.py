@@ -90,7 +90,8 @@ def grouped_product(
     out_dtype:torch.dtype|None=None, # Otherwise that of `a`
 )->torch.Tensor: # On the meta device
     "The products of a mixture of experts without data, for which PyTorch's own function takes bfloat16 only"
-    groups = [len(offs)] if a.dim()==b.dim()==2 else a.shape[:1] if a.dim()==b.dim() else []
+    if a.dim()==b.dim()==2: groups = [len(offs)]
+    else: groups = a.shape[:1] if a.dim()==b.dim() else []
     return torch.empty(*groups, a.shape[-2], b.shape[-1], dtype=out_dtype or a.dtype, device='meta')
 
 # %% ../../nbs/3_train/10_memory.ipynb #c9
@@ -181,14 +182,16 @@ def remove_data(self:MemoryCounter,
     for m in model.modules():
         for tensors in (m._parameters, m._buffers):
             for k,t in tensors.items():
-                if t is not None: tensors[k] = done[id(t)] = done.get(id(t)) if id(t) in done else dataless(t)
+                if t is None: continue
+                if id(t) not in done: done[id(t)] = dataless(t) # weights may be tied
+                tensors[k] = done[id(t)]
 
 # %% ../../nbs/3_train/10_memory.ipynb #c17
 class CudaRules(TorchFunctionMode):
     "Autocast and dropout as they are on CUDA"
     float32 = set('layer_norm group_norm softmax log_softmax pow __pow__ exp log rsqrt sum cumsum prod norm softplus'.split())
     def __init__(self,
-        bf16:bool, # Is there autocast at all?
+        bf16:bool, # Whether there is autocast at all
     ):
         super().__init__()
         self.bf16 = bf16
@@ -213,7 +216,7 @@ class MemoryEstimate:
     "What a training step needs, in bytes, at the moment when it needs the most"
     rows:int # Rows of the batch
     tokens:int # Of each row, padding included
-    checkpointing:bool # Are activations computed again in the backward pass?
+    checkpointing:bool # Whether activations are computed again in the backward pass
     weights:dict[str, int] # By type
     gradients:int # Those that exist at that moment
     optimizer:int # AdamW's moments
@@ -235,7 +238,7 @@ def run_without_data(
     model:nn.Module, # From `model_without_data`; it is changed
     batch:Batch, # From `Collator`
     settings:TrainSettings, # Of the run
-    bf16:bool, # With autocast?
+    bf16:bool, # Whether there is autocast
     rules, # A context for both passes, which may compute the same layers
 )->tuple[dict, dict, int]: # Bytes by type of the weights, by kind at the worst moment, and of what the forward pass leaves
     "Forward and backward pass of a step"
@@ -378,7 +381,7 @@ def longest_batch(
 def is_out_of_memory(
     e:BaseException|None, # Whatever was raised
 )->bool: # Also if it is the cause of another
-    "Did memory run out?"
+    "Whether memory ran out"
     if e is None: return False
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, OSError) and e.errno==errno.ENOMEM:
         return True

@@ -18,7 +18,7 @@ from .prepare import open_chat, open_datasets, open_run_folder
 # %% ../../nbs/3_train/21_run.ipynb #c6
 @phase('importing')
 def import_fit(): # The module `mdl_nbdev.train.fit`
-    "Import what trains, without the collections of garbage that would take a sixth of the time and find none"
+    "Import what trains, with the garbage collector off, which would take a sixth of the time and find nothing"
     collects = gc.isenabled()
     gc.disable()
     try: from mdl_nbdev.train import fit
