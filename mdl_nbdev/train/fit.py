@@ -64,7 +64,8 @@ def training_arguments(
         dataloader_num_workers=s.num_workers if cuda or s.num_workers > 1 else 0, dataloader_pin_memory=cuda,
         disable_tqdm=True, logging_nan_inf_filter=False, prediction_loss_only=True, remove_unused_columns=False,
         ddp_find_unused_parameters=False)
-    args.lr_scheduler_type = SchedulerType(s.lr_scheduler_type) # not above, where some need an eval_strategy, which is `no` if `Flow` evaluates after epochs
+    # not above, where some schedules need an `eval_strategy`; it is `no` where only `Flow` evaluates, after epochs
+    args.lr_scheduler_type = SchedulerType(s.lr_scheduler_type)
     args.device # sets the number of GPUs
     args._n_gpu = min(args._n_gpu, 1) # without a launcher: one GPU, not torch's DataParallel over all
     return args
