@@ -172,7 +172,7 @@ def label_table(self:EvalReport
 @patch
 def score_lines(self:EvalReport
 )->list[str]: # Lines of text
-    "The metrics, and what is to be said about prompts"
+    "The metrics, and a note on prompts that differ"
     normalizer = [f'normalizer: {self.normalizer}'] if self.raw else []
     values = map(str, self.values) if self.values else self.scores.lines(self.raw)
     return [*normalizer, *values, *([self.prompts] if self.prompts else [])]
@@ -284,8 +284,8 @@ def labels_html(self:EvalReport
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c24
 def corrections_html(
-    reference:str, # What should have been said
-    prediction:str, # What the model said
+    reference:str, # The correct text
+    prediction:str, # The model's answer
 )->Html: # Text with `<del>` and `<ins>` elements
     "A prediction with the edits that turn it into its reference"
     references, predictions, parts = reference.split(), prediction.split(), []

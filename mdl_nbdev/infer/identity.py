@@ -90,27 +90,27 @@ def prompt_notes(
 def count_prompts(
     source:RowFile, # The rows of a run
 )->tuple[int, TrainingPrompts]: # Their number; their own prompts
-    "Count the rows of a file, and what they ask; raises one `InputError` that names all broken rows"
+    "Count the rows of a file and their prompts; raises one `InputError` that names all broken rows"
     own = TrainingPrompts()
     return source.count(own.add), own
 
 def use_training_prompts(
     s:InferSettings, # Of a run whose model has been loaded
     own:TrainingPrompts, # Of the rows
-)->tuple[InferSettings, list[str]]: # With the prompts to use; what is to be said about them
+)->tuple[InferSettings, list[str]]: # With the prompts to use; notes on them
     "The prompts that a run uses"
     trained = prompts_of_training(s)
     used = with_training_prompts(s, trained)
     return used, prompt_notes(s, used, own, trained)
 
 # %% ../../nbs/4_infer/00_identity.ipynb #c18
-MOST_LABELS = 1000 # More different predictions are taken for texts rather than labels
+MOST_LABELS = 1000 # Beyond this number, distinct predictions are taken for texts rather than labels
 SCORE_COLUMNS = ('probability', 'margin') # What the output says of the best label, by the names of `LabelScores`
 
 def labels_of_rows(
     source:RowFile, # The input
 )->list[str]: # Sorted
-    "The different predictions of a file"
+    "The distinct predictions of a file"
     found = set()
     for row in source.rows():
         if (row.prediction or '').strip(): found.add(str(row.prediction))

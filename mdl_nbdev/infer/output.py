@@ -125,7 +125,7 @@ def keep(self:OutputPart,
             os.truncate(self.path, max(s.end for s in shards))
             write_text(self.log, ''.join(s.format() for s in shards))
         else:
-            for path in (self.path, self.log): path.unlink(missing_ok=True) # by its log a part is found
+            for path in (self.path, self.log): path.unlink(missing_ok=True) # a part is found by its log
 
 # %% ../../nbs/4_infer/01_output.ipynb #c15
 class InferOutput:
@@ -165,6 +165,7 @@ class InferOutput:
         return (resolve(clip, self.base_dir) for row in rows for clip in Conversation(row.messages).clips)
 
 # %% ../../nbs/4_infer/01_output.ipynb #c16
+CLEARING = 'clearing' # The state of a run while its files are being removed
 @patch
 def part(self:InferOutput,
     rank:int=0, # Rank of the process that writes it
@@ -328,7 +329,6 @@ def write(self:InferOutput,
     part.append(number, input_text, output_text, len(rows), rejects=rejects, truncated=truncated, clips=clips, notes=notes)
 
 # %% ../../nbs/4_infer/01_output.ipynb #c30
-CLEARING = 'clearing' # The state of a run while its files are being removed
 REJECT_COLUMNS = ['row', 'line', 'audio', 'reason', 'run'] # Of `<output>.rejects.csv`; the last one is from `answers_digest`
 
 @patch
