@@ -109,8 +109,9 @@ def is_silent(
     waveform:np.ndarray, # float32 in [-1, 1], or int16
 )->bool: # Also for an empty one
     "Whether nothing can be heard in a clip"
-    limit = SILENCE*(32768 if waveform.dtype==np.int16 else 1)
-    return not len(waveform) or max(waveform.max(), -int(waveform.min()) if waveform.dtype==np.int16 else -waveform.min()) < limit
+    if not len(waveform): return True
+    low, high = float(waveform.min()), float(waveform.max())
+    return max(high, -low) < SILENCE*(32768 if waveform.dtype==np.int16 else 1)
 
 # %% ../../nbs/1_data/03_audio.ipynb #c34
 def decode(
@@ -213,9 +214,6 @@ def piped_wav(
     f.seek(0)
     return f
 
-# %% ../../nbs/1_data/03_audio.ipynb #c12
-_SHORT = re.compile(r'^\s*(?:data|SSND|BODY|Data Size|Riff size|riff) *: *(\d+) \(should be (\d+)\)', re.M)
-
 # %% ../../nbs/1_data/03_audio.ipynb #c14
 def _unreadable(src, path, reason):
     "The error for a file that is no sound; of a download, such as an error page, nothing is kept"
@@ -251,6 +249,9 @@ def gsm_seconds(
     "How long the sound of a wav with GSM is: libsndfile adds a block of noise where the last one ends in a fill byte"
     size = re.search(r'^data : (\d+)', f.extra_info, re.M) if f.subtype=='GSM610' and f.format.startswith('WAV') else None
     return int(size[1])//65*320/f.samplerate if size else math.inf
+
+# %% ../../nbs/1_data/03_audio.ipynb #c12
+_SHORT = re.compile(r'^\s*(?:data|SSND|BODY|Data Size|Riff size|riff) *: *(\d+) \(should be (\d+)\)', re.M)
 
 # %% ../../nbs/1_data/03_audio.ipynb #c15
 def stated_frames(

@@ -65,7 +65,7 @@ class Located:
     __slots__ = ()
     @property
     def where(self)->str:
-        "Its place, as `file:line`"
+        "Its position, as `file:line`"
         return f"{self.file}:{self.line}"
 
 # %% ../../nbs/1_data/06_conversations.ipynb #c14
@@ -118,6 +118,7 @@ def from_json(cls:Conversation,
     "Read a conversation from its JSON object"
     return cls(**json.loads(text))
 
+# %% ../../nbs/1_data/06_conversations.ipynb #5b0e8c12
 @patch
 def learning_last(self:Conversation)->Conversation: # A copy
     "The same, with no answer to be learned but the last; `InputError` if that is not to be learned either"

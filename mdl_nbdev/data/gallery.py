@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from fastcore.basics import patch
 from ..base.errors import InputError, python_spelling
 from ..base.html import Html, as_html, html_box, player_seconds
 from ..base.processes import DaemonPool
@@ -66,8 +67,6 @@ class RowSample:
         del self.drawn[last], self.numbers[last]
 
 # %% ../../nbs/1_data/13_gallery.ipynb #c10
-from fastcore.basics import patch
-
 def label_title(
     label:str|None, # The answer of a row
     most:int=80, # Maximum number of characters
@@ -194,7 +193,7 @@ def show_clips(
 )->Html: # Shows itself in a notebook
     """A grid of clips by label, to see and to hear; without labels, one group of clips.
 
-    It takes 5 kB for a clip, and 5 kB for each second that can be played: 120 s in all, but 3 to 10 s of a clip.
+    It takes 5 kB for a clip, and 5 kB for each second that can be played: 120 s in all, with 3 to 10 s of each clip.
     With the defaults that is less than 1 MB; larger numbers of rows and labels take more."""
     s = replace(source, **options) if isinstance(source, DataSettings) else CheckSettings(input=source, **options)
     sample, broken, texts = RowSample(per_label, max_labels, seed), [], 0

@@ -290,7 +290,9 @@ def download(
         try:
             with cached_file(path) as out: return record_clip(path, out, write_body(url, out, max_bytes, timeout, end, known))
         except NotModified: return False
-        except TryAgain as e: reason, error = e, SilentHost if isinstance(e, NoAnswer) else AudioError
+        except TryAgain as e:
+            reason = e
+            error = SilentHost if isinstance(e, NoAnswer) else AudioError
         remaining = max(0, end - time.monotonic())
         if attempt < retries: time.sleep(min(2**attempt / 2, remaining))
     raise error(f'{url}: {reason}, {retries + 1} times; try again later, or download it and give its path')
