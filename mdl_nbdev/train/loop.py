@@ -196,7 +196,7 @@ class ValidationProbes(ExactEvaluation):
                 probe = np.take(rows, np.arange(n*size, n*size + min(size, len(rows))), mode='wrap')
                 totals += self.task_token_losses(self.data_collator(self.my_share(probe)))
         sums, tokens = self.sum_over_ranks(totals.cpu())
-        return [float(l/n) if n else None for l,n in zip(sums, tokens)]
+        return [float(total/count) if count else None for total,count in zip(sums, tokens)]
 
     def my_share(self, probe:np.ndarray)->list:
         "This rank's examples of a probe; a dummy row if there are none, since every rank must take part"
