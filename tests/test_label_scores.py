@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from audio_families import KINDS
 from test_engine import MODELS
-from test_qwen2_audio import build
 
 from mdl_nbdev import InferSettings, infer
 from mdl_nbdev.base.errors import InputError
@@ -44,7 +44,7 @@ def sounds(conversation):
 def parts(request, tmp_path_factory):
     torch.manual_seed(1)
     if request.param == "qwen2_audio":
-        folder = str(build(tmp_path_factory.mktemp("qwen")))
+        folder = str(KINDS["qwen2-audio"].save(tmp_path_factory.mktemp("qwen")))
         model, chat = load_model(folder, dtype=torch.float32), load_chat(folder)
     else:
         name, make = MODELS[request.param]

@@ -53,7 +53,8 @@ class Collator:
         if self.silence and not any(e.clips for row in rows for e in row): rows.append([self.silence])
         arrays = pad_tokens(rows, self.pad_id, self.side=='right' or packed)
         position = arrays.pop('position_ids')
-        arrays |= dict(position_ids=position) if packed else dict(attention_mask=(arrays['sample']>=0).astype(np.int64))
+        if packed: arrays['position_ids'] = self.family.packed_positions(position)
+        else: arrays['attention_mask'] = (arrays['sample']>=0).astype(np.int64)
         examples = [e for row in rows for e in row]
         clips = [c for e in examples for c in e.clips]
         if clips: arrays |= self.family.clip_tensors(clips)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Callable
 from ..base.errors import InputError
 from ..base.text import one_line
+from .family import audio_models
 
 # %% ../../nbs/2_model/06_hub.ipynb #c6
 def model_folder(
@@ -83,9 +84,10 @@ def explain_failure(
     if 'does not recognize this architecture' in why:
         from transformers import __version__
         return (f"its architecture, {kind}, is not supported: transformers {__version__} does not know it; "
-                "a newer version may")
+                f"a newer version may; audio models that are supported: {audio_models()}")
     if 'Unrecognized configuration class' in why:
-        return f"its architecture, {kind}, is not supported: it is not a model that generates text from text or audio"
+        return (f"its architecture, {kind}, is not supported: it is not a model that generates text from text, nor one of the "
+                f"audio models that are: {audio_models()}")
     return f"cannot be loaded: {why}"
 
 # %% ../../nbs/2_model/06_hub.ipynb #c11

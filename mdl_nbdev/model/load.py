@@ -83,7 +83,10 @@ def load_config(
 ): # A transformers configuration
     "The configuration of a model, read without running code from its folder or from a hub"
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    for part in [config, *(getattr(config, name, None) for name in config.sub_configs)]:
+    def parts(c):
+        inner = [getattr(c, name, None) for name in c.sub_configs]
+        return [c, *(p for i in inner if i is not None for p in parts(i))]
+    for part in parts(config):
         asked = [getattr(part, f'_{kind}_implementation', None) for kind in ('attn', 'experts')]
         kernel = next((name for name in asked if '/' in str(name)), None)
         if kernel: raise ValueError(f"its config.json asks for code from a hub ({kernel}), which is never run; remove it there")

@@ -6,6 +6,7 @@
 __all__ = ['check_vocabulary', 'position_limit', 'check_lengths', 'sees_neighbours', 'check_packing']
 
 # %% ../../nbs/2_model/34_probe.ipynb #c4
+import numpy as np
 import torch
 from torch import nn
 from ..base.errors import InputError
@@ -58,7 +59,8 @@ def sees_neighbours(
     ids = run_ids(chat.tok, ['the quick brown fox jumps over the lazy dog'])[0][:16]
     def logits(*samples):
         def row(values): return torch.tensor([values], device=model.device)
-        position = row([i for sample in samples for i in range(len(sample))])
+        position = np.array([[i for sample in samples for i in range(len(sample))]])
+        position = torch.from_numpy(chat.family.packed_positions(position)).to(model.device)
         out = model(input_ids=row(sum(samples, [])), position_ids=position, use_cache=False)
         return out.logits[0, -len(ids):].float()
     with eval_mode(model):

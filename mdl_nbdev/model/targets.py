@@ -151,7 +151,9 @@ def unreached_weights(
 )->dict[str, int]: # Names, with * for numbers -> parameters
     "Matrices that get no adapter because no linear layer holds them, such as the fused experts of a mixture"
     known, fused, found = (nn.Embedding, nn.Conv1d, nn.Conv2d), fused_layers(model), {}
+    family = family_of(model)
     for name, m in model.named_modules():
+        if family.part_of(name) not in PARTS: continue
         for own, p in m.named_parameters(recurse=False):
             is_matrix = p.ndim > 1 and min(p.shape[-2:]) > 1 and not isinstance(m, known) and (m in fused or not is_linear(m))
             if p.requires_grad or not is_matrix: continue

@@ -20,7 +20,7 @@ from jinja2 import TemplateError as JinjaError, filters, nodes, tests
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..base.errors import InputError
 from ..data.conversations import message_text
-from .family import Family
+from .family import Family, no_audio
 
 # %% ../../nbs/2_model/02_template.ipynb #c6
 ROLE_START, ROLE_END = '<|role_start|>', '<|role_end|>' # Mark a turn where the tokenizer has no token for that
@@ -93,7 +93,7 @@ def render(
     "What the chat template writes for messages; `InputError` if it fails"
     shape = shape_of(messages)
     if family.clip_token is None and any('audio' in types for _,types in shape):
-        raise InputError("this model takes no audio; remove the clips, or choose an audio model with --model-name")
+        raise no_audio()
     def part(p): return {'type':'audio', 'audio':''} if p['type']=='audio' else p
     def content(m): return message_text(m) if family.clip_token is None else [part(p) for p in m['content']]
     turns = [{'role':m['role'], 'content':content(m)} for m in messages]

@@ -1,0 +1,100 @@
+"Audio language models of transformers, built small at random from their own classes: a row for each family"
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers as hf
+
+from mdl_nbdev.model.byte_tokenizer import byte_tokenizer
+
+SECONDS = 2 # of a feature extractor's window; published ones have 30 or 300
+
+
+def tokenizer(*names, **special):
+    "Bytes, ChatML's tokens and those of a family, which `special` names as attributes"
+    return byte_tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=["<|im_start|>", *names, *special.values()], **special)
+
+
+def decoder(tok, **kw):
+    "The shape of a decoder that is small"
+    return dict(vocab_size=len(tok), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                tie_word_embeddings=False, bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id) | kw
+
+
+def whisper(**kw):
+    "The shape of a Whisper encoder that is small"
+    return dict(num_mel_bins=128, max_source_positions=SECONDS * 50, d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64) | kw
+
+
+def draw(model):
+    "The model with weights that keep activations at a steady size, drawn with a seed"
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1 and "embed_positions" not in name: p.normal_(0, (2 if "lm_head" in name else 1) / p[0].numel()**.5, generator=g)
+    return model.eval()
+
+
+@dataclass
+class Kind:
+    "How the tests make a family's model"
+    build: Callable # gives a model and what has its processor's `save_pretrained`
+    shortest: int # samples of the shortest clip that its processor takes as it is
+    most_clips: int = 2 # in one conversation
+    system: bool = True # whether its template has a system prompt
+    processor: Callable = hf.AutoProcessor.from_pretrained # its own, from a folder
+
+    def save(self, folder):
+        for saved in self.build(): saved.save_pretrained(folder)
+        return folder
+
+
+def qwen2_audio():
+    tok = tokenizer("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
+    config = hf.Qwen2AudioConfig(audio_config=whisper(model_type="qwen2_audio_encoder"), text_config=decoder(tok, model_type="qwen2"), audio_token_index=tok.convert_tokens_to_ids("<|AUDIO|>"))
+    return draw(hf.Qwen2AudioForConditionalGeneration(config)), hf.Qwen2AudioProcessor(hf.WhisperFeatureExtractor(feature_size=128, chunk_length=SECONDS), tok)
+
+
+# As in transformers' tests/models/qwen2_5_omni/test_processing_qwen2_5_omni.py
+OMNI_TEMPLATE = """{% set audio_count = namespace(value=0) %}{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}\
+{% if loop.first and message['role'] != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}<|im_end|>
+{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}\
+{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_bos|><|IMAGE|><|vision_eos|>{% elif content['type'] == 'audio' or 'audio' in content or 'audio_url' in content %}\
+{% set audio_count.value = audio_count.value + 1 %}{% if add_audio_id %}Audio {{ audio_count.value }}: {% endif %}<|audio_bos|><|AUDIO|><|audio_eos|>\
+{% elif content['type'] == 'video' or 'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_bos|><|VIDEO|><|vision_eos|>\
+{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+class OmniProcessor(hf.Qwen2_5OmniProcessor):
+    "Qwen2.5-Omni's own, without the part for films, which needs torchvision"
+    def check_argument_for_proper_class(self, name, argument): return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
+
+    @classmethod
+    def of(cls, folder):
+        tok, extractor = hf.AutoTokenizer.from_pretrained(folder), hf.AutoFeatureExtractor.from_pretrained(folder)
+        return cls(hf.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(), None, extractor, tok, chat_template=(Path(folder) / "chat_template.jinja").read_text())
+
+
+def qwen_omni():
+    tok = tokenizer(audio_token="<|AUDIO|>", audio_bos_token="<|audio_bos|>", audio_eos_token="<|audio_eos|>", image_token="<|IMAGE|>", video_token="<|VIDEO|>",
+                    vision_bos_token="<|vision_bos|>", vision_eos_token="<|vision_eos|>")
+    tok.chat_template, ids = OMNI_TEMPLATE, {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("AUDIO", "IMAGE", "VIDEO", "audio_bos", "audio_eos", "vision_bos")}
+    rope = dict(rope_type="default", rope_theta=10000., mrope_section=[4, 2, 2])
+    vision = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, fullatt_block_indexes=[0])
+    config = hf.Qwen2_5OmniThinkerConfig(
+        audio_config=whisper(n_window=25, output_dim=64), vision_config=vision, text_config=decoder(tok, rope_parameters=rope), audio_token_index=ids["AUDIO"], image_token_index=ids["IMAGE"],
+        video_token_index=ids["VIDEO"], audio_start_token_id=ids["audio_bos"], audio_end_token_id=ids["audio_eos"], vision_start_token_id=ids["vision_bos"])
+    model = draw(hf.Qwen2_5OmniThinkerForConditionalGeneration(config))
+    return model, tok, hf.WhisperFeatureExtractor(feature_size=128, chunk_length=SECONDS)
+
+
+KINDS = {
+    "qwen2-audio": Kind(qwen2_audio, 961),
+    "qwen2.5-omni": Kind(qwen_omni, 321, processor=OmniProcessor.of),
+}

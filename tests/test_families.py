@@ -1,0 +1,241 @@
+"Each family of transformers' audio models: the ids, features, logits and losses of its own processor and network, every part trains, and the result needs no package of ours"
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+import transformers as hf
+from audio_families import KINDS, SECONDS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mdl_nbdev import InferSettings, TrainSettings, infer, train
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import TuneSettings
+from mdl_nbdev.data.conversations import Conversation
+from mdl_nbdev.model.adapters import adapt
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.families import FAMILIES, load_chat
+from mdl_nbdev.model.load import load_model, load_processor, recompute_activations
+from mdl_nbdev.model.probe import sees_neighbours
+from mdl_nbdev.model.save import load_adapter, merge, save_model
+from mdl_nbdev.model.targets import train_in_full
+from mdl_nbdev.train.losses import loss_weights, weighted_losses
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+always = "qwen2-audio" # the others are slow tests
+each_part = pytest.mark.parametrize("part", ["encoder", "projector", "decoder"])
+
+
+class Model:
+    "A family's model in a folder, with what the tests ask of it"
+    def __init__(self, kind, folder):
+        self.kind, self.folder = KINDS[kind], str(KINDS[kind].save(folder))
+        self.chat, self.model, self.own = load_chat(self.folder), self.load(), self.kind.processor(self.folder)
+
+    def load(self): return load_model(self.folder, dtype=torch.float32)
+    def example(self, messages): return self.chat.tokenize([Conversation(messages)])[0].example(clips_of(messages))
+    def theirs(self, messages, **kw): return self.own.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **kw)
+    def collate(self, items, side="right"): return Collator(self.chat.pad_id, self.chat.family, side)(items)
+
+    @property
+    def talks(self):
+        talks = {
+            "one clip": [turn("user", "What is it?", noise(9000)), turn("assistant", "A hum.")],
+            "text": [turn("user", "2+2?"), turn("assistant", "4")],
+            "longest": [turn("user", "And?", noise(SECONDS * 16000)), turn("assistant", "No.")],
+        }
+        if self.kind.system: talks["system"] = [turn("system", "Be brief."), turn("user", "Which?", noise(4000)), turn("assistant", "The first.")]
+        if self.kind.most_clips > 1:
+            talks["two clips"] = [turn("user", "Which?", noise(20000), noise(4000)), turn("assistant", "The first.")]
+            talks["turns"] = [turn("user", "One?", noise(5000)), turn("assistant", "Yes."), turn("user", "Two?", noise(7000)), turn("assistant", "No.")]
+        return talks
+
+
+@pytest.fixture(scope="module", params=[pytest.param(k, marks=[] if k == always else pytest.mark.slow) for k in KINDS])
+def m(request, tmp_path_factory): return Model(request.param, tmp_path_factory.mktemp("family"))
+
+
+def noise(n, seed=0): return np.float32(np.random.default_rng([n, seed]).normal(0, .1, n))
+def turn(role, text, *clips): return {"role": role, "content": [*({"type": "audio", "audio": c} for c in clips), {"type": "text", "text": text}]}
+def clips_of(messages): return [p["audio"] for m in messages for p in m["content"] if p["type"] == "audio"]
+def inputs_of(batch): return {k: v for k, v in batch.inputs.items() if k != "labels"}
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_ids_features_and_labels(m, data):
+    "Those of its processor; labels are the answers with their end tokens, and nothing else"
+    text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co"]), min_size=1, max_size=12).filter(str.strip)
+    clip = st.integers(m.kind.shortest, SECONDS * 16000).map(noise)
+    messages, left = [turn("system", data.draw(text))] if m.kind.system and data.draw(st.booleans()) else [], m.kind.most_clips
+    for _ in range(data.draw(st.integers(1, 3))):
+        clips = data.draw(st.lists(clip, max_size=left))
+        left -= len(clips)
+        messages += [turn("user", data.draw(text), *clips), turn("assistant", data.draw(text))]
+    if data.draw(st.booleans()): messages.pop()
+    e, own = m.example(messages), m.theirs(messages, add_generation_prompt=messages[-1]["role"] == "user")
+    assert e.input_ids.tolist() == own["input_ids"][0].tolist()
+    answers = [p["text"] + "<|im_end|>" for t in messages for p in t["content"] if t["role"] == "assistant"]
+    assert m.chat.tok.decode(e.labels[e.labels >= 0]) == "".join(answers)
+    assert (e.labels[e.labels >= 0] == e.input_ids[e.labels >= 0]).all()
+    if not e.clips: return
+    ours = m.chat.family.clip_tensors(e.clips)
+    mask = own[m.chat.family.mask_name].numpy().astype(bool)
+    assert (ours[m.chat.family.mask_name].sum(-1) == mask.sum(-1)).all()
+    n = ours["input_features"].shape[-1] # what lies behind is padding that the network drops
+    assert not mask[:, n:].any() and np.allclose(ours["input_features"], own["input_features"][..., :n], atol=1e-5)
+
+
+def test_limits(m):
+    family = m.chat.family
+    assert family.max_clip_seconds == SECONDS and family.name != "text"
+    assert family.clip_tokens(1) == family.clip_tokens(m.kind.shortest) >= 1
+    with torch.no_grad(): m.model(**inputs_of(m.collate([m.example([turn("user", "Short?", noise(1))])]))) # as many features as tokens
+    e = m.example([turn("user", "Long?", noise(SECONDS * 16000))])
+    assert (e.input_ids == m.chat.clip_id).sum() == family.clip_tokens(SECONDS * 16000)
+    if m.kind.most_clips < 2:
+        with pytest.raises((InputError, ValueError)): m.theirs([turn("user", "Two?", noise(4000), noise(5000))])
+
+
+def test_logits_and_loss_are_those_of_transformers(m):
+    for name, talk in m.talks.items():
+        own, batch = m.theirs(talk), m.collate([m.example(talk)])
+        with torch.no_grad(): ours, reference = m.model(**inputs_of(batch)).logits, m.model(**own, labels=batch["labels"])
+        assert torch.allclose(ours, reference.logits, atol=1e-5), name
+        weights, _ = loss_weights([batch], "tokens", [1.], 1)
+        assert torch.allclose(weighted_losses(m.model, batch.inputs, weights[0])[0], reference.loss, atol=1e-5), name
+
+
+@pytest.mark.parametrize("side", ["left", "right", "packed"])
+def test_padding_and_neighbours_do_not_matter(m, side):
+    examples = [m.example(t) for t in m.talks.values()]
+    if side == "packed" and sees_neighbours(m.model, m.chat): pytest.fail("its rows could not be packed")
+    together = m.collate([examples] if side == "packed" else examples, "right" if side == "packed" else side)
+    with torch.no_grad():
+        rows = m.model(**inputs_of(together), use_cache=False).logits
+        for i, e in enumerate(examples):
+            alone = m.model(**inputs_of(m.collate([e]))).logits[0]
+            assert torch.allclose(rows[together["sample"] == i], alone, atol=5e-5), list(m.talks)[i]
+
+
+@each_part
+def test_lora_trains_every_layer_of_a_part(m, part):
+    "Also with activations computed again; what is frozen stays as it is, bit for bit"
+    model = adapt(m.load(), TuneSettings(train_target=[part], lora_rank=4)).train()
+    batch = m.collate([m.example(t) for t in m.talks.values()])
+    weights, _ = loss_weights([batch], "tokens", [1.], 1)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    def gradients():
+        optimizer.zero_grad()
+        weighted_losses(model, batch.inputs, weights[0])[0].backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    for _ in range(2):
+        kept = gradients()
+        optimizer.step()
+    moved = {n: p.abs().max().item() for n, p in model.named_parameters() if ".lora_B." in n}
+    assert moved and min(moved.values()) > 1e-3, {n: v for n, v in moved.items() if v <= 1e-3}
+    assert {m.chat.family.part_of(n) for n in moved} == {part}
+    assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
+    kept = gradients()
+    assert recompute_activations(model)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(kept, gradients()))
+
+
+def test_full_tuning_reaches_what_rows_reach(m):
+    "Every trained weight gets a gradient, which processes that train together rely on; parts without use in rows stay as they are"
+    model = train_in_full(m.load(), TuneSettings(tuning="full", train_target=["encoder", "projector", "decoder"])).train()
+    batch = m.collate([m.example(t) for t in m.talks.values()])
+    weights, _ = loss_weights([batch], "tokens", [1.], 1)
+    weighted_losses(model, batch.inputs, weights[0])[0].backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    trained = {m.chat.family.part_of(n) for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"encoder", "projector", "decoder"}
+
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForMultimodalLM
+model = AutoModelForMultimodalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+with torch.no_grad(): torch.save(model(**torch.load(sys.argv[2])).logits, sys.argv[3])
+assert not any(m.startswith(("mdl_nbdev", "peft")) for m in sys.modules)
+"""
+
+
+def test_merged_adapter_and_reloaded_are_one_model(m, tmp_path):
+    "The adapter alone, merged, and merged and loaded by transformers in a process of its own; its processor comes with it"
+    adapted = adapt(m.load(), TuneSettings(train_target=["encoder", "projector", "decoder"], lora_rank=4)).eval()
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for n, p in adapted.named_parameters():
+            if ".lora_B." in n: p.normal_(0, .05, generator=g)
+    batch = inputs_of(m.collate([m.example(t) for t in m.talks.values()]))
+    with torch.no_grad(): before, base = adapted(**batch).logits, m.model(**batch).logits
+    assert (before - base).abs().max() > .1
+    save_model(adapted, load_processor(m.folder), tmp_path / "adapter")
+    assert sum(f.stat().st_size for f in (tmp_path / "adapter").glob("*.safetensors")) < sum(p.nbytes for p in m.model.parameters()) / 2
+    with torch.no_grad(): assert torch.allclose(load_adapter(m.load(), tmp_path / "adapter").eval()(**batch).logits, before, atol=1e-5)
+    merged = merge(adapted)
+    with torch.no_grad(): assert torch.allclose(merged(**batch).logits, before, atol=1e-4)
+    save_model(merged, load_processor(m.folder), tmp_path / "final")
+    torch.save(batch, tmp_path / "batch.pt")
+    r = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "final"), str(tmp_path / "batch.pt"), str(tmp_path / "logits.pt")], capture_output=True, text=True, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), before, atol=1e-4)
+    own, talk = m.kind.processor(tmp_path / "final"), m.talks["one clip"]
+    again = own.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors="pt")
+    assert again["input_ids"].tolist() == m.theirs(talk)["input_ids"].tolist()
+    assert type(load_chat(str(tmp_path / "final")).family) is type(m.chat.family)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_weights_of_few_bits(m, bits):
+    "Linear layers of all parts, and adapters learn on top of them"
+    model = adapt(load_model(m.folder, dtype=torch.float32, quantization=bits), TuneSettings(lora_rank=4)).train()
+    batch = m.collate([m.example(m.talks["one clip"])])
+    weights, _ = loss_weights([batch], "tokens", [1.], 1)
+    weighted_losses(model, batch.inputs, weights[0])[0].backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if ".lora_B." in n}
+    assert {m.chat.family.part_of(n) for n in grads} == {"encoder", "projector", "decoder"} and all(g.isfinite().all() and g.any() for g in grads.values())
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_its_result_answers(m, tmp_path):
+    "Low and high tones, by the commands' own functions, from a CSV to answers of `final/`"
+    with open(tmp_path / "rows.csv", "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["audio", "user_prompt", "prediction"])
+        for i in range(16):
+            sf.write(tmp_path / f"{i}.wav", .3 * np.sin(2 * np.pi * (300, 2500)[i % 2] * np.arange(8000) / 16000), 16000)
+            rows.writerow([f"{i}.wav", "What is it?", ("low", "high")[i % 2]])
+    data = dict(base_dir=tmp_path, bf16=False)
+    run = train(TrainSettings(train_dataset=tmp_path / "rows.csv", output=tmp_path / "run", model_name=m.folder, lr=5e-3, num_epochs=12, batch_size=8, **data))
+    assert run.last("loss") < .1
+    answers = infer(InferSettings(input=tmp_path / "rows.csv", output=tmp_path / "answers.csv", model_name=str(run.final), max_new_tokens=8, **data))
+    assert [r["prediction"] for r in csv.DictReader(open(answers.output))] == ["low", "high"] * 8
+
+
+@pytest.mark.slow
+def test_a_published_omni_folder_holds_more_than_the_thinker(tmp_path):
+    "The thinker's weights are read from among the others, and its own configuration"
+    model, *files = KINDS["qwen2.5-omni"].build()
+    whole = hf.Qwen2_5OmniForConditionalGeneration(hf.Qwen2_5OmniConfig(thinker_config=model.config.to_dict(), enable_audio_output=False))
+    whole.thinker.load_state_dict(model.state_dict())
+    for saved in (whole, *files): saved.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen2_5_omni"
+    loaded = load_model(str(tmp_path), dtype=torch.float32)
+    assert type(loaded) is type(model) and load_chat(str(tmp_path)).family.max_clip_seconds == SECONDS
+    assert all(torch.equal(p, loaded.state_dict()[n]) for n, p in model.state_dict().items())
+
+
+def test_supported_models_are_listed(tmp_path):
+    "Where a model takes no audio, and where it is none that could be used"
+    names = ", ".join(f.name for f in FAMILIES)
+    with pytest.raises(InputError, match=f"takes no audio; .*{names}"): load_chat("tiny-text").tokenize([Conversation([turn("user", "Hm?", noise(400))])])
+    hf.Wav2Vec2Config().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"wav2vec2, is not supported: .*audio models that are: {names}"): load_model(str(tmp_path))
