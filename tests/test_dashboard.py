@@ -163,6 +163,24 @@ def test_a_number_has_one_value():
     assert "eval loss 1.5000 at step 300" in view.curves(), "a value that is older than the others says so"
 
 
+def test_rows_before_torch(sounds, tmp_path):
+    "While torch is imported, the dashboard of a fresh process shows what the model will learn from; the curves take its place"
+    code = f"""import os, sys
+from mdl_nbdev import TrainSettings, start_training
+class Look:
+    def __getattr__(self, name): return (lambda *_, **__: None) if name.startswith('on_') else object.__getattribute__(self, name)
+    def on_rows(self, training):
+        page = run.view.curves()
+        run.view.add(dict(step=1, loss=2.))
+        print(page.count('<audio'), 'carries loss' in page, 'torch' in sys.modules, '<audio' in run.view.curves(), flush=True)
+        os._exit(0)
+s = TrainSettings(train_dataset={str(sounds)!r}, base_dir={str(sounds.parent)!r}, output='run', model_name='tiny')
+run = start_training(s, [Look()])
+run.wait()"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | dict(MDL_CACHE=str(tmp_path/"cache")), capture_output=True, text=True)
+    assert result.stdout.split() == ["2", "True", "False", "False"], result.stderr
+
+
 def test_values_under_the_pointer():
     view = made_up_run(20)
     for step in range(1, 21): assert f"step {step}</tspan>" in view.curves() and f"loss {2.31 - .0063*step:.4f}" in view.curves()
@@ -170,7 +188,9 @@ def test_values_under_the_pointer():
     view.look.table = True
     assert "<td" in view.curves() and view.curves().count("<tr>") == 21
     long = made_up_run(3000)
-    assert re.search(r"steps [\d,]+ to [\d,]+: mean \(lowest to highest\)</tspan><tspan[^>]*>loss -?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)", long.curves()), "the mean and the range of many steps"
+    page = re.sub(r'<tspan class="range">(.*?)</tspan>', r"\1", long.curves()) # narrow pages leave these out
+    assert re.search(r"steps [\d,]+ to [\d,]+: mean \(lowest to highest\)</tspan><tspan[^>]*>loss -?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)", page), "the mean and the range of many steps"
+    assert page != long.curves()
 
 
 @pytest.mark.parametrize("phase, waits", [("converting", True), ("starting", True), ("training", True), ("failed", False), ("stopped", False), ("no longer running", False)])

@@ -343,6 +343,14 @@ def test_batch_of_a_prime_number():
     assert len(found) == 1 and found[0].startswith("--batch-size 1 --gradient-accumulation-steps 21 ")
 
 
+def test_advice_in_a_notebook(monkeypatch):
+    "Is spelt as Python takes it, in straight columns"
+    monkeypatch.setattr("mdl_nbdev.base.progress.in_kernel", lambda: True)
+    lines = M.memory_advice(settings(gradient_checkpointing=False), estimator()).partition("by itself:\n")[2].splitlines()
+    assert any(line.startswith("  batch_size=1 gradient_accumulation_steps=") for line in lines)
+    assert len({line.index(" less, ") for line in lines}) == 1 < len(lines)
+
+
 def test_what_fits_is_said():
     s, estimate = settings(gradient_checkpointing=False), estimator()
     e = estimate(s)

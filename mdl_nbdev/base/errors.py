@@ -13,13 +13,15 @@ FUNCTIONS = dict(check='check', convert='convert', train='train', infer='infer',
                  demo='demo') # What `mdl_check` and the other commands are called in Python
 
 def python_spelling(
-    text:str, # A message that names commands and options as a shell takes them, such as `--overwrite true`
-)->str: # The same with `overwrite=True`
+    text:str, # A message with commands and options for a shell, such as `--overwrite true` and `--lr 2`
+)->str: # The same with `overwrite=True` and `lr=2`
     "A message for somebody who works in a notebook"
     def command(m): return f'{FUNCTIONS[m[1]]}()'
-    def spell(m): return m[1].replace('-', '_') + (f'={m[2].title()}' if m[2] else '')
+    def value(said): return said.title() if said in ('true', 'false') else said
+    def spell(m): return m[1].replace('-', '_') + (f'={value(m[2])}' if m[2] else '')
     text = re.sub(rf'(?<![\w./-])mdl_({"|".join(FUNCTIONS)})\b(?!\.?[\w/-])', command, text)
-    return re.sub(r'(?<![\w-])--([a-z][a-z0-9-]+)(?: (true|false)\b)?', spell, text)
+    given = r'true|false|-?\d[\d.]*(?:e[+-]?\d+)?' # other values are left as words
+    return re.sub(rf'(?<![\w-])--([a-z][a-z0-9-]+)(?: ({given})(?![\w.]|,\d))?', spell, text)
 
 class InputError(ValueError):
     "Bad input that the user can fix; the text says where it is, which value caused it, and what to do"

@@ -215,7 +215,8 @@ def column_steps(
 
 # %% ../../nbs/5_cli/00_charts.ipynb #c22
 HOVER = (f'.mdl-hover g g{{visibility:hidden;pointer-events:none;stroke:{INK.css()}}}.mdl-hover g:hover g{{visibility:visible}}'
-         f'.mdl-hover .box{{fill:{PAPER.css()}}}g.mdl-hover text{{font-size:12px;fill:{INK.css()};stroke:none}}')
+         f'.mdl-hover .box{{fill:{PAPER.css()};width:calc(var(--full)*.54em + 1em)}}'
+         f'.mdl-hover text{{fill:{INK.css()};stroke:none}}')
 FINE, COARSE = 4, 8 # Pixels of a column, for up to 100 points and for more
 
 def draw_hover(
@@ -232,14 +233,19 @@ def draw_hover(
     height, out = axes.bottom-axes.top, []
     for at,start,stop,(_,values) in zip(centres, edges, edges[1:], found):
         many = any(b.low < b.high for b in values.values())
-        texts = [column_steps(values) + (': mean (lowest to highest)' if many else '')]
+        steps = column_steps(values)
+        texts = [(f'{steps}: mean', ' (lowest to highest)') if many else (steps, '')]
         for name,b in values.items():
             extremes = f' ({number(b.low, form)} to {number(b.high, form)})' if b.low < b.high else ''
-            texts.append(f'{shorten(name, 40)} {number(b.mean, form)}{extremes}')
-        width = 6.4*max(map(len, texts)) + 12
+            texts.append((f'{shorten(name, 40)} {number(b.mean, form)}', extremes))
+        full, short = max(len(text + more) for text,more in texts), max(len(text) for text,_ in texts)
+        texts = [(text, more and f'<tspan class="range">{more}</tspan>') for text,more in texts]
+        width = max(6.5*full + 12, 10.5*short + 20) # with small text, and with large text
         left = at+8 if at+8+width < axes.right else max(at-8-width, 0)
-        rows = ''.join(f'<tspan x="{left+6:.0f}" dy="15">{html.escape(text)}</tspan>' for text in texts)
-        box = f'<rect x="{left:.0f}" y="{axes.top:.0f}" width="{width:.0f}" height="{15*len(texts)+7}" class="box"/>'
+        line = f'<tspan x="{left+6:.0f}" dy="1.25em">'
+        rows = ''.join(f'{line}{html.escape(text)}{more}</tspan>' for text,more in texts)
+        size = f'--full:{full};--short:{short};height:{1.25*len(texts)+.6}em'
+        box = f'<rect x="{left:.0f}" y="{axes.top:.0f}" style="{size}" class="box"/>'
         area = f'<rect x="{start:.0f}" width="{max(stop-start, 1):.0f}" height="{height}" y="{axes.top}"/>'
         out.append(f'<g>{area}<g><path d="M{at} {axes.top}v{height}"/>{box}<text y="{axes.top}">{rows}</text></g></g>')
     return f'<g class="mdl-hover" fill="none" pointer-events="all"><style>{HOVER}</style>{"".join(out)}</g>'
@@ -260,9 +266,12 @@ def text_sizes(
     "Larger text for a chart that is shown smaller, at least 11 pixels down to 57 % of its width; in a page and in an image"
     rules = ['svg:root{color-scheme:light dark}'] # so that an image follows its page
     for share, size in (.93, 14), (.79, 16.5), (.67, 19.5):
-        narrow, rule = f'(max-width:{share*width:.0f}px)', f'.mdl-{width} text{{font-size:{size}px}}'
+        narrow = f'(max-width:{share*width:.0f}px)'
+        rule = f'.mdl-{width} :is(text,.box){{font-size:{size}px}}'
         rules += [f'@media {narrow}{{:root{rule}}}', f'@container {narrow}{{{rule}}}']
-    return ''.join(rules)
+    box = f'.mdl-{width} g .box{{width:calc(var(--short)*.54em + 1em)}}'
+    short = f'{box}.mdl-{width} .range{{display:none}}'
+    return ''.join(rules) + f'@container (max-width:{.93*width:.0f}px){{{short}}}'
 
 def chart(
     curves:dict[str,Curve], # By name; empty ones are left out

@@ -28,6 +28,8 @@ class TrainFeed:
         if name.startswith('on_'): return lambda *args, **kwargs: None
         raise AttributeError(name)
 
+    def on_rows(self, training): self.view.safely(self.view.take_rows, training)
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.view.safely(self.view.begin, state.max_steps, state.global_step, state.log_history)
 

@@ -34,6 +34,7 @@ class TrainView(View):
         self.folder = folder
         self.status = {} # What the run says about itself
         self.look = ChartLook()
+        self.rows = Html() # Some of the training data, to look at until there are measurements
         self.restart(epochs, steps)
 
     def restart(self,
@@ -74,6 +75,14 @@ def add(self:TrainView,
         if CURVES.match(name): self.shown.setdefault(name, Curve()).add(step, value)
     loss = line.get('eval_loss')
     if loss is not None and (self.best is None or loss < self.best[0]): self.best = loss, step
+
+@patch
+def take_rows(self:TrainView,
+    training, # A `Mix`
+)->None:
+    "Show what the model is going to learn until there are measurements"
+    intro = 'This is what the model will learn from, with two rows of it:'
+    self.rows = html_box(intro, Html(training._repr_html_()), training.show_batch(2))
 
 @patch
 def read_answers(self:TrainView)->None:
@@ -140,7 +149,8 @@ def curves(self:TrainView)->Html: # A `<div>` element
     look = self.look
     shown = look.zoomed(dict(self.shown)) # a copy: another thread may add to it
     if not shown and self.explorable(): return html_box('There are no values at these steps.')
-    if not shown: return html_box('' if self.phase in ENDED else 'The charts are waiting for the first measurement.')
+    if not shown and self.phase in ENDED: return html_box()
+    if not shown: return html_box('The charts are waiting for the first measurement.', self.rows)
     losses = {name.replace('_', ' '):shown[name] for name in sorted(shown, key=curve_order) if 'loss' in name}
     large = chart(losses, 'loss per token in nats', log=look.log, smoothing=look.smoothing, form='.4f') if losses else ''
     small = ''.join(chart({title:shown[name]}, '', 300, 104, form=form) for name,title,form in SMALL if name in shown)

@@ -315,7 +315,7 @@ def _repr_html_(self:EvalReport):
     elif not self.by_label: table = self.worst_html()
     else: table = self.confusion_html() if len(self.labels) <= min(12, self.most) else self.labels_html()
     header, *rows = self.part_rows() if self.parts and self.most else [[]]
-    parts = html_table(rows, header) if rows else ''
+    parts = f'<div style="margin-bottom:1em">{html_table(rows, header)}</div>' if rows else ''
     return f"<p>{'<br>'.join(map(as_html, head))}</p>{parts}{table}"
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c26

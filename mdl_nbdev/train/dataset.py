@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ArrowFile', 'read_cell', 'list_lengths', 'OwnLayout', 'ToolkitLayout', 'open_files', 'dataset_manifest',
-           'AudioDataset', 'conversion_prefix', 'take_over', 'convert_once', 'open_dataset', 'check_conversion']
+           'AudioDataset', 'drawn_html', 'conversion_prefix', 'take_over', 'convert_once', 'open_dataset',
+           'check_conversion']
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c4
 import glob, hashlib, json, mmap, os, shutil
@@ -250,6 +251,16 @@ def usable_chat(self:AudioDataset,
     self.check(chat.fingerprint)
     return chat
 
+def drawn_html(
+    dataset, # `dataset[i]` is an `Example`
+    n:int, # Rows
+    seed:int, # Determines which ones
+    chat:Chat, # That made them
+)->Html: # A `<div>` element
+    "Rows drawn at random"
+    rows = np.random.default_rng(seed).permutation(len(dataset))[:n]
+    return batch_html([dataset[i] for i in rows], chat)
+
 @patch
 def show_batch(self:AudioDataset,
     n:int=4, # Rows
@@ -257,9 +268,7 @@ def show_batch(self:AudioDataset,
     chat:Chat|None=None, # It was converted for; None: the one it was opened with, or that of its manifest
 )->Html: # Shows itself in a notebook
     "Some rows, with players, and tokens with those that are learned in colour"
-    chat = self.usable_chat(chat)
-    rows = np.random.default_rng(seed).permutation(len(self))[:n]
-    return batch_html([self[i] for i in rows], chat)
+    return drawn_html(self, n, seed, self.usable_chat(chat))
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c27
 def conversion_prefix(

@@ -12,6 +12,7 @@ from typing import Any
 from ..base.command_line import to_dict
 from ..base.errors import InputError
 from ..base.options import option, options_where, required_options
+from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
 from .state import load_state
 
@@ -73,7 +74,7 @@ def check_identity(
     if not allow_changes:
         raise InputError(f"{checkpoint}: belongs to a run with other data or settings ({'; '.join(found)}); "
                          "repeat the old ones, or add --allow-changes true")
-    print(f"{checkpoint}: resumed with other data or settings: {'; '.join(found)}")
+    print(f"{checkpoint}: resumed with other data or settings: {spelt_here('; '.join(found))}")
     if any(saved.get(k) != now.get(k) for k in ROWS_OF_A_STEP):
         print("Steps have other rows now, and the epoch continues after as many steps as before: "
               "some of its rows are left out, or seen twice")

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from ..base.errors import InputError
 from ..base.html import Html, html_table
 from ..base.options import option
+from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
 from ..base.text import format_bytes, one_line, plural
 from ..model.collate import Batch
@@ -352,7 +353,8 @@ def memory_advice(
     for price, changed in smaller_steps(settings, now.tokens):
         try: then = estimate(replace(settings, **changed))
         except InputError: continue
-        options = ' '.join(f"{option(k)} {','.join(v) if isinstance(v, list) else str(v).lower()}" for k,v in changed.items())
+        values = {k:','.join(v) if isinstance(v, list) else str(v).lower() for k,v in changed.items()}
+        options = spelt_here(' '.join(f'{option(k)} {v}' for k,v in values.items()))
         fits = ', which fits' if now.capacity and then.total < .93*now.capacity else ''
         saved = f"{format_bytes(now.total - then.total):>10} less, {format_bytes(then.total):>10} in all{fits}"
         if now.total - then.total > now.total/100: found.append((then.total, options, saved, price))

@@ -24,9 +24,8 @@ from ..data.sources import find_tasks
 from ..data.tables import format_row
 from ..model.chat import Chat, Example, dummy_example
 from ..model.family import Family
-from ..model.label_view import batch_html
 from ..model.prompts import TrainingPrompts
-from .dataset import AudioDataset, open_dataset
+from .dataset import AudioDataset, drawn_html, open_dataset
 
 # %% ../../nbs/3_train/02_mix.ipynb #c6
 def number_tasks(
@@ -158,8 +157,7 @@ def show_batch(self:Mix,
     chat:Chat|None=None, # They were converted for; None: the one they were opened with
 )->Html: # Shows itself in a notebook
     "Some rows, with players, and tokens with those that are learned in colour"
-    rows = np.random.default_rng(seed).permutation(len(self))[:n]
-    return batch_html([self[i] for i in rows], self.datasets[0].usable_chat(chat))
+    return drawn_html(self, n, seed, self.datasets[0].usable_chat(chat))
 
 # %% ../../nbs/3_train/02_mix.ipynb #c21
 @patch

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from ..base.errors import InputError
 from ..base.html import as_html
+from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
 from ..base.text import plural
 from ..model.chat import Chat
@@ -66,5 +67,5 @@ def dry_run(
     rows = np.hstack(first_batch.rows)
     batch = longest_batch(ds, trainer.s, trainer.data_collator)
     try: memory = estimate_memory(trainer.model, batch, trainer.s)
-    except InputError as e: memory = str(e)
+    except InputError as e: memory = spelt_here(str(e))
     return DryRun(trainer.size, str(ds), [LabelView(ds[row], chat) for row in rows[:most]], batch, memory)

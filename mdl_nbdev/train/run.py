@@ -41,6 +41,8 @@ def train(
         set_host_policy(s.allow_private_hosts)
         chat = ranks.agree(open_chat, s)
         mixes = open_datasets(s, chat, ranks)
+        for c in callbacks:
+            if hasattr(c, 'on_rows'): c.on_rows(mixes[0])
         report = import_fit().fit(s, chat, mixes, callbacks, ranks, checkpoint)
         if not s.dry_run and not report.whole: status.set('stopped', reason=report.stopped)
         return report
