@@ -40,8 +40,9 @@ from .loop import Flow, TaskTrainer
 from .mix import Mix, describe_conversions
 from .preview import DryRun, dry_run, memory_of_longest
 from .report import TrainReport, model_card
-from .samples import SampleAnswers
+from .samples import AnswerMetric, SampleAnswers
 from .state import load_state
+from .stopping import followed_metric
 
 # %% ../../nbs/3_train/20_fit.ipynb #c6
 def training_arguments(
@@ -50,14 +51,14 @@ def training_arguments(
     evaluated:bool, # Whether there is evaluation data
 )->TrainingArguments: # For the trainer
     "The settings as transformers wants them"
-    cuda = model.device.type=='cuda'
+    cuda, (metric, greater) = model.device.type=='cuda', followed_metric(s)
     args = TrainingArguments(
         output_dir=str(s.output), per_device_train_batch_size=s.batch_size,
         per_device_eval_batch_size=s.eval_batch_size or s.batch_size,
         gradient_accumulation_steps=s.gradient_accumulation_steps, eval_accumulation_steps=s.eval_accumulation_steps,
         learning_rate=s.lr, num_train_epochs=s.num_epochs, max_steps=s.max_steps or -1, warmup_steps=s.warmup_steps,
         weight_decay=s.weight_decay, max_grad_norm=s.max_grad_norm,
-        metric_for_best_model='loss' if evaluated else None, greater_is_better=False,
+        metric_for_best_model=metric if evaluated else None, greater_is_better=greater,
         eval_strategy='steps' if evaluated and 'steps' in s.eval_strategy else 'no', eval_steps=s.eval_steps,
         save_steps=s.save_steps, logging_steps=s.logging_steps, logging_first_step=True, report_to=s.report_to or 'none', seed=s.seed,
         bf16=pick_dtype(s.bf16, model.device)==torch.bfloat16, use_cpu=not cuda,
@@ -104,6 +105,7 @@ def make_trainer(
     if not any(getattr(c, 'shows_progress', False) for c in callbacks): trainer.add_callback(ProgressBar())
     trainer.add_callback(Flow(trainer))
     trainer.remove_callback(PrinterCallback)
+    if s.eval_metric: trainer.answering = AnswerMetric(s, chat, evaluation)
     trainer.size, trainer.stop_ids = Trainable(model), chat.stop_ids(model)
     return trainer
 
@@ -138,7 +140,8 @@ def start_run_folder(
     recomputes = unwrap_model(trainer.model).supports_gradient_checkpointing
     if s.gradient_checkpointing and not recomputes:
         print(f"this architecture keeps all activations, despite {spelt_here('--gradient-checkpointing')}")
-    for note in filter(None, (size.note, device_note(device, trainer.model.dtype))): print(note)
+    notes = size.note, device_note(device, trainer.model.dtype), trainer.answering
+    for note in filter(None, notes): print(note)
     print(f"{size.trainable:,} of {size.total:,} parameters train in {dtype} on {device}; padding {padding:.1%}")
 
 # %% ../../nbs/3_train/20_fit.ipynb #c12
@@ -200,7 +203,8 @@ def finish_run(
 )->TrainReport: # With the metrics, on the main process
     "Write `final/` if the run is complete, and report"
     s, step, stopped = trainer.s, trainer.state.global_step, why_stopped(trainer)
-    report = TrainReport(s.output, step, trainer.size.trainable, trainer.size.total, stopped=stopped)
+    size, metric = trainer.size, s.eval_metric
+    report = TrainReport(s.output, step, size.trainable, size.total, stopped=stopped, eval_metric=metric)
     report.best, report.whole = trainer.best_checkpoint(), stopped in (None, 'early stopping')
     source = trainer.resumed_from if trainer.had_ended else None
     if stopped=='early stopping' and report.best: source, report.final_step = report.best, trainer.stopping.best_step

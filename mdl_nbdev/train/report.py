@@ -17,6 +17,7 @@ from ..base.command_line import to_dict
 from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
 from ..base.text import format_duration, one_line, plural, shorten
+from ..data.named_metrics import metric_named
 from ..model.prompts import MOST_COUNTED, PROMPTS_FILE, TrainingPrompts
 
 # %% ../../nbs/3_train/19_report.ipynb #c7
@@ -34,6 +35,7 @@ class TrainReport:
     stopped:str|None=None # Who or what ended the run; None: it came to its end
     whole:bool=True # Whether `final/` was written
     note:str|None=None # What else the command prints: where the converted data is, and its size
+    eval_metric:str|None=None # The metric of answers that chose the best checkpoint; None: the loss did
 
     @property
     def final(self)->Path: # The saved model
@@ -61,14 +63,18 @@ class TrainReport:
 
 # %% ../../nbs/3_train/19_report.ipynb #c8
 @patch
-def figures(self:TrainReport)->list[tuple[str, float]]:
-    "The losses that are known, by name"
-    return [(name, value) for name,value in [('loss', self.loss), ('eval loss', self.eval_loss)] if value is not None]
+def figures(self:TrainReport)->list[tuple[str, str]]:
+    "The losses and the metric that are known, by name"
+    losses = [('loss', self.loss), ('eval loss', self.eval_loss)]
+    shown = [(name, f'{value:.4f}') for name,value in losses if value is not None]
+    value = self.last(f'eval_{self.eval_metric}', self.final_step)
+    metric = metric_named(self.eval_metric)
+    return shown if value is None else [*shown, (metric.title, metric.text(value))]
 
 @patch
 def __str__(self:TrainReport):
-    losses = ''.join(f", {name} {value:.4f}" for name,value in self.figures())
-    done = f"{plural(self.steps, 'step')}{losses}; {self.trainable:,} of {self.parameters:,} parameters trained"
+    figures = ''.join(f', {name} {text}' for name,text in self.figures())
+    done = f"{plural(self.steps, 'step')}{figures}; {self.trainable:,} of {self.parameters:,} parameters trained"
     if not self.whole:
         kept = f"{self.checkpoint} has everything so far: resume with {spelt_here('--resume-from-checkpoint true')}"
         return f"{done}\nStopped by {self.stopped}. {kept}"
@@ -78,7 +84,7 @@ def __str__(self:TrainReport):
 @patch
 def __repr__(self:TrainReport): return str(self)
 
-# %% ../../nbs/3_train/19_report.ipynb #c9
+# %% ../../nbs/3_train/19_report.ipynb #44f2fa5a
 @patch
 def plot(self:TrainReport,
     ax, # Matplotlib axes to draw on
@@ -93,12 +99,31 @@ def plot(self:TrainReport,
     ax.grid(alpha=.3)
     ax.legend()
 
+# %% ../../nbs/3_train/19_report.ipynb #a34874fc
+@patch
+def plot_answers(self:TrainReport,
+    ax, # Matplotlib axes to draw on
+):
+    "The metric of answers over the steps"
+    name = f'eval_{self.eval_metric}'
+    for key in sorted({k for m in self.metrics for k in m if k==name or k.startswith(f'{name}_')}):
+        points = [(m['step'], m[key]) for m in self.metrics if key in m]
+        ax.plot(*zip(*points), 'o-', ms=4, lw=1.2 if key==name else .7, label=key.replace('_', ' '))
+    ax.set(xlabel='step', ylabel=metric_named(self.eval_metric).title)
+    ax.grid(alpha=.3)
+    ax.legend()
+
 @patch
 def figure(self:TrainReport): # A matplotlib figure
-    "The losses over the steps, as a figure"
+    "The losses over the steps, and the metric of answers beside them, as a figure"
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(6, 2.6), layout='constrained')
-    self.plot(fig.subplots())
+    measured = self.last(f'eval_{self.eval_metric}') is not None
+    fig = Figure(figsize=(9, 2.6) if measured else (6, 2.6), layout='constrained')
+    if not measured: self.plot(fig.subplots())
+    else:
+        losses, answers = fig.subplots(1, 2)
+        self.plot(losses)
+        self.plot_answers(answers)
     return fig
 
 @patch
@@ -234,7 +259,8 @@ def model_card(
     tags = ['audio'] if any(mix.n_samples.sum() for mix in datasets.values()) else []
     metrics = [('steps', report.steps)]
     if report.final_step is not None: metrics.append(('step of this model, the best evaluation', report.final_step))
-    metrics += [(name, f'{value:.4f}') for name,value in report.figures()]
+    metrics += [(as_markdown(name), text) for name,text in report.figures()]
+    if s.eval_metric: metrics.append(('normalizer of the answers', s.eval_normalizer))
     metrics.append(('trained parameters', f'{report.trainable:,} of {report.parameters:,}'))
     data = markdown_table(dataset_rows(datasets), ('', 'dataset', 'task', 'rows', 'audio', 'tokens'))
     settings = ((code_span(k), code_span(json.dumps(v, ensure_ascii=False))) for k,v in to_dict(s).items())

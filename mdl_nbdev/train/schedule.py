@@ -11,6 +11,7 @@ from ..base.errors import InputError
 from ..base.settings import TrainSettings
 from ..base.text import one_line
 from ..model.targets import optimizer_groups
+from .stopping import FOLLOWING, followed_metric
 
 # %% ../../nbs/3_train/11_schedule.ipynb #c7
 def schedule_arguments(
@@ -21,6 +22,7 @@ def schedule_arguments(
     floor = dict(min_lr_rate=s.min_lr/s.lr if s.lr else 0)
     needs = dict(cosine_with_min_lr=floor, cosine_warmup_with_min_lr=floor, warmup_stable_decay=dict(num_decay_steps=max(1, steps//10)))
     own = {} if 'min_lr' in s.scheduler_args else needs.get(s.lr_scheduler_type, {})
+    if s.lr_scheduler_type in FOLLOWING and followed_metric(s)[1]: own = dict(mode='max')
     return own | s.scheduler_args
 
 # %% ../../nbs/3_train/11_schedule.ipynb #c10
