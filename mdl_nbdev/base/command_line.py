@@ -171,10 +171,10 @@ def with_dashes(
     argv:list[str], # Arguments
 )->list[str]: # The same with `--lora_rank=8` as `--lora-rank=8`
     "Spell the names of options with dashes"
-    def spelt(arg):
+    def spelled(arg):
         name, equals, value = arg.partition('=')
         return name.replace('_', '-') + equals + value
-    return [spelt(a) if a.startswith('--') else a for a in argv]
+    return [spelled(a) if a.startswith('--') else a for a in argv]
 
 def read_args(
     cls:type, # A settings dataclass

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/0_base/08_curves.ipynb #c8
 class Bucket(NamedTuple):
-    "Neighbouring points of a curve, summarised"
+    "Neighboring points of a curve, summarized"
     first:float # x of the first point
     last:float # x of the last point
     low:float # Smallest y

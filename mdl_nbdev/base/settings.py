@@ -157,7 +157,7 @@ class EvaluationSettings(Settings):
     save_steps:int|float=opt(500, steps=True, result=False)
     # Number of checkpoints to keep, the best and the latest among them; null: all
     save_total_limit:int|None=opt(None, minimum=1, result=False)
-    # Also keep a checkpoint after every epoch, as epoch-N; these do not count towards save_total_limit
+    # Also keep a checkpoint after every epoch, as epoch-N; these do not count toward save_total_limit
     extra_save_by_epoch:bool=opt(False, result=False)
     # Stop after this many consecutive evaluations without improvement; null: never
     early_stopping_patience:int|None=opt(None, minimum=1, resume=True)

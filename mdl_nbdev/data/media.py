@@ -29,7 +29,7 @@ MEDIA = {'MP4, M4A or QuickTime':rb'.{4}(?:ftyp|moov|mdat|wide)', 'WebM or Matro
 def file_contents(
     head:bytes, # The first 200 bytes of a file
 )->tuple[str|None,bool]: # Such as `an HTML page`, or None: leave it to libsndfile; and whether PyAV may read it
-    "Recognise a file that libsndfile does not read"
+    "Recognize a file that libsndfile does not read"
     for kinds in NO_SOUND, MEDIA:
         for name, pattern in kinds.items():
             if re.match(pattern, head, re.S): return name, kinds is MEDIA

@@ -61,7 +61,7 @@ def make_sounds(
     seed:int=0, # Different seeds give different clips: use one for training and another for testing
     csv_name:str='sounds.csv', # Name of the CSV; its clips go to a folder of that name without `.csv`
 )->Path: # The CSV, with columns audio and prediction; audio paths are relative to its folder
-    "Write `n` labelled clips as 16-bit wav and a CSV that lists them"
+    "Write `n` labeled clips as 16-bit wav and a CSV that lists them"
     table = Path(folder)/csv_name
     clips = make_folder(table.with_suffix(''))
     labels = np.random.default_rng(seed).permutation(np.resize(SOUND_LABELS, n))

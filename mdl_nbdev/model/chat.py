@@ -46,9 +46,9 @@ class Example:
 # %% ../../nbs/2_model/03_chat.ipynb #c8
 @patch
 def split_completion(self:Example)->tuple[Example, np.ndarray]: # The prompt without labels; int32 ids of the completion
-    "Split an example before its last completion; `ValueError` if nothing in it is labelled"
+    "Split an example before its last completion; `ValueError` if nothing in it is labeled"
     labelled = self.labels >= 0
-    if not labelled.any(): raise ValueError("no token of this example is labelled")
+    if not labelled.any(): raise ValueError("no token of this example is labeled")
     stop = len(labelled) - int(np.argmax(labelled[::-1]))
     unlabelled = np.flatnonzero(~labelled[:stop])
     start = int(unlabelled[-1]) + 1 if len(unlabelled) else 0
@@ -292,7 +292,7 @@ def run_ids(
     tok, # A transformers tokenizer
     texts:list[str], # Texts that may look like control tokens and are not
 )->list[list[int]]: # Token ids of each
-    "Tokenize plain text: no special token is added or recognised"
+    "Tokenize plain text: no special token is added or recognized"
     return tok(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids if texts else []
 
 # %% ../../nbs/2_model/03_chat.ipynb #c34

@@ -118,7 +118,7 @@ def _repr_html_(self:Batch):
     clips = self['n_samples']
     audio = f", {plural(len(clips), 'clip')}, {int(clips.sum())/self.sample_rate:.1f} s" if len(clips) else ''
     strips = ''.join(sample_strip(s, l, min(3, 900/sample.shape[1])) for s,l in zip(sample, labels))
-    legend = '<small>one colour for each sample, dark where there is loss; white: padding</small>'
+    legend = '<small>one color for each sample, dark where there is loss; white: padding</small>'
     return f"<div>{self!r} ({(sample<0).mean():.0%} padding){audio}<br>{strips}{legend}</div>"
 
 def sample_strip(
@@ -126,7 +126,7 @@ def sample_strip(
     labels:np.ndarray, # [tokens]
     width:float, # Pixels for each token
 )->str: # A `<div>` element
-    "A row of a batch as a strip of coloured runs"
+    "A row of a batch as a strip of colored runs"
     ends = np.flatnonzero(np.diff(sample*2 + (labels>=0), append=-9)) + 1
     def colour(i):
         return '#f1f5f9' if sample[i] < 0 else SAMPLE_COLOURS[sample[i] % len(SAMPLE_COLOURS)][int(labels[i] >= 0)]

@@ -24,7 +24,7 @@ class Family:
     max_clip_seconds = math.inf # Longer clips cannot be heard as a whole, so they are rejected
     parts = {} # encoder, projector -> names of modules, at any depth; everything else is the decoder
     never_trained = () # Names of modules, at any depth, that stay as they are even in full fine-tuning
-    # Its forward takes `loss_weights` [sums, rows, positions], computes logits at labelled positions only, and returns
+    # Its forward takes `loss_weights` [sums, rows, positions], computes logits at labeled positions only, and returns
     # `loss` [sums]; in sharded runs it also gets `loss_pieces`, the number of pieces in which every rank computes them
     weighted_loss = False
     generates_from_embeddings = False # `generate` returns the new tokens without the prompt

@@ -65,7 +65,7 @@ def explain_failure(
     if not isinstance(error, (OSError, ValueError)): why = f"one of its files is damaged ({type(error).__name__}: {why})"
     if folder is None:
         said = why if len(why) <= 200 else f"{why[:200].rpartition('. ')[0] or why[:200]}."
-        return ("no such folder, and it cannot be fetched from the hub (offline, misspelt, or access not granted). "
+        return ("no such folder, and it cannot be fetched from the hub (offline, misspelled, or access not granted). "
                 "Give a folder that holds the model, a hub id that this machine can reach, or a built-in model, "
                 "`tiny` or `tiny-text`. "
                 f"The hub said: {said}")

@@ -58,7 +58,7 @@ def labelled_loss(
     loss_weights:torch.Tensor|None=None, # [sums, rows, positions] float32: weights for sums that are not divided
     pieces:int|None=None, # Number of pieces; processes that share sharded weights must all use the same number
 )->torch.Tensor: # A float32 scalar, or [sums] with weights; 0 without labels
-    "Cross entropy of the next token at labelled positions"
+    "Cross entropy of the next token at labeled positions"
     target = next_position(labels, -100).flatten().to(hidden.device)
     at = (target != -100).nonzero().squeeze(1)
     if loss_weights is None: weights = torch.ones(len(at), device=at.device)

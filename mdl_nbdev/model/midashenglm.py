@@ -267,7 +267,7 @@ class ConversationProcessor:
 class MiDashengLMProcessor(ConversationProcessor, ProcessorMixin):
     "Text and clips to the model's inputs"
     def __init__(self,
-        feature_extractor, # A `Wav2Vec2FeatureExtractor` that does not normalise; it records the sampling rate
+        feature_extractor, # A `Wav2Vec2FeatureExtractor` that does not normalize; it records the sampling rate
         tokenizer, # The decoder's tokenizer
         audio_token="<|AUDIO|>", # Stands for a clip in a prompt
         audio_bos_token="<|audio_bos|>", # Comes before a clip

@@ -150,7 +150,7 @@ class Premises:
     def hold(self,
         texts:list[str], # All texts of a conversation
     )->bool: # False if any text is empty, since an opaque text is not
-        "Whether texts fulfil the premises"
+        "Whether texts fulfill the premises"
         if not all(texts) or self.trimmed and any(t != t.strip() for t in texts): return False
         return not any(s in t for s in self.without for t in texts)
 
