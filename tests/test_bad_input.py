@@ -16,7 +16,8 @@ import pytest
 import soundfile as sf
 from training_runs import finish, start
 
-from mdl_nbdev import audio, cli
+from mdl_nbdev import audio
+from mdl_nbdev.cli import commands as cli
 from mdl_nbdev.data import remote
 from mdl_nbdev.data.sounds import make_sounds
 
@@ -400,10 +401,11 @@ def ready():
     make_sounds(".", 3)
     return {"mdl_check": ["sounds.csv"], "mdl_convert": ["sounds.csv", "--output", "out", "--model-name", "tiny"],
             "mdl_train": ["--train-dataset", "sounds.csv", "--output", "out", "--model-name", "tiny"], "mdl_infer": ["sounds.csv", "--output", "out.csv", "--model-name", "tiny"],
-            "mdl_merge": ["adapter", "--output", "out"], "mdl_eval": ["sounds.csv", "--reference", "other.csv"], "mdl_demo": []}
+            "mdl_merge": ["adapter", "--output", "out"], "mdl_eval": ["sounds.csv", "--reference", "other.csv"],
+            "mdl_review": ["sounds.csv", "--output", "out.csv", "--model-name", "tiny"], "mdl_compare": ["a.csv", "b.csv", "--reference", "sounds.csv"], "mdl_demo": []}
 
 
-@pytest.mark.parametrize("command", ["mdl_check", "mdl_convert", "mdl_train", "mdl_infer", "mdl_merge", "mdl_eval", "mdl_demo"])
+@pytest.mark.parametrize("command", ["mdl_check", "mdl_convert", "mdl_train", "mdl_infer", "mdl_merge", "mdl_eval", "mdl_review", "mdl_compare", "mdl_demo"])
 def test_options(capfd, command):
     args = ready()[command]
     assert "unknown option --frobnicate" in refused(capfd, command, *args, "--frobnicate", "1")

@@ -40,7 +40,7 @@ def test_options_have_their_defaults_and_stand_in_the_help(prog):
         assert re.search(rf"^ *--{name.replace('_', '-')} .*\[{re.escape(shown)}\]$", text, re.M), (name, shown)
 
 
-@pytest.mark.parametrize("prog", ["mdl_train", "mdl_convert", "mdl_infer", "mdl_merge", "mdl_check", "mdl_eval", "mdl_demo"])
+@pytest.mark.parametrize("prog", ["mdl_train", "mdl_convert", "mdl_infer", "mdl_merge", "mdl_check", "mdl_eval", "mdl_review", "mdl_compare", "mdl_demo"])
 def test_every_option_is_explained(prog):
     text = help_of(prog)
     cls = {p: getattr(settings, p[4:].capitalize() + "Settings") for p in [prog]}[prog]

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_MODEL', 'TARGETS', 'LOSS_MODES', 'NORMALIZERS', 'GENERATION_OPTIONS', 'half_the_cores', 'DataSettings',
            'ModelSettings', 'TokenizeSettings', 'LearnSettings', 'LoadSettings', 'TuneSettings', 'TaskSettings',
            'EvaluationSettings', 'CheckSettings', 'ConvertSettings', 'TrainSettings', 'InferSettings', 'MergeSettings',
-           'EvalSettings', 'DemoSettings']
+           'EvalSettings', 'DemoSettings', 'CompareSettings', 'ReviewSettings']
 
 # %% ../../nbs/0_base/06_settings.ipynb #c4
 from dataclasses import dataclass, fields
@@ -229,6 +229,8 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     # Answer with the most probable label of a closed set: a file with one label a line, or auto, the different predictions
     # of the input. The output gets the columns `probability` and `margin`, the distance to the second label
     labels:Literal['auto']|Path|None=None
+    # With labels: also write the column `log_probabilities`, with the log-probability of every label as JSON
+    label_scores:bool=False
     batch_size:int=opt(32, minimum=1) # Rows generated together
     # Maximum tokens of an answer; null: 256, or what max_length leaves
     max_new_tokens:int|None=opt(None, minimum=1)
@@ -256,6 +258,7 @@ def __post_init__(self:InferSettings):
     given = [option(f.name) for f in fields(self) if f.name in GENERATION_OPTIONS and getattr(self, f.name) != default_value(f)]
     if self.labels and given:
         raise InputError(f"--labels: answers are chosen from the set and not generated; leave out {', '.join(given)}")
+    if self.label_scores and not self.labels: raise InputError("--label-scores: give the labels with --labels")
 
 # %% ../../nbs/0_base/06_settings.ipynb #c19
 @dataclass(kw_only=True)
@@ -293,6 +296,48 @@ class DemoSettings(Settings):
     output:Path=opt(Path('runs/demo'), location=True) # Folder for the sounds, the run and the answers
     overwrite:bool=opt(True, result=False) # Replace the output of an earlier demo
     seed:int=opt(42, minimum=0) # Seed of the sounds and of the training
+
+# %% ../../nbs/0_base/06_settings.ipynb #a261fdd4
+@dataclass(kw_only=True)
+class CompareSettings(Settings):
+    "Compare two files of answers, or two run folders: which is better, by how much, and whether that may be chance"
+    # File with answers, as mdl_infer writes it, or the run folder of a training
+    a:Path=opt(positional=True, location=True)
+    b:Path=opt(positional=True, location=True) # Another one, of the same rows
+    # File with the references of the answers: the same rows in the same order
+    reference:Path|None=opt(None, location=True)
+    normalizer:Literal[NORMALIZERS]='none' # What is done to texts before they are compared, as in mdl_eval
+    # Metrics to report, instead of exact match, word and character error rate, as in mdl_eval; may be repeated
+    metric:list[str]=opt(list)
+    label_separator:str|None=None # What separates the labels of an answer, as in mdl_eval; null: one label
+    # Folder that relative audio paths start from, for players in notebooks; otherwise the working directory
+    base_dir:Path|None=opt(None, location=True)
+    output:Path|None=opt(None, location=True) # Also write the comparison to this JSON file
+    max_rows:int=opt(20, minimum=0) # Maximum rows that are shown for each side
+    overwrite:bool=opt(False, result=False) # Replace an existing output
+
+# %% ../../nbs/0_base/06_settings.ipynb #dcfa51f8
+@dataclass(kw_only=True)
+class ReviewSettings(TrainSettings):
+    "Find labels that are probably wrong, by models that were not trained on their rows"
+    # CSV, TSV, Parquet or JSONL file to review; its answers are labels, which repeat
+    input:Path=opt(positional=True, location=True)
+    # CSV file to write: every row with the probability of its label, the most doubtful first; meanwhile
+    # <output>.folds holds what is finished
+    output:Path=opt(result=False, location=True)
+    # Train this many models, each to score the rows that the others are trained on; 0: the model itself scores all
+    folds:int=opt(5, minimum=0)
+    group:str|None=None # Column or key, such as speaker, whose rows are all scored by the same model
+    # Further rows to train every model on, in the same formats as the input; may be repeated
+    train_dataset:list[Path]=opt(list, resume=True, location=True)
+    overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.folds==1:
+            raise InputError("--folds 1: no rows would be left to train on; give at least 2, or 0 for no training")
+        for name in ('resume_from_checkpoint', 'dry_run'):
+            if getattr(self, name): raise InputError(f"{option(name)}: a review resumes by itself; leave it out")
 
 # %% ../../nbs/0_base/06_settings.ipynb #c23
 @patch(as_prop=True)

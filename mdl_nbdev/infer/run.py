@@ -31,7 +31,7 @@ from ..data.sources import note_misnamed, open_rows
 from ..data.conversations import Conversation
 from ..data.pictures import clip_html
 from ..data.rows import RowFile, to_conversation
-from .identity import SCORE_COLUMNS, count_prompts, read_labels, run_identity, use_training_prompts
+from .identity import count_prompts, read_labels, run_identity, score_columns, use_training_prompts
 from .output import InferOutput, LoggedProgress, OutputPart
 from ..model.prompts import TrainingPrompts
 
@@ -148,7 +148,7 @@ class Pipeline:
         for completion in self.engine.generate(requests):
             row = rows[completion.key]
             row.prediction, row.truncated = completion.text.replace('\0', '\ufffd'), completion.truncated # no text file can hold NUL
-            if completion.scores: row.scores = {name:round(getattr(completion.scores, name), 4) for name in SCORE_COLUMNS}
+            if completion.scores: row.scores = completion.scores.columns(score_columns(self.s))
 
     def run(self,
         shards:Iterable[list], # The `PromptedRow`s of each shard
@@ -224,8 +224,7 @@ def open_output(
     s:InferSettings, # Settings of the run
 )->InferOutput: # With its input opened
     "Open the input, and check it as far as no row has to be read"
-    columns = SCORE_COLUMNS if s.labels else ()
-    out = InferOutput(s.output, open_rows(s.input, ('audio',), s.encoding), s.base_dir, columns)
+    out = InferOutput(s.output, open_rows(s.input, ('audio',), s.encoding), s.base_dir, score_columns(s))
     out.check_input(s.chat_template, None if s.labels=='auto' else s.labels)
     return out
 

@@ -7,7 +7,7 @@ __all__ = ['GROUP_POSITIONS', 'GROUP_POSITIONS_CPU', 'GROUP_LOGITS', 'LabelSet',
            'token_logprobs', 'LabelEngine', 'load_engine_for']
 
 # %% ../../nbs/2_model/41_label_scores.ipynb #c4
-import copy, inspect
+import copy, inspect, json
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -101,6 +101,16 @@ class LabelScores:
         "How much more probable the best label is than the second"
         second, first = np.sort(self.probabilities)[-2:]
         return float(first - second)
+
+    def columns(self,
+        names:tuple[str,...], # Columns of an output
+    )->dict: # Name -> number or JSON
+        "What an output says of the scores; log-probabilities are those over the set"
+        known = dict(probability=round(self.probability, 4), margin=round(self.margin, 4))
+        if 'log_probabilities' in names:
+            logs = np.maximum(self.logprobs - np.logaddexp.reduce(self.logprobs), -1000.).round(4)
+            known['log_probabilities'] = json.dumps(dict(zip(self.labels, logs.tolist())), ensure_ascii=False)
+        return known
 
     def _repr_html_(self):
         rows = [(label, Html(html_bar(p, width='160px')), f'{p:.1%}') for label,p in zip(self.labels, self.probabilities)]

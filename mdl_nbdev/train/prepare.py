@@ -12,7 +12,7 @@ import os, re, sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 from ..base.errors import InputError
 from ..base.files import cache_dir, file_lock, make_folder
 from ..base.options import default_value, option, options_where
@@ -211,6 +211,7 @@ def open_datasets(
     s:TrainSettings, # The run's settings
     chat:Chat, # Of the model
     ranks:Ranks, # The processes of the run
+    choose:Callable|None=None, # Mix -> the part of it to train on; None: all of it
 ): # The `Mix` for training, and the one for evaluation or None
     "The rows that the run trains and evaluates on"
     if ranks.world > 1: ranks.on_main(convert_datasets, s, chat)
@@ -219,6 +220,7 @@ def open_datasets(
     verifies = not s.resume_from_checkpoint if s.verify is None else s.verify
     for mix in [training, evaluation] if verifies else []: ranks.on_main(verify_mix, mix, bool(s.verify))
     if ranks.is_main: print_notes([training, evaluation])
+    if choose: training = choose(training)
     if s.validation_split: training, evaluation = split(training, s.validation_split, s.seed)
     if s.loss_mode=='coba':
         lacking = [t for i,t in enumerate(training.task_names) if not (evaluation.task_ids==i).any()]

@@ -8,6 +8,7 @@ __all__ = ['import_fit', 'train']
 # %% ../../nbs/3_train/21_run.ipynb #c4
 import gc
 from contextlib import ExitStack
+from typing import Callable
 from ..base.processes import Ranks, world_size
 from ..base.progress import in_kernel, library_bars_hidden
 from ..base.settings import TrainSettings
@@ -30,6 +31,7 @@ def import_fit(): # The module `mdl_nbdev.train.fit`
 def train(
     s:TrainSettings, # What to train, on what, and how
     callbacks:list=(), # Further callbacks of the trainer
+    choose:Callable|None=None, # Mix -> the part of the training data to train on; None: all of it
 )->'TrainReport|DryRun': # What was done and where the results are
     "Fine-tune a model; writes checkpoints and `final/` into `s.output`"
     if world_size() > 1: import_fit().join_processes()
@@ -40,7 +42,7 @@ def train(
         if in_kernel(): stack.enter_context(library_bars_hidden())
         set_host_policy(s.allow_private_hosts)
         chat = ranks.agree(open_chat, s)
-        mixes = open_datasets(s, chat, ranks)
+        mixes = open_datasets(s, chat, ranks, choose)
         for c in callbacks:
             if hasattr(c, 'on_rows'): c.on_rows(mixes[0])
         report = import_fit().fit(s, chat, mixes, callbacks, ranks, checkpoint)
