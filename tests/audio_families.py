@@ -41,7 +41,8 @@ class Kind:
     "How the tests make a family's model"
     build: Callable # gives a model and what has its processor's `save_pretrained`
     shortest: int # samples of the shortest clip that its processor takes as it is
-    most_clips: int = 2 # in one conversation
+    most_clips: int = 9 # in one conversation
+    longest: int = SECONDS # of its clips
     system: bool = True # whether its template has a system prompt
     processor: Callable = hf.AutoProcessor.from_pretrained # its own, from a folder
 
@@ -94,7 +95,33 @@ def qwen_omni():
     return model, tok, hf.WhisperFeatureExtractor(feature_size=128, chunk_length=SECONDS)
 
 
+# As transformers' convert_audioflamingo3_to_hf.py and convert_musicflamingo_to_hf.py write them, the latter with a longer system prompt
+FLAMINGO_TEMPLATE = """{% if messages[0]['role'] != 'system' %}<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif %}{% for m in messages if m['content'] is not none %}<|im_start|>{{ m['role'] }}
+{% if m['content'] is string %}{{ m['content'] }}{% else %}{% set audio = namespace(found=False) %}{% set text_buf = namespace(v='') %}{% for c in m['content'] %}\
+{% if c.get('type') == 'audio' or 'audio' in c %}{% set audio.found = True %}{% elif c.get('type') == 'text' or 'text' in c %}{% set text_buf.v = text_buf.v + c['text'] %}{% endif %}{% endfor %}\
+{% if audio.found %}{{ '<sound>' }}{% endif %}{{ text_buf.v }}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def flamingo(kind, **shape):
+    tok = tokenizer("<sound>", "<|sound_bos|>", "<|sound_eos|>")
+    sizes = dict(num_mel_bins=128, max_source_positions=SECONDS * 50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    ids = dict(audio_token_id=tok.convert_tokens_to_ids("<sound>"), **{name: tok.convert_tokens_to_ids(token) for name, token in shape.items()})
+    config = getattr(hf, f"{kind}Config")(audio_config=dict(model_type="audioflamingo3_encoder", **sizes), text_config=decoder(tok, model_type="qwen2"), **ids)
+    processor = getattr(hf, f"{kind}Processor")(hf.WhisperFeatureExtractor(feature_size=128, chunk_length=SECONDS), tok, chat_template=FLAMINGO_TEMPLATE, max_audio_len=3 * SECONDS + 1)
+    return draw(getattr(hf, f"{kind}ForConditionalGeneration")(config)), processor
+
+
+def audio_flamingo(): return flamingo("AudioFlamingo3")
+def music_flamingo(): return flamingo("MusicFlamingo", audio_bos_token_id="<|sound_bos|>", audio_eos_token_id="<|sound_eos|>")
+
+
 KINDS = {
     "qwen2-audio": Kind(qwen2_audio, 961),
     "qwen2.5-omni": Kind(qwen_omni, 321, processor=OmniProcessor.of),
+    "audio-flamingo-3": Kind(audio_flamingo, 321, most_clips=1, longest=3 * SECONDS),
+    "music-flamingo": Kind(music_flamingo, 321, most_clips=1, longest=3 * SECONDS),
 }

@@ -47,7 +47,7 @@ class Model:
         talks = {
             "one clip": [turn("user", "What is it?", noise(9000)), turn("assistant", "A hum.")],
             "text": [turn("user", "2+2?"), turn("assistant", "4")],
-            "longest": [turn("user", "And?", noise(SECONDS * 16000)), turn("assistant", "No.")],
+            "longest": [turn("user", "And?", noise(self.kind.longest * 16000)), turn("assistant", "No.")],
         }
         if self.kind.system: talks["system"] = [turn("system", "Be brief."), turn("user", "Which?", noise(4000)), turn("assistant", "The first.")]
         if self.kind.most_clips > 1:
@@ -71,10 +71,10 @@ def inputs_of(batch): return {k: v for k, v in batch.inputs.items() if k != "lab
 def test_ids_features_and_labels(m, data):
     "Those of its processor; labels are the answers with their end tokens, and nothing else"
     text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Co"]), min_size=1, max_size=12).filter(str.strip)
-    clip = st.integers(m.kind.shortest, SECONDS * 16000).map(noise)
+    clip = st.integers(m.kind.shortest, m.kind.longest * 16000).filter(lambda n: not 0 < n % (SECONDS * 16000) < m.kind.shortest).map(noise) # see test_limits
     messages, left = [turn("system", data.draw(text))] if m.kind.system and data.draw(st.booleans()) else [], m.kind.most_clips
     for _ in range(data.draw(st.integers(1, 3))):
-        clips = data.draw(st.lists(clip, max_size=left))
+        clips = data.draw(st.lists(clip, max_size=min(left, 2)))
         left -= len(clips)
         messages += [turn("user", data.draw(text), *clips), turn("assistant", data.draw(text))]
     if data.draw(st.booleans()): messages.pop()
@@ -93,13 +93,17 @@ def test_ids_features_and_labels(m, data):
 
 def test_limits(m):
     family = m.chat.family
-    assert family.max_clip_seconds == SECONDS and family.name != "text"
+    assert family.max_clip_seconds == m.kind.longest and family.name != "text"
     assert family.clip_tokens(1) == family.clip_tokens(m.kind.shortest) >= 1
     with torch.no_grad(): m.model(**inputs_of(m.collate([m.example([turn("user", "Short?", noise(1))])]))) # as many features as tokens
-    e = m.example([turn("user", "Long?", noise(SECONDS * 16000))])
-    assert (e.input_ids == m.chat.clip_id).sum() == family.clip_tokens(SECONDS * 16000)
-    if m.kind.most_clips < 2:
-        with pytest.raises((InputError, ValueError)): m.theirs([turn("user", "Two?", noise(4000), noise(5000))])
+    for n in (SECONDS * 16000, SECONDS * 16000 + 100)[:1 + (m.kind.longest > SECONDS)]:
+        e = m.example([turn("user", "Long?", noise(n))])
+        assert (e.input_ids == m.chat.clip_id).sum() == family.clip_tokens(n)
+        with torch.no_grad(): m.model(**inputs_of(m.collate([e])))
+    if m.kind.most_clips == 1: # its processor takes no more, and so is a row
+        two = [turn("user", "One?", noise(4000)), turn("assistant", "Yes."), turn("user", "Two?", noise(5000))]
+        with pytest.raises(ValueError, match="must match 1:1"): m.theirs(two)
+        with pytest.raises(InputError, match=f"2 clips in one conversation; {family.name} takes at most 1"): m.example(two)
 
 
 def test_logits_and_loss_are_those_of_transformers(m):
@@ -159,9 +163,9 @@ def test_full_tuning_reaches_what_rows_reach(m):
 
 
 LOAD = """
-import sys, torch
-from transformers import AutoModelForMultimodalLM
-model = AutoModelForMultimodalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+import json, sys, torch, transformers
+name = json.load(open(f"{sys.argv[1]}/config.json"))["architectures"][0]
+model = getattr(transformers, name).from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 with torch.no_grad(): torch.save(model(**torch.load(sys.argv[2])).logits, sys.argv[3])
 assert not any(m.startswith(("mdl_nbdev", "peft")) for m in sys.modules)
 """

@@ -141,6 +141,8 @@ def segments(self:Chat,
 )->tuple[Segment, ...]: # In order
     "The segments of a shape, worked out once"
     if shape not in self.plans:
+        n_clips, most = sum(kinds.count('audio') for _,kinds in shape), self.family.max_clips
+        if n_clips > most: raise InputError(f"{n_clips} clips in one conversation; {self.family.name} takes at most {most}")
         found = segments_of(self.tok, self.family, shape)
         def inner(i):
             if shape==TEXT_RECORD or self.inner_tok is self.tok: return False

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..base.errors import InputError
 from .chat import Chat
 from .family import FAMILIES, Family
+from .flamingo import AudioFlamingoFamily, MusicFlamingoFamily
 from .hub import from_hub
 from .midashenglm_family import MiDashengLMFamily
 from .qwen2_audio import Qwen2AudioFamily
@@ -18,8 +19,8 @@ from .qwen_omni import QwenOmniFamily
 from .text_family import TextFamily
 
 # %% ../../nbs/2_model/18_families.ipynb #c5
-TEXT = TextFamily() # Takes what no other family claims
-FAMILIES[:] = [MiDashengLMFamily(), Qwen2AudioFamily(), QwenOmniFamily()] # All others
+TEXT = TextFamily() # Takes what none of the audio models' families claims
+FAMILIES[:] = [MiDashengLMFamily(), Qwen2AudioFamily(), QwenOmniFamily(), AudioFlamingoFamily(), MusicFlamingoFamily()]
 
 def add_family(
     family:Family, # Comes before those of the package
