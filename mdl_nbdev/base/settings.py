@@ -212,7 +212,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     report_to:list[str]=opt(list, result=False)
     seed:int=opt(42, minimum=0) # Seed of the initial adapters, the order of rows, and dropout
 
-# %% ../../nbs/0_base/06_settings.ipynb #c16
+# %% ../../nbs/0_base/06_settings.ipynb #074b9796
 @dataclass(kw_only=True)
 class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     "Answer every row of a file with a model"
@@ -229,6 +229,9 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     # Answer with the most probable label of a closed set: a file with one label a line, or auto, the different predictions
     # of the input. The output gets the columns `probability` and `margin`, the distance to the second label
     labels:Literal['auto']|Path|None=None
+    # Also write the mean log-probability of each answer's tokens as the column `confidence`: that of the model itself,
+    # before temperature, top_p and repetition_penalty, and with the token that ends the answer
+    confidence:bool=False
     # With labels: also write the column `log_probabilities`, with the log-probability of every label as JSON
     label_scores:bool=False
     batch_size:int=opt(32, minimum=1) # Rows generated together
@@ -249,8 +252,9 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     retry_rejects:bool=opt(False, result=False)
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
-# %% ../../nbs/0_base/06_settings.ipynb #c18
-GENERATION_OPTIONS = ('max_new_tokens', 'max_length', 'do_sample', 'temperature', 'top_p', 'num_beams', 'repetition_penalty', 'seed')
+# %% ../../nbs/0_base/06_settings.ipynb #fe80e322
+GENERATION_OPTIONS = ('max_new_tokens', 'max_length', 'do_sample', 'temperature', 'top_p', 'num_beams', 'repetition_penalty', 'seed',
+                      'confidence')
 
 @patch
 def __post_init__(self:InferSettings):
@@ -258,6 +262,8 @@ def __post_init__(self:InferSettings):
     given = [option(f.name) for f in fields(self) if f.name in GENERATION_OPTIONS and getattr(self, f.name) != default_value(f)]
     if self.labels and given:
         raise InputError(f"--labels: answers are chosen from the set and not generated; leave out {', '.join(given)}")
+    if self.confidence and self.num_beams > 1:
+        raise InputError("--confidence: is not known for a beam search; leave out one of --confidence and --num-beams")
     if self.label_scores and not self.labels: raise InputError("--label-scores: give the labels with --labels")
 
 # %% ../../nbs/0_base/06_settings.ipynb #c19

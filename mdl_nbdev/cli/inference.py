@@ -99,11 +99,14 @@ def shown_prompt(
 def latest(self:InferView)->Html: # Empty before the first answers
     "The latest answers, with players, and marks where there are references"
     if not self.newest: return Html()
-    rows = []
-    for r in list(self.newest): # a copy: another thread may add to it
+    rows, newest = [], list(self.newest) # a copy: another thread may add to it
+    score = next((name for r in newest for name in r.scores), None) # probability or confidence
+    for r in newest:
         answer = marked_answer(r.prediction, r.reference) if r.reason is None else Html(f'<i>{as_html(shorten(r.reason, 160))}</i>')
-        rows.append((f'{r.row.line:,}', shown_prompt(r), answer, shorten(r.reference or '', 160)))
-    return html_box(Html('<b>Latest answers</b>'), html_table(rows, ['line', 'prompt', 'answer', 'reference']))
+        sure = [str(r.scores.get(score, ''))] if score else []
+        rows.append((f'{r.row.line:,}', shown_prompt(r), answer, *sure, shorten(r.reference or '', 160)))
+    head = ['line', 'prompt', 'answer', *([score] if score else []), 'reference']
+    return html_box(Html('<b>Latest answers</b>'), html_table(rows, head))
 
 @patch
 def rejects(self:InferView)->Html: # Empty if there are none

@@ -61,7 +61,7 @@ class TrainView(View):
         self.pace.at(done)
         for line in lines: self.add(line | dict(time=self.pace.start[1]))
 
-# %% ../../nbs/5_cli/04_watch.ipynb #ae7d6e8a
+# %% ../../nbs/5_cli/04_watch.ipynb #823d8818
 CURVES = re.compile(r'(eval_)?loss($|_)|(learning_rate|samples_per_second)$') # Names of the metrics that are drawn
 ANSWERS = re.compile(r'eval_(?!loss($|_)|samples_per_second$)') # Those of answers, in lines that name the best step
 
@@ -84,6 +84,7 @@ def add(self:TrainView,
     loss = line.get('eval_loss')
     if loss is not None and (self.best is None or loss < self.best[0]): self.best = loss, step
 
+# %% ../../nbs/5_cli/04_watch.ipynb #fd005a7f
 @patch
 def take_rows(self:TrainView,
     training, # A `Mix`
@@ -147,7 +148,7 @@ def head(self:TrainView)->Html: # A `<div>` element
     if self.best: figures[f'best {self.best_text()[0]}'] = ' at step '.join(self.best_text()[1:])
     return self.headline(*self.progress(), figures)
 
-# %% ../../nbs/5_cli/04_watch.ipynb #0fed2ad7
+# %% ../../nbs/5_cli/04_watch.ipynb #ea82c88e
 def curve_order(
     name:str, # Of a metric
 )->tuple: # For sorting
@@ -166,9 +167,8 @@ def curves(self:TrainView)->Html: # A `<div>` element
     if not shown and self.phase in ENDED: return html_box()
     if not shown: return html_box('The charts are waiting for the first measurement.', self.rows)
     ordered = {name:shown[name] for name in sorted(shown, key=curve_order)}
-    is_loss = re.compile('(eval_)?loss').match
-    losses, answers = ({name.replace('_', ' '):c for name,c in ordered.items() if kind(name)}
-                       for kind in (is_loss, ANSWERS.match))
+    kinds = re.compile('(eval_)?loss').match, ANSWERS.match
+    losses, answers = ({n.replace('_', ' '):c for n,c in ordered.items() if kind(n)} for kind in kinds)
     large = chart(losses, 'loss per token in nats', log=look.log, smoothing=look.smoothing, form='.4f') if losses else ''
     form = '.2%' if self.metric and self.metric.percent else '.4g'
     small = chart(answers, self.metric.title, 300, 104, form=form) if answers else ''

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_LABELS', 'IDENTITY_VERSION', 'BY_CONTENT', 'prompts_of_model', 'prompts_of_training', 'with_training_prompts',
-           'differing_prompts', 'prompt_notes', 'count_prompts', 'use_training_prompts', 'score_columns',
-           'labels_of_rows', 'labels_of_file', 'read_labels', 'run_identity', 'answers_digest', 'identity_changes']
+           'differing_prompts', 'prompt_notes', 'count_prompts', 'use_training_prompts', 'labels_of_rows',
+           'labels_of_file', 'read_labels', 'score_columns', 'completion_scores', 'run_identity', 'answers_digest',
+           'identity_changes']
 
 # %% ../../nbs/4_infer/00_identity.ipynb #c5
 import hashlib, json
@@ -103,14 +104,8 @@ def use_training_prompts(
     used = with_training_prompts(s, trained)
     return used, prompt_notes(s, used, own, trained)
 
-# %% ../../nbs/4_infer/00_identity.ipynb #c18
+# %% ../../nbs/4_infer/00_identity.ipynb #27f6311e
 MOST_LABELS = 1000 # Beyond this number, distinct predictions are taken for texts rather than labels
-
-def score_columns(
-    s:InferSettings, # Settings of a run
-)->tuple[str,...]: # Empty if answers are generated
-    "The columns that the output has beside the prediction, by the names of `LabelScores.columns`"
-    return (('probability', 'margin') + ('log_probabilities',)*s.label_scores) if s.labels else ()
 
 def labels_of_rows(
     source:RowFile, # The input
@@ -150,6 +145,22 @@ def read_labels(
     fault = label_fault(labels)
     if fault: raise InputError(f"--labels {s.labels}: {fault}")
     return labels
+
+# %% ../../nbs/4_infer/00_identity.ipynb #088c0a6f
+def score_columns(
+    s:InferSettings, # Settings of a run
+)->tuple[str,...]: # Empty unless the settings ask for some
+    "The columns that say how sure the model is of an answer"
+    if s.labels: return ('probability', 'margin', *(['log_probabilities'] if s.label_scores else []))
+    return ('confidence',) if s.confidence else ()
+
+def completion_scores(
+    completion, # A `Completion`
+    columns:tuple[str,...], # From `score_columns`
+)->dict: # Name of a column -> number or JSON
+    "How sure the model is of an answer"
+    if completion.scores: return completion.scores.columns(columns)
+    return {} if completion.confidence is None else dict(confidence=round(completion.confidence, 5))
 
 # %% ../../nbs/4_infer/00_identity.ipynb #c22
 IDENTITY_VERSION = 2 # Runs of version 1 did not record contents

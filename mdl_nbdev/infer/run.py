@@ -8,7 +8,7 @@ __all__ = ['DEFAULT_NEW_TOKENS', 'BATCHES_PER_SHARD', 'completion_limit', 'Promp
            'join_output', 'remaining_shards', 'stop_at_reject', 'rows_of_shards', 'prepare_output', 'InferProgressBar',
            'infer']
 
-# %% ../../nbs/4_infer/02_run.ipynb #c4
+# %% ../../nbs/4_infer/02_run.ipynb #aba49828
 import os, socket, sys, time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -31,7 +31,8 @@ from ..data.sources import note_misnamed, open_rows
 from ..data.conversations import Conversation
 from ..data.pictures import clip_html
 from ..data.rows import RowFile, to_conversation
-from .identity import count_prompts, read_labels, run_identity, score_columns, use_training_prompts
+from .identity import (
+    completion_scores, count_prompts, read_labels, run_identity, score_columns, use_training_prompts)
 from .output import InferOutput, LoggedProgress, OutputPart
 from ..model.prompts import TrainingPrompts
 
@@ -122,7 +123,7 @@ def decode(self:Prompter,
     except InputError as e: prompted.reason = str(e).removeprefix(f'{prompted.row.where}: ')
     return prompted, None
 
-# %% ../../nbs/4_infer/02_run.ipynb #c11
+# %% ../../nbs/4_infer/02_run.ipynb #77a6e8e3
 BATCHES_PER_SHARD = 8
 
 class Pipeline:
@@ -148,7 +149,7 @@ class Pipeline:
         for completion in self.engine.generate(requests):
             row = rows[completion.key]
             row.prediction, row.truncated = completion.text.replace('\0', '\ufffd'), completion.truncated # no text file can hold NUL
-            if completion.scores: row.scores = completion.scores.columns(score_columns(self.s))
+            row.scores = completion_scores(completion, score_columns(self.s))
 
     def run(self,
         shards:Iterable[list], # The `PromptedRow`s of each shard

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GenerationOptions', 'Request', 'Completion', 'Engine', 'can_record', 'cache_bytes', 'free_memory', 'RecordedStep',
-           'TransformersEngine', 'load_engine', 'generate_tokens']
+           'TransformersEngine', 'ChosenLogprobs', 'load_engine', 'generate_tokens']
 
 # %% ../../nbs/2_model/40_engine.ipynb #c4
 import sys, zlib
@@ -14,7 +14,8 @@ from typing import Iterable, Iterator
 import torch
 from fastcore.basics import patch
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import PreTrainedModel, StaticCache
+from transformers import (
+    LogitsProcessor, LogitsProcessorList, PreTrainedModel, RepetitionPenaltyLogitsProcessor, StaticCache)
 from transformers.cache_utils import StaticLayer
 from ..base.processes import is_main_process
 from ..base.settings import InferSettings
@@ -26,7 +27,7 @@ from .probe import check_vocabulary, position_limit
 from .save import load_adapter, merge, template_of
 from .tokenizers import chat_of
 
-# %% ../../nbs/2_model/40_engine.ipynb #c6
+# %% ../../nbs/2_model/40_engine.ipynb #22b57c7f
 @dataclass(frozen=True)
 class GenerationOptions:
     "How tokens are chosen"
@@ -36,7 +37,7 @@ class GenerationOptions:
     num_beams:int=1 # Beams of a beam search
     repetition_penalty:float=1. # Above 1: tokens that already occurred become less likely
     seed:int=42 # Seed of sampling
-    logprobs:bool=False # Also give the log-probability of each generated token
+    logprobs:bool=False # Also give the log-probability of each generated token; not for a beam search
 
 @dataclass(slots=True)
 class Request:
@@ -52,9 +53,15 @@ class Completion:
     ids:list[int] # Token ids, without the end token
     text:str # The answer
     truncated:bool # The limit ended it, not the model
-    logprobs:list[float]|None=None # For each token, if asked for
+    logprobs:list[float]|None=None # Of each token and of the end token, if there is one; None: not asked for
     scores:object=None # The `LabelScores` of the closed set that the answer is chosen from
 
+    @property
+    def confidence(self)->float|None: # 0 or less; None if log-probabilities were not asked for
+        "The mean log-probability of the tokens, with the one that ends the answer unless it is truncated"
+        return None if self.logprobs is None else sum(self.logprobs)/len(self.logprobs)
+
+# %% ../../nbs/2_model/40_engine.ipynb #f2766dd8
 class Engine:
     "Generates completions; subclasses define how"
     max_tokens:int=sys.maxsize # Of prompt and completion together
@@ -158,6 +165,29 @@ class TransformersEngine(Engine):
     def generate(self, requests):
         for batch in self.batches(requests): yield from self.complete(batch)
 
+# %% ../../nbs/2_model/40_engine.ipynb #1e946323
+class ChosenLogprobs(LogitsProcessor):
+    "Notes the log-probability of each token that `generate` chooses, and changes nothing"
+    def __init__(self):
+        self.steps = [] # float32 [rows] of each step whose tokens are known
+        self.latest = None # float32 [rows, vocabulary] of the latest step
+
+    def note(self, tokens:torch.Tensor)->None:
+        "Add the tokens that the latest step has chosen: int64 [rows]"
+        self.steps.append(self.latest.gather(1, tokens[:,None])[:,0])
+
+    def __call__(self, input_ids, scores):
+        if self.latest is not None: self.note(input_ids[:,-1])
+        self.latest = scores.float().log_softmax(-1)
+        return scores
+
+    def of(self,
+        ids:torch.Tensor, # int64 [rows, tokens] What was generated
+    )->list[list[float]]: # [rows, tokens]
+        "The log-probabilities of everything that was generated"
+        if len(self.steps) < ids.shape[1]: self.note(ids[:,-1])
+        return torch.stack(self.steps, 1)[:,:ids.shape[1]].tolist()
+
 # %% ../../nbs/2_model/40_engine.ipynb #c20
 @patch
 def batches(self:TransformersEngine,
@@ -183,8 +213,11 @@ def arguments(self:TransformersEngine,
     o = self.options
     args = dict(do_sample=o.do_sample, num_beams=o.num_beams, repetition_penalty=o.repetition_penalty,
         max_new_tokens=max(r.max_new_tokens for r in batch))
+    if o.logprobs: # they are noted before the penalty is applied
+        penalty = [RepetitionPenaltyLogitsProcessor(o.repetition_penalty)] if o.repetition_penalty != 1 else []
+        noted = LogitsProcessorList([ChosenLogprobs(), *penalty])
+        args |= dict(repetition_penalty=1., logits_processor=noted)
     if o.do_sample: args |= dict(temperature=o.temperature, top_p=o.top_p, top_k=0)
-    if o.logprobs: args |= dict(output_scores=True)
     return args | dict(return_dict_in_generate=True, eos_token_id=self.stops, pad_token_id=self.chat.pad_id)
 
 @patch
@@ -215,11 +248,9 @@ def complete(self:TransformersEngine,
     with self.decoding(len(batch), length + args['max_new_tokens']) as more:
         out = self.model.generate(**inputs, **args, **more)
     start = 0 if self.chat.family.generates_from_embeddings else length
-    scores = [None]*len(batch)
-    if o.logprobs:
-        beams = getattr(out, 'beam_indices', None)
-        scores = self.model.compute_transition_scores(out.sequences, out.scores, beams, normalize_logits=True).tolist()
-    return [self.completion(r, ids, s) for r,ids,s in zip(batch, out.sequences[:,start:].tolist(), scores)]
+    new = out.sequences[:,start:]
+    scores = args['logits_processor'][0].of(new) if o.logprobs else [None]*len(batch)
+    return [self.completion(r, ids, s) for r,ids,s in zip(batch, new.tolist(), scores)]
 
 # %% ../../nbs/2_model/40_engine.ipynb #c25
 @patch
@@ -232,7 +263,8 @@ def completion(self:TransformersEngine,
     end = next((i for i,t in enumerate(ids) if t in self.stops), len(ids))
     n = min(end, request.max_new_tokens)
     truncated = end==len(ids) or end > request.max_new_tokens
-    return Completion(request.key, ids[:n], self.chat.decode_completion(ids[:n]), truncated, scores[:n] if scores else None)
+    if scores: scores = scores[:n + (not truncated)]
+    return Completion(request.key, ids[:n], self.chat.decode_completion(ids[:n]), truncated, scores)
 
 # %% ../../nbs/2_model/40_engine.ipynb #c29
 def load_engine(
@@ -246,7 +278,8 @@ def load_engine(
     if note and is_main_process(): print(note, file=sys.stderr, flush=True)
     if s.adapter: model = load_adapter(model, s.adapter)
     if s.adapter and not s.quantization: model = merge(model) # the same numbers, and faster
-    options = GenerationOptions(s.do_sample, s.temperature, s.top_p, s.num_beams, s.repetition_penalty, s.seed)
+    options = GenerationOptions(s.do_sample, s.temperature, s.top_p, s.num_beams, s.repetition_penalty, s.seed,
+                                s.confidence)
     return TransformersEngine(model.eval(), chat, options, s.batch_size)
 
 # %% ../../nbs/2_model/40_engine.ipynb #c32

@@ -1,0 +1,127 @@
+"The mean log-probability of answers: that of one slow pass over each, whatever chooses the tokens; and how well such numbers are calibrated"
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_engine import MODELS
+from test_label_scores import KINDS, conversations, sounds
+
+from mdl_nbdev import InferSettings, infer
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.cli.inference import InferView
+from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.engine import GenerationOptions, Request, TransformersEngine
+from mdl_nbdev.model.families import load_chat
+from mdl_nbdev.model.load import load_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "qwen2_audio"])
+def model_and_prompts(request, tmp_path_factory):
+    torch.manual_seed(1)
+    if request.param == "qwen2_audio":
+        folder = str(KINDS["qwen2-audio"].save(tmp_path_factory.mktemp("qwen")))
+        model, chat = load_model(folder, dtype=torch.float32), load_chat(folder)
+    else:
+        name, make = MODELS[request.param]
+        model, chat = make(), load_chat(name)
+    return model.eval(), chat, [t.example(sounds(t.conversation)) for t in chat.tokenize(conversations(chat))]
+
+
+def generated(model, chat, prompts, stop, size=4, **options):
+    "Completions with one end token"
+    engine = TransformersEngine(model, chat, GenerationOptions(logprobs=True, **options), size)
+    engine.stops = [stop]
+    return list(engine.generate(Request(n, e, 9) for n, e in enumerate(prompts)))
+
+
+def slow(model, chat, prompt, ids):
+    "The log-probabilities of tokens after a prompt, from one pass over all of them"
+    whole = np.concatenate([prompt.input_ids, np.array(ids, np.int32)])
+    inputs = Collator(chat.pad_id, chat.family)([replace(prompt, input_ids=whole, labels=np.full(len(whole), -100, np.int32))]).inputs
+    del inputs["labels"]
+    with torch.no_grad(): logprobs = model(**inputs).logits[0].float().log_softmax(-1)
+    return [float(logprobs[i, t]) for i, t in enumerate(ids, len(prompt.input_ids) - 1)]
+
+
+@pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.5), dict(do_sample=True, temperature=1.7, top_p=.8), dict(do_sample=True, temperature=.5, repetition_penalty=1.3)], ids=str)
+def test_the_confidence_is_that_of_a_slow_pass(model_and_prompts, options):
+    "By the model itself, before temperature, top-p and penalty; with the end token where there is one"
+    model, chat, prompts = model_and_prompts
+    stop = generated(model, chat, prompts, -1, **options)[0].ids[4] # a token that comes
+    found = generated(model, chat, prompts, stop, **options)
+    assert not found[0].truncated and len(found[0].ids) <= 4
+    for c in found:
+        expected = slow(model, chat, prompts[c.key], c.ids + [stop]*(not c.truncated))
+        np.testing.assert_allclose(c.logprobs, expected, atol=1e-4)
+        assert c.confidence == pytest.approx(np.mean(expected), abs=1e-4) and c.confidence < 0
+
+
+def test_batches_make_no_difference(model_and_prompts):
+    model, chat, prompts = model_and_prompts
+    stop = generated(model, chat, prompts, -1)[0].ids[4]
+    many, few = (generated(model, chat, prompts, stop, size=size) for size in (4, 1))
+    assert [c.ids for c in many] == [c.ids for c in few]
+    np.testing.assert_allclose([c.confidence for c in many], [c.confidence for c in few], atol=1e-4)
+
+
+def test_one_step_is_kept(model_and_prompts):
+    "Not the logits of all of them"
+    from mdl_nbdev.model.engine import ChosenLogprobs
+    model, chat, prompts = model_and_prompts
+    held, call = [], ChosenLogprobs.__call__
+    def watched(self, ids, scores):
+        out = call(self, ids, scores)
+        held.append(sum(t.numel() for t in [*self.steps, self.latest]))
+        return out
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(ChosenLogprobs, "__call__", watched)
+        plain = TransformersEngine(model, chat, GenerationOptions(), 4)
+        noted = generated(model, chat, prompts, plain.stops[0])
+    assert held[-1] - held[0] == len(prompts)*(len(held) - 1), "one number for each row and step"
+    plain.stops = plain.stops[:1]
+    assert [c.ids for c in noted] == [c.ids for c in plain.generate(Request(n, e, 9) for n, e in enumerate(prompts))]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory): return make_sounds(tmp_path_factory.mktemp("sounds"), 12, seed=1)
+
+
+def rows(path):
+    with open(path, newline="") as f: return list(csv.DictReader(f))
+
+
+def test_the_column(here, tmp_path):
+    "Beside the answers, which it does not change; a run resumes with it alone, and a row without an answer has none"
+    s = InferSettings(input=here, base_dir=here.parent, output=tmp_path/"a.csv", model_name="tiny", batch_size=4, max_new_tokens=6, confidence=True)
+    view, plain_view = InferView(s.output), InferView(s.output)
+    infer(s, [view.add])
+    infer(replace(s, output=tmp_path/"plain.csv", confidence=False), [plain_view.add])
+    found, plain = rows(tmp_path/"a.csv"), rows(tmp_path/"plain.csv")
+    assert [{k: v for k, v in r.items() if k != "confidence"} for r in found] == plain
+    assert all(float(r["confidence"]) < 0 for r in found) and len({r["confidence"] for r in found}) > 6
+    assert "confidence" in view.latest() and found[-1]["confidence"] in view.latest() and "confidence" not in plain_view.latest()
+    infer(replace(s, output=tmp_path/"b.csv", batch_size=1))
+    assert [float(r["confidence"]) for r in rows(tmp_path/"b.csv")] == pytest.approx([float(r["confidence"]) for r in found], abs=1e-4)
+    (tmp_path/"bad.csv").write_text("audio,prediction\nnowhere.wav,x\n")
+    infer(replace(s, input=tmp_path/"bad.csv", output=tmp_path/"c.csv"))
+    assert rows(tmp_path/"c.csv")[0]["confidence"] == ""
+
+
+@pytest.mark.parametrize("options, message", [(dict(num_beams=2), "--confidence: is not known for a beam search"), (dict(labels="auto"), "--labels: .*leave out --confidence")])
+def test_where_there_is_none(options, message):
+    with pytest.raises(InputError, match=message): InferSettings(input="a.csv", output="b.csv", model_name="tiny", confidence=True, **options)
+
+
+def test_an_earlier_version_knew_no_confidence(here, tmp_path):
+    "Its unfinished runs go on"
+    from mdl_nbdev.infer.identity import identity_changes, run_identity
+    now = run_identity(InferSettings(input=here, output="a.csv", model_name="tiny"))
+    before = now | dict(settings={k: v for k, v in now["settings"].items() if k != "confidence"})
+    assert identity_changes(before, now) == []
+    with_it = run_identity(InferSettings(input=here, output="a.csv", model_name="tiny", confidence=True))
+    assert identity_changes(before, with_it) == ["--confidence was False and is True"]
