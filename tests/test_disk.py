@@ -162,3 +162,20 @@ def test_batches_take_no_shared_memory():
     r = subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=600)
     if "mounted" not in r.stdout: pytest.skip("no mount here")
     assert r.returncode == 0 and Path("run/final").is_dir(), r.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_shared_memory_that_does_not_hold_locks():
+    "One message that names it, rather than the disk, and a remedy that works"
+    csv = make_sounds("many", 130, seed=1)
+    script = "mount -t tmpfs -o size=4k tmpfs /dev/shm && echo mounted && exec \"$@\""
+    if not shutil.which("unshare"): pytest.skip("no unshare here")
+    def run(command, *argv):
+        code = f"from mdl_nbdev.cli.commands import {command}; {command}()"
+        return subprocess.run(["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", code, *map(str, argv), "--model-name", "tiny"], capture_output=True, text=True, timeout=600)
+    converted = [run("mdl_convert", csv, "--base-dir", "many", "--output", "set", "--num-workers", n) for n in (2, 1)]
+    if "mounted" not in converted[0].stdout: pytest.skip("no mount here")
+    trained = [run("mdl_train", "--train-dataset", "set", "--output", f"run{n}", "--num-workers", n, "--max-steps", 2) for n in (2, 1)]
+    for failed, done in (converted, trained):
+        assert failed.returncode == 2 and "the shared memory in /dev/shm is full" in failed.stderr and "Traceback" not in failed.stderr, failed.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-2000:]

@@ -172,5 +172,14 @@ def test_files_that_are_no_set(here, text, fault):
     with pytest.raises(InputError, match=f"^--labels labels.txt: .*{fault}"): identity.read_labels(settings(), None)
 
 
+@pytest.mark.parametrize("data, fault", [(None, "labels.txt: No such file or directory; there is .*LABELS.txt, which differs in case"), ("狗叫声\n猫叫声音\n鸟鸣声\n".encode("gb18030"), "labels.txt:1: byte 0x.. is not UTF-8; .*save"),
+    ("siren\ncafé\n".encode("latin-1"), "labels.txt:2: byte 0xe9 is not UTF-8; .*save (it|the file) as UTF-8")])
+def test_files_of_labels_that_cannot_be_read(here, data, fault):
+    if data is None: Path("LABELS.txt").write_text("a\nb\n")
+    else: Path("labels.txt").write_bytes(data)
+    with pytest.raises(InputError, match=f"^--labels {fault}") as e: identity.read_labels(settings(), None)
+    assert "--encoding" not in str(e.value)
+
+
 def test_options_of_generation_make_no_sense_with_labels():
     with pytest.raises(InputError, match="leave out --max-new-tokens, --temperature$"): settings(temperature=.5, max_new_tokens=4)

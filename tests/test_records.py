@@ -1,11 +1,15 @@
 "Every form a record may take and every way it may be broken; Parquet; the files of tasks; the check of all of them"
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import pickle
 import re
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -419,7 +423,7 @@ def test_an_answer_under_another_name(tmp_path):
 
 CLIP, SAID = ("user", ("a.wav",)), ("assistant", "A")
 other_tools = {
-    "NeMo": ({"audio_filepath": "a.wav", "duration": 2.5, "text": "A"}, [CLIP, SAID]),
+    "NeMo": ({"audio_filepath": "a.wav", "duration": 2.5, "text": "A"}, [("user", ("a.wav#t=0,2.5",)), SAID]),
     "NeMo, a part": ({"audio_filepath": "a.wav", "offset": 1.5, "duration": 2, "text": "A", "lang": "en"}, [("user", ("a.wav#t=1.5,3.5",)), SAID]),
     "NeMo, a question": ({"audio_filepath": "a.wav", "question": "Q", "answer": "A"}, [("user", ("a.wav",), "Q"), SAID]),
     "NeMo, a question and a transcript": ({"audio_filepath": "a.wav", "question": "Q", "text": "A"}, [("user", ("a.wav",), "Q"), SAID]),
@@ -661,10 +665,11 @@ def ramp(tmp_path_factory):
 segments = {"start and end": ({"start": "0.5", "end": "1.25"}, "#t=0.5,1.25"), "offset and duration": ({"offset": ".1", "duration": "0.2"}, "#t=0.1,0.3"),
             "onset and offset": ({"onset": "0.5", "offset": "1.25"}, "#t=0.5,1.25"), "onset": ({"onset": "0.5"}, "#t=0.5"), "start and duration": ({"start": "0.5", "duration": "0.25"}, "#t=0.5,0.75"),
             "to the end": ({"start": "1e-1"}, "#t=0.1"), "nothing is given": ({"start": "", "end": ""}, ""), "from the start": ({"start": "", "end": "1.0"}, "#t=0,1"),
-            "the length of a file": ({"duration": "2.0"}, ""), "a name of its own": ({"end": "1", "duration": "x"}, "")}
+            "the length of a file": ({"duration": "2.0"}, "#t=0,2"), "rounded up": ({"duration": "2.05"}, "#t=0,2.05"), "the beginning": ({"duration": "0.75"}, "#t=0,0.75"), "an end": ({"end": "1.5"}, "#t=0,1.5"),
+            "names of their own": ({"end": "1", "duration": "x"}, ""), "beside another start": ({"begin_time": "0.5", "duration": "1"}, ""), "and another": ({"start_sec": "0.5", "end": "1"}, "")}
 nonsense = {"text": ({"start": "early", "end": "1"}, "start is 'early'; it must be a number of seconds"), "before the clip": ({"offset": "-1", "duration": "1"}, "offset is '-1'"),
             "backwards": ({"start": "1", "end": "0.5"}, "the segment from 1 to 0.5 s is empty; correct start and end"), "empty": ({"offset": "1", "duration": "0"}, "the segment from 1 to 1 s is empty"),
-            "not a number": ({"start": "nan"}, "start is 'nan'"), "endless": ({"start": "0", "end": "inf"}, "end is 'inf'"), "digits with a line": ({"start": "1_0"}, "start is '1_0'"),
+            "not a number": ({"start": "nan"}, "start is 'nan'"), "NeMo's whole file": ({"duration": "-1"}, "duration is '-1'"), "no sound": ({"duration": "0"}, "the segment from 0 to 0 s is empty; correct duration"), "endless": ({"start": "0", "end": "inf"}, "end is 'inf'"), "digits with a line": ({"start": "1_0"}, "start is '1_0'"),
             "Arabic digits": ({"start": "\u0661"}, "start is '\u0661'"), "an event before it begins": ({"onset": "1", "offset": "0.5"}, "the segment from 1 to 0.5 s is empty; correct onset and offset")}
 
 
@@ -687,7 +692,7 @@ def test_a_row_names_a_part_of_its_clip(tmp_path, ramp, name):
         assert to_conversation(row).clips == [f"r.wav{part}"]
         r = check(CheckSettings(input=path, base_dir=ramp, num_workers=1))
         first, _, last = part.removeprefix("#t=").partition(",")
-        assert not r.bad and list(r.seconds) == pytest.approx([float(last or 2) - float(first or 0)])
+        assert not r.bad and list(r.seconds) == pytest.approx([min(2, float(last or 2)) - float(first or 0)])
         assert set(r.other) == (set() if part or name == "nothing is given" else set(extra))
 
 
@@ -697,12 +702,48 @@ def test_other_kinds_of_files(tmp_path, name, remedy):
     with pytest.raises(InputError, match=f"not a kind of file with rows; {re.escape(remedy)}"): open_rows(write(tmp_path, "[]", name))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.TSV", "a.csv.part"])
+@pytest.mark.parametrize("kind", ["gzip", "bzip2", "xz", "zip", "parquet"])
+def test_the_content_of_another_kind(tmp_path, name, kind):
+    "Under the name of a text, as some browsers save what a server packs"
+    text = b'{"prompt": "a", "response": "b"}\n'
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path/name, "w") as f: f.writestr("a.jsonl", text)
+    elif kind == "parquet": pq.write_table(pa.table({"audio": ["a.wav"]}), tmp_path/name)
+    else: (tmp_path/name).write_bytes({"gzip": gzip, "bzip2": bz2, "xz": lzma}[kind].compress(text))
+    what = {"zip": "a zip archive", "parquet": "Parquet; rename it to .parquet"}.get(kind, f"packed with {kind}; rename it to FILE")
+    with pytest.raises(InputError, match=f"{re.escape(name)}: the content is {what}"): open_rows(tmp_path/name)
+
+
+def test_marks_where_no_clip_can_stand(tmp_path):
+    "ms-swift would put a clip into an answer; a text without clips may speak of a mark"
+    def record(answer, audios, system="s"):
+        messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", "<audio>q" if audios else "q"), ("assistant", answer))]
+        return write(tmp_path, json.dumps({"messages": messages, "audios": audios}) + "\n", "r.jsonl")
+    for facts, role in [(("it is <audio>", ["a.wav"]), "assistant"), (("<audio>", ["a.wav", "b.wav"]), "assistant"), (("a", ["a.wav"], "<audio>"), "system")]:
+        path = record(*facts)
+        with pytest.raises(InputError, match=f"r.jsonl:1: an <audio> mark in the text of the {role}; only user messages can have clips: move it, or remove it"): open_rows(path).count()
+    for facts in [("HTML has <audio>", []), ("a", ["a.wav"])]: assert open_rows(record(*facts)).count() == 1
+
+
 def test_the_remedy_for_json(tmp_path):
     (tmp_path/"OLD.json").write_text(json.dumps([{"prompt": "a", "response": "1"}, {"prompt": "é", "response": "2"}]))
     with pytest.raises(InputError) as e: open_rows(tmp_path/"OLD.json")
     command = str(e.value).partition("one below the other: ")[2].replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert [r.prediction or r.messages[-1]["content"][0]["text"] for r in open_rows(tmp_path/"NEW.jsonl")] == ["1", "2"]
+
+
+def test_the_remedy_for_kaldi(tmp_path):
+    "A clip without a text, or with an empty one, gets an empty answer, which check lists"
+    (tmp_path/"wav.scp").write_text("u1 a.wav\nu2\tdir/b c.wav\nu3 c.wav\nu4 d.wav\n")
+    (tmp_path/"text").write_text("u1 hello, you\nu2\tb\n\nu4\nu5 lost\n")
+    with pytest.raises(InputError) as e: open_rows(tmp_path/"wav.scp")
+    command = re.search('python -c ".*" > rows.csv', str(e.value))[0].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    rows = [*open_rows(tmp_path/"rows.csv")]
+    assert [(r.audio, r.prediction) for r in rows] == [("a.wav", "hello, you"), ("dir/b c.wav", "b"), ("c.wav", None), ("d.wav", None)]
+    assert [bool(r.faults()) for r in rows] == [False, False, True, True]
 
 
 def test_a_manifest_without_or_with_a_wrong_text(tmp_path):
@@ -720,6 +761,8 @@ def test_columns_that_look_like_times(tmp_path, ramp, capfd):
     assert r.misnamed == {"start_time": "start", "Channel": "channel"} and list(r.seconds) == [2]
     note_misnamed(open_rows(path))
     assert "ignored columns: start_time (did you mean start?), Channel (did you mean channel?)" in capfd.readouterr().err
+    note_misnamed(open_rows(write(tmp_path, json.dumps({"audio": "r.wav", "begin": 0.5, "end": 1, "prompt": "a", "response": "b"}) + "\n", "t.jsonl")))
+    assert "ignored columns: begin (did you mean start?)\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", nonsense)
@@ -739,7 +782,7 @@ def test_a_part_inside_a_clips_object_is_refused(tmp_path, key):
 
 def test_segments_of_records(tmp_path):
     two = write(tmp_path, json.dumps({"audio": ["a.wav", "b.wav"], "prediction": "x", "start": 1}) + "\n", "two.jsonl")
-    with pytest.raises(InputError, match="start with 2 clips; name the part in each clip, as in clip.wav#t=1.5,3"): open_rows(two).count()
+    with pytest.raises(InputError, match="start with 2 clips; name the part in each clip, as in clip.wav#t=1.5,3, or rename it"): open_rows(two).count()
     named, = open_rows(write(tmp_path, json.dumps({"audio": ["a.wav#t=1,2", "b.wav"], "prediction": "x"}) + "\n", "named.jsonl"))
     assert to_conversation(named, base_dir="d").clips == ["d/a.wav#t=1,2", "d/b.wav"]
 
@@ -750,6 +793,10 @@ def test_segments_are_what_is_converted_and_answered(tmp_path, ramp):
     assert [b.line for b in r.bad] == [5] and "outside the clip, which is 2.000 s long" in r.bad[0].reason
     infer(InferSettings(input=path, base_dir=ramp, output=tmp_path/"answers.csv", model_name="tiny", max_new_tokens=2, num_workers=1))
     with open(tmp_path/"answers.csv", newline="") as f: assert [r[:3] for r in csv.reader(f)] == [line.split(",")[:3] for line in path.read_text().splitlines()]
+    manifest = write(tmp_path, "".join(json.dumps({"audio_filepath": "r.wav", "duration": d, "text": "x"}) + "\n" for d in (2, 0.5, 2.01, 1999)), "m.jsonl")
+    r = check(CheckSettings(input=manifest, base_dir=ramp, num_workers=1))
+    assert list(r.seconds) == pytest.approx([2, .5, 2]) and [b.line for b in r.bad] == [4]
+    assert "r.wav#t=0,1999: outside the clip, which is 2.000 s long; correct where the segment starts and ends, or rename what says so" in r.bad[0].reason
     path.write_text(path.read_text().replace("r.wav,1.5,3,wrong\n", ""))
     settings = ConvertSettings(input=path, base_dir=ramp, output=tmp_path/"converted", model_name="tiny", num_workers=1)
     convert(settings)

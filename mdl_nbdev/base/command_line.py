@@ -121,7 +121,8 @@ def read_yaml(
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("aliases (*name) are not supported; write the value out")
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, RecursionError) as e: raise ValueError(one_line(e, 300)) from None
+    except (yaml.YAMLError, RecursionError) as e:
+        raise ValueError(one_line(e, 300).replace('in "<unicode string>", ', 'in ')) from None
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c16
 def unknown_option(

@@ -13,7 +13,7 @@ from typing import Any, Callable
 import mdl_nbdev
 from ..base import settings
 from ..base.command_line import from_args
-from ..base.errors import InputError, WriteError, why_not_written
+from ..base.errors import InputError, WriteError, shared_memory_fault, why_not_written
 from ..base.options import Settings
 from ..base.processes import is_main_process
 from ..base.text import one_line, printable
@@ -65,6 +65,7 @@ def run_command(
         again = 'Finished work is kept: run the command again' + (' with --resume-from-checkpoint true' if prog=='mdl_train' else '')
         if isinstance(e, WriteError): exit_with_message(prog, f'{e}. {again}')
         if isinstance(e, InputError): exit_with_message(prog, e)
+        if shared_memory_fault(e): exit_with_message(prog, shared_memory_fault(e))
         if not why_not_written(e): raise
         path = getattr(e, 'filename', None)
         where = f'{path}: ' if path else ''

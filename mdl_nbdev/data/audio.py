@@ -305,7 +305,8 @@ class FileSegment:
         known = f.frames < _UNKNOWN
         seconds = f.frames/f.samplerate if known else math.inf
         if start >= seconds or end < math.inf and end > seconds + .1: # annotations are rounded
-            raise AudioError(f'{src}: outside the clip, which is {seconds:.3f} s long; correct where the segment starts and ends')
+            raise AudioError(f'{src}: outside the clip, which is {seconds:.3f} s long; '
+                             'correct where the segment starts and ends, or rename what says so if it means something else')
         first = int(start*f.samplerate + .5)
         self.left = int(min(end, seconds)*f.samplerate + .5) - first if min(end, seconds) < math.inf else _UNKNOWN
         if self.left <= 0: raise _too_short(src, f.samplerate)

@@ -19,6 +19,7 @@ from .clips import cut_clip, is_sound_file, names_clip, segment_names
 from .conversations import Located, message_clips, message_text, messages_html, text_message
 from .messages import KEYS, kind_of, read_messages, text_value, unused_keys
 from .rows import BadRow, RowFile, line_fault, open_text
+from .tables import OTHER_COLUMN_NAMES
 
 # %% ../../nbs/1_data/10_jsonl.ipynb #c7
 @dataclass(slots=True)
@@ -54,7 +55,8 @@ def cut_record_clip(
     "Take the part of its clip that a record names"
     parts = [p for m in messages for p in m["content"] if p["type"]=="audio"]
     if len(parts) > 1:
-        raise InputError(f"{' and '.join(times)} with {len(parts)} clips; name the part in each clip, as in clip.wav#t=1.5,3")
+        raise InputError(f"{' and '.join(times)} with {len(parts)} clips; name the part in each clip, "
+                         "as in clip.wav#t=1.5,3, or rename it if it means something else")
     for p in parts: p["audio"] = cut_clip(p["audio"], times)
 
 def make_record(
@@ -173,6 +175,12 @@ class JsonlFile(RowFile):
         return [key for key in row.raw if key not in meant]
     def ignored_inside(self, row): return unused_keys(row.raw)
 
+    def misnamed(self):
+        keys = [key for r in self.first_rows(1) if r.audio for key in self.ignored(r)]
+        meant = {key: OTHER_COLUMN_NAMES.get(key.strip().lower(), key.strip().lower()) for key in keys}
+        times = {"start", "end", "channel"} - {*keys}
+        return {key: name for key, name in meant.items() if name in times}
+
     def format(self, row, prediction, delimiter=None, more=None):
         return json.dumps({**row.raw, "prediction":prediction, **(more or {})}, ensure_ascii=False) + "\n"
     def values(self, row): return row.raw
@@ -184,6 +192,7 @@ class JsonlFile(RowFile):
             return [r.line, *texts, len(prompts), sum(len(message_clips(m)) for m in r.messages)]
         return [["line", "task", "last prompt", "answer", "prompts", "clips"], *map(cells, self.first_rows())]
 
+# %% ../../nbs/1_data/10_jsonl.ipynb #10455244
 @patch
 def rows(self:JsonlFile,
     on_bad:Callable[[BadRow],None]|None=None, # Receives each broken line; None: the first one raises `InputError`

@@ -294,6 +294,10 @@ def read_messages(
     if form and form[0] in LISTS: messages = read_list(raw, form[0])
     else: messages = read_history(raw) + read_pair(raw, form)
     users = [m for m in messages if m["role"]=="user"]
+    marked = next((m["role"] for m in messages if m not in users and MARK.search(message_text(m))), None)
+    if marked and (clips or any(map(message_clips, users))):
+        raise InputError(f"an <audio> mark in the text of the {marked}; "
+                         "only user messages can have clips: move it, or remove it")
     place_clips(users if clips or not any(map(message_clips, users)) else [], clips)
     if any(MARK.search(message_text(m)) for m in users): raise InputError("an <audio> mark in the text has no clip; remove it")
     fault = order_fault(messages)

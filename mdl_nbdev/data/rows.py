@@ -343,17 +343,19 @@ def encoding_remedy(
     path:Path|None, # A file that is not what it was read as; None: unknown
     encoding:str, # What that was
     line:bytes, # One of its lines, with characters that are not ASCII
+    option:str=", or name its encoding with --encoding", # Empty for a file that must be UTF-8
 )->str: # What to do
     "Which encoding to try"
     fits = [e for e in likely_encodings(path) if e != encoding] if path else []
     if len(fits) > 1:
         texts = {e: re.search(r"[^\0-\x7f][^\0-\x1f\x21-\x7f]{0,11}|$", line.decode(e, "ignore"))[0].strip() for e in fits}
         choice = ", ".join(f"{e} reads {text}" for e, text in texts.items() if text.isprintable())
+        if not option: return f"save the file as UTF-8; its encoding is the one in which the text is right ({choice})"
         return f"name the encoding in which the text is right with --encoding ({choice}), or save the file as UTF-8"
-    if not fits: return "save the file as UTF-8, or name its encoding with --encoding"
+    if not fits: return f"save the file as UTF-8{option}"
     name = ENCODINGS[fits[0]]
-    return (f"it looks like {name}: read it with --encoding {fits[0]}, or save it as UTF-8, "
-            f"for example: iconv -f {name} -t UTF-8 OLD > NEW")
+    how = f"read it with --encoding {fits[0]}, or " if option else ""
+    return f"it looks like {name}: {how}save it as UTF-8, for example: iconv -f {name} -t UTF-8 OLD > NEW"
 
 # %% ../../nbs/1_data/07_rows.ipynb #c38
 @contextmanager
@@ -391,4 +393,5 @@ def line_fault(
     if nul < 0: return None
     is_utf_16 = path and likely_encodings(path)[:1] in (["utf_16_le"], ["utf_16_be"])
     remedy = encoding_remedy(path, encoding, b"") if is_utf_16 else "the file is damaged or not text: write it again"
-    return f"NUL character in column {nul+1} of line {number}; {remedy}"
+    around = shorten(repr(line[max(nul-20, 0):nul+20].rstrip("\r\n")), 80)
+    return f"NUL character in column {nul+1} of line {number}, in {around}; {remedy}"

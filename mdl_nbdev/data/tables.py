@@ -223,7 +223,7 @@ OTHER_COLUMN_NAMES = dict(path="audio", file="audio", filename="audio", file_nam
     prompt="user_prompt", question="user_prompt", instruction="user_prompt", query="user_prompt", input="user_prompt",
     text="user_prompt", system="system_prompt", answer="prediction", response="prediction", output="prediction",
     label="prediction", caption="prediction", transcript="prediction",
-    start_time="start", begin="start", end_time="end", stop="end") # What else people call our columns
+    start_time="start", begin="start", begin_time="start", end_time="end", stop="end") # What else people call our columns
 
 def is_text_table(
     columns:list[str], # Names of the columns

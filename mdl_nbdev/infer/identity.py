@@ -18,7 +18,7 @@ from ..base.errors import InputError
 from ..base.options import default_value, option, options_where
 from ..base.settings import InferSettings
 from ..base.text import plural, shorten
-from ..data.rows import RowFile, check_path
+from ..data.rows import RowFile, check_path, encoding_remedy
 from ..model.contents import content_digest, model_digest, model_files
 from ..model.families import builtin_family
 from ..model.hub import from_hub
@@ -125,10 +125,15 @@ def labels_of_file(
     path:Path, # A text file with one label a line
 )->list[str]: # In the order of the file
     "Read labels; blank lines, and white space at the ends of a line, do not count"
-    check_path(path)
-    try: text = path.read_text(encoding='utf-8-sig')
+    try: check_path(path)
+    except InputError as e: raise InputError(f"--labels {e}") from None
+    data = path.read_bytes()
+    try: text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
-        raise InputError(f"--labels {path}: this file cannot be read as UTF-8 text: {e}") from None
+        n = data.count(b'\n', 0, e.start)
+        remedy = encoding_remedy(path, 'utf-8', data.split(b'\n')[n], option='')
+        where = f"--labels {path}:{n+1}"
+        raise InputError(f"{where}: byte 0x{data[e.start]:02x} is not UTF-8; {remedy}") from None
     labels = [line.strip() for line in text.split('\n') if line.strip()]
     if labels: return labels
     raise InputError(f"--labels {path}: the file is empty; it needs the labels, one a line")

@@ -8,7 +8,8 @@ __all__ = ['StopSignals', 'is_lost_connection', 'explain_error']
 # %% ../../nbs/3_train/15_failures.ipynb #c4
 import signal, sys, threading, time
 from typing import Callable
-from ..base.errors import InputError, WriteError
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from ..base.errors import InputError, WriteError, shared_memory_fault
 from ..base.processes import LostRank
 from ..base.text import one_line, plural
 from .loop import TaskTrainer
@@ -62,6 +63,9 @@ def explain_error(
         return InputError(f"{trainer.s.output}: this run folder was moved or removed while the run wrote into it, "
                           f"at step {trainer.state.global_step}; if it still exists, resume with --resume-from-checkpoint true "
                           "and its new location as --output")
+    if fault := shared_memory_fault(e):
+        _MultiProcessingDataLoaderIter._shutdown = True # or the end of one without workers prints a traceback
+        return InputError(fault)
     if isinstance(e, RuntimeError) and 'DataLoader worker' in str(e):
         return InputError("a process that reads the data was killed, most likely because memory, or shared memory in /dev/shm, "
                           "ran out; use fewer --num-workers, then resume with --resume-from-checkpoint true")
