@@ -392,6 +392,7 @@ def line_fault(
         return f"byte 0x{byte:02x} in column {e.start+1} of line {number} is not {encoding.upper()}; {remedy}"
     if nul < 0: return None
     is_utf_16 = path and likely_encodings(path)[:1] in (["utf_16_le"], ["utf_16_be"])
-    remedy = encoding_remedy(path, encoding, b"") if is_utf_16 else "the file is damaged or not text: write it again"
+    where = f"NUL character in column {nul+1} of line {number}"
+    if is_utf_16: return f"{where}; {encoding_remedy(path, encoding, b'')}"
     around = shorten(repr(line[max(nul-20, 0):nul+20].rstrip("\r\n")), 80)
-    return f"NUL character in column {nul+1} of line {number}, in {around}; {remedy}"
+    return f"{where}, in {around}; the file is damaged or not text: write it again"
