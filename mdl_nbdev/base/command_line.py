@@ -21,8 +21,8 @@ from .text import one_line, shorten
 # %% ../../nbs/0_base/07_command_line.ipynb #c6
 def option_groups(
     cls:type, # A settings dataclass
-)->dict[str, dict[str, str]]: # Title of a family -> {name: help}
-    "The options of a command with their help texts, grouped by the family that declares them"
+)->dict[str, dict[str, str]]: # Title of a group -> {name: help}
+    "The options of a command with their help texts, grouped by the class that declares them"
     groups, own = {}, {f.name for f in dataclasses.fields(cls)}
     for c in cls.__mro__:
         names = [n for n in c.__dict__.get('__annotations__', {}) if n in own]
@@ -222,7 +222,7 @@ def pasted_args(
     text:str, # Such as `mdl_train --lr 1e-4`; the name of the command may be left out
     prog:str, # The command that it should be
 )->list[str]: # Its arguments
-    "Split a pasted command line; `InputError` if it is none, or one of another command"
+    "Split a pasted command line; `InputError` if it is not one, or is one of another command"
     try: words = shlex.split(text.replace('\\\n', ' ').strip().lstrip('!$% '))
     except ValueError as e: raise InputError(f"this is no complete command line: {str(e).lower()}") from None
     if not words or words[0].startswith('--'): return words
@@ -236,7 +236,7 @@ def pasted_args(
 def option_text(
     value:Any, # Of a setting
 )->str: # As the command line takes it
-    "A value as it would be typed"
+    "A value as one would type it"
     if isinstance(value, dict): return ','.join(f'{k}={v:g}' for k,v in value.items())
     if isinstance(value, list): return ','.join(map(str, value))
     if isinstance(value, bool): return str(value).lower()
@@ -246,7 +246,7 @@ def to_args(
     cls:type, # A settings dataclass
     values:dict[str, Any], # Name -> value, for some of its settings
 )->list[str]: # For a command line
-    "The arguments that say the same as values of settings"
+    "Values of settings as command-line arguments"
     fields = {f.name:f for f in dataclasses.fields(cls)}
     positional, named = [], []
     for name,value in values.items():

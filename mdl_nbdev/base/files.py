@@ -27,7 +27,7 @@ def write_error(
     e:Exception, # Why
     kind:str='file', # What it is
 )->WriteError: # For raising
-    "One message for all that can be wrong with a disk"
+    "The error for a file or folder that cannot be written"
     is_cached = Path(path).absolute().is_relative_to(cache_dir().absolute())
     place = 'set MDL_CACHE to another folder' if is_cached else 'choose another --output'
     reason = why_not_written(e) or getattr(e, 'strerror', None) or e
@@ -39,7 +39,7 @@ def writing(
     path:str|Path, # What is written
     kind:str='file', # What it is
 )->Iterator[None]:
-    "Errors of a disk, in whichever library they come up, as `WriteError`"
+    "Turn write errors of any library into `WriteError`"
     try: yield
     except Exception as e:
         known = why_not_written(e) or getattr(e, 'errno', None) # transformers has OSErrors without a number
@@ -51,21 +51,21 @@ def aside(
     path:str|Path, # A file or folder that is going to be written
     end:str, # `part` for what is not complete, `old` for what is being replaced
 )->Path: # Such as `.m.json.part` for `m.json`
-    "A hidden name beside a path, so that no file of somebody else's is taken for ours"
+    "A hidden name beside a path, which nobody else is likely to use"
     return Path(path).with_name(f'.{Path(path).name}.{end}')
 
 @contextmanager
 def replacing(
     path:str|Path, # The file to write
-)->Iterator[Path]: # Where to write it meanwhile
-    "Write a file beside its place and rename it once it is complete and on the disk; `InputError` if that fails"
+)->Iterator[Path]: # Where to write it until then
+    "Write a file under a hidden name, and rename it once it is complete and on the disk; `InputError` if that fails"
     path = Path(path)
     new = aside(path, 'part')
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield new
-            with open(new, 'rb+') as f: os.fsync(f.fileno()) # Windows wants to be able to write
+            with open(new, 'rb+') as f: os.fsync(f.fileno()) # Windows syncs only files open for writing
             os.replace(new, path)
     finally:
         with suppress(OSError): new.unlink()
@@ -104,7 +104,7 @@ def json_lines(
 def read_json_lines(
     path:str|Path, # A file that may still grow
 )->list: # The values of its complete lines
-    "Read lines of JSON; a last line without an end is left out"
+    "Read lines of JSON; a last line without a line break is left out"
     return [json.loads(line) for line in Path(path).read_bytes().split(b'\n')[:-1] if line.strip()]
 
 # %% ../../nbs/0_base/03_files.ipynb #c15
@@ -113,7 +113,7 @@ LOCK_SECONDS = 3 # How long to wait for a lock
 def open_locked(
     path:str|Path, # The file to lock; created when missing
 ): # The open file, or None while another process holds the lock
-    "Try to lock a file; whoever gets the lock writes its name into the file"
+    "Try to lock a file; the process that gets the lock writes its name into the file"
     f = open(path, 'a+b', buffering=0)
     if os.name != 'posix': return f
     import fcntl
@@ -125,7 +125,7 @@ def open_locked(
     f.seek(0)
     if f.read(8) not in (b'', b'process '): # such as poetry.lock, where the output is called poetry
         f.close()
-        raise InputError(f"{path}: no lock of this package, which would replace it; move it, or choose another --output")
+        raise InputError(f"{path}: not a lock file of this package; move it, or choose another --output")
     with suppress(OSError): # the lock holds on a full disk too
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%d %b %H:%M:%S')}".encode())
@@ -170,7 +170,7 @@ def make_folder(
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK): raise PermissionError(errno.EACCES, 'no permission')
-    except OSError as e: # no disk is to blame for what stands in the way
+    except OSError as e: # such as a file of that name
         if why_not_written(e): raise write_error(path, e, 'folder') from None
         raise InputError(f"{path}: cannot make this folder: {e.strerror}; choose another --output") from None
     return Path(path)
@@ -179,7 +179,7 @@ def make_folder(
 def output_lock(
     path:str|Path, # Where a command writes
 )->Iterator[None]:
-    "Hold the lock of an output, which lies beside it, for a whole run"
+    "Hold the lock of an output for a whole run; its file lies beside the output"
     make_folder(Path(path).parent)
     with file_lock(f'{path}.lock', path): yield
 
@@ -221,7 +221,7 @@ def file_digests(
     names:list[str], # Files in it
     new=hashlib.sha256, # Makes the hash
 )->list[str]: # Hexadecimal digits for each
-    "Digests of several files, computed side by side, since hashing leaves Python to other threads"
+    "Digests of several files, computed in threads, since hashing releases the GIL"
     with ThreadPoolExecutor(min(8, available_cpus())) as pool:
         return list(pool.map(lambda name: file_digest(folder/name, new), names))
 
@@ -229,7 +229,7 @@ def file_digests(
 def check_inputs(
     path:str|Path, # Where a command will write
     inputs:Iterable, # Files and folders that it reads, and names of models; None is left out
-    beside:tuple=('.part', '.lock'), # Ends of the names of further files and folders that it writes
+    beside:tuple=('.part', '.lock'), # Suffixes of the further files and folders that it writes
 )->None:
     "Raise `InputError` if a run would replace or remove one of its own inputs"
     written = [Path(f'{path}{end}') for end in ('', *beside)]
@@ -275,7 +275,7 @@ def new_output(
 def share_files(
     folder:Path, # A folder that this process has made
 )->None:
-    "Make files as readable as any new file; safetensors keeps its own to their owner, and a colleague could not open them"
+    "Give files the permissions of any new file; only their owner could open those that safetensors writes"
     wanted = folder.stat().st_mode & 0o666
     for path in folder.rglob('*'):
         mode = path.stat().st_mode
@@ -284,8 +284,8 @@ def share_files(
 @contextmanager
 def replacing_folder(
     folder:str|Path, # What it holds is replaced
-)->Iterator[Path]: # Where to write meanwhile
-    "Write a folder beside its place and rename it once it is complete; if that fails, the old one is there, and nothing of the new one"
+)->Iterator[Path]: # Where to write until then
+    "Write a folder under a hidden name, and rename it once it is complete; if that fails, the old one stays"
     folder = Path(folder)
     part, old = aside(folder, 'part'), aside(folder, 'old')
     def tidy():

@@ -45,7 +45,7 @@ def end_with_parent()->None:
 
 # %% ../../nbs/0_base/02_processes.ipynb #c13
 class DaemonPool:
-    "Threads that run functions and do not keep the process alive; a context manager that cancels what has not begun"
+    "Threads that run functions and do not keep the process alive; a context manager that cancels unstarted tasks"
     def __init__(self,
         threads:int, # Number of threads
     ):
@@ -73,7 +73,7 @@ class DaemonPool:
 
     def __enter__(self): return self
     def __exit__(self, *_):
-        try: # cancel what has not begun
+        try: # cancel tasks that have not started
             while True:
                 future, *_ = self.tasks.get_nowait()
                 future.cancel()
@@ -85,13 +85,13 @@ class DaemonPool:
 def map(self:DaemonPool,
     f:Callable, # Runs in a thread
     items:Iterable, # Read as they are needed
-    ahead:int, # How many results may be waiting or in work
+    ahead:int, # How many results may be waiting or in progress
 )->Iterator: # Results in the order of the items
     "Run a function on each item, some items ahead of the caller"
     waiting = deque()
     def first():
         future = waiting.popleft()
-        while not future.done(): wait([future], timeout=.5) # Python may lose a Ctrl-C that comes just before a wait without end
+        while not future.done(): wait([future], timeout=.5) # Python may lose a Ctrl-C that comes just before an unbounded wait
         return future.result()
     for item in items:
         waiting.append(self.submit(f, item))

@@ -36,7 +36,7 @@ class RunStatus:
         phase:str, # `starting`, `converting`, `importing`, `loading`, `training`, `evaluating`, `saving`, `finished`, `stopped` or `failed`
         **facts, # What else is known, such as `done` and `total`, or a `reason`
     )->None:
-        "Say what the run is doing from now on"
+        "Set what the run is doing from now on"
         process = f'process {os.getpid()} on {socket.gethostname()}'
         self.has_trained |= phase=='training'
         self.values = dict(phase=phase, since=round(time.time(), 3), process=process, **facts)
@@ -95,7 +95,7 @@ def phase(
     name:str, # What goes on, such as `evaluating`
     total:int|None=None, # Number of rows or steps, if progress is reported
 )->Iterator: # A function to call with the number done so far
-    "A phase of the run that this thread is in; afterwards the previous one continues, unless an error ended this one"
+    "A phase of the run that this thread is in; afterwards the previous phase continues, unless an error ended this one"
     status = _status.get()
     if not status: return (yield lambda done: None)
     before = status.values
@@ -106,7 +106,7 @@ def phase(
     status.news.set()
 
 # %% ../../nbs/0_base/09_status.ipynb #c14
-SILENT_SECONDS = 10 # A run without a heartbeat for so long is dead
+SILENT_SECONDS = 10 # A run without a heartbeat for this long counts as dead
 
 def read_status(
     folder:str|Path, # A run folder

@@ -22,22 +22,22 @@ def shorten(
 def printable(
     text:object, # A message or a report
     keep:str='\n', # Control characters that stay
-)->str: # The others escaped, and half surrogates too
-    "A text that does to a terminal only what it says, whatever names of files and cells it quotes"
+)->str: # The others escaped, and lone surrogates too
+    "Escape control characters, so that a quoted cell or file name cannot control the terminal"
     return ''.join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in str(text))
 
 def one_line(
     e:object, # An error or any other value
     most:int=300, # Maximum number of characters
 )->str: # Its text with white space collapsed
-    "The beginning of a message of several lines, as one line"
+    "The beginning of a message, as one line"
     return ' '.join(str(e).split())[:most]
 
 # %% ../../nbs/0_base/01_text.ipynb #c9
 def comparable(
     text:str|None, # Such as a reference or a prediction
 )->str: # Without white space at its ends, in the Unicode form NFC
-    "A text as it is compared"
+    "The form of a text that comparisons use"
     return normalize('NFC', (text or '').strip())
 
 def same_text(
