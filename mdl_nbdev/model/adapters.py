@@ -87,7 +87,7 @@ def lora_config(
     model:nn.Module, # From `load_model`
     s:TuneSettings, # What to train, and how
 ): # A `LoraConfig` of peft
-    "Settings in the form that peft wants; `InputError` if the model cannot do what they ask for"
+    "Settings as peft takes them; `InputError` if the model cannot do what they ask for"
     from peft import LoraConfig
     pattern = target_pattern(model, s)
     untie_adapted(model, pattern)

@@ -99,7 +99,7 @@ class Batch(dict):
         "Move all tensors to a device"
         return Batch({k:v.to(device, non_blocking=True) for k,v in self.items()}, self.sample_rate)
 
-    def __reduce__(self): # a worker sends it through a pipe, since containers have little of torch's shared memory
+    def __reduce__(self): # a worker sends it through a pipe, since containers have little shared memory for torch
         return batch_of_arrays, ({k:v.numpy() for k,v in self.items()}, self.sample_rate)
 
     def pin_memory(self)->'Batch': # torch's data loader calls this

@@ -107,7 +107,7 @@ class RecordedStep:
     def __init__(self,
         model, # One for which `can_record`
         rows:int, # Of each batch
-        length:int, # The most positions of a row, prompt and completion together
+        length:int, # Maximum positions of a row, prompt and completion together
     ):
         self.model, self.rows, self.length, self.graph = model, rows, length, None
         self.cache = StaticCache(model.config.get_text_config(), max_cache_len=length)

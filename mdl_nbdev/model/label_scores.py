@@ -43,7 +43,7 @@ class LabelSet:
 
     @property
     def longest(self)->int:
-        "The most tokens of a label"
+        "The number of tokens of the longest label"
         return max(len(ids) for known in self.known.values() for ids in known)
 
 def label_fault(

@@ -250,7 +250,7 @@ def recompute_activations(
 def eval_mode(
     model:nn.Module, # Any model
 )->Iterator[None]:
-    "Have a model in eval mode for a while"
+    "Put a model into eval mode, and restore its mode at the end"
     was_training = model.training
     model.eval()
     try: yield

@@ -20,7 +20,7 @@ from ..base.settings import TuneSettings
 from .families import family_of
 
 # %% ../../nbs/2_model/31_targets.ipynb #c7
-PARTS = ('encoder', 'projector', 'decoder') # `embed_tokens` and `lm_head` are looked up apart
+PARTS = ('encoder', 'projector', 'decoder') # `embed_tokens` and `lm_head` are looked up separately
 
 def is_linear(
     m:nn.Module, # Any module
@@ -64,7 +64,7 @@ def embedding_layers(
 
 def is_tied(
     model:nn.Module, # Any causal language model
-)->bool: # Whether they do
+)->bool: # True: training one trains the other
     "Whether input embeddings and output layer share one matrix"
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
@@ -110,7 +110,7 @@ def parameter_parts(
 # %% ../../nbs/2_model/31_targets.ipynb #c17
 def is_quantized(
     model:nn.Module, # Any model of transformers
-)->bool: # Whether they are
+)->bool: # True: they cannot be trained themselves
     "Whether weights of a model have 4 or 8 bits"
     return getattr(model.config, 'quantization_config', None) is not None
 
@@ -131,7 +131,7 @@ def train_in_full(
     model:nn.Module, # From `load_model`; it is changed
     s:TuneSettings, # What to train
 )->nn.Module: # The same model
-    "Let the chosen parts learn, and nothing else"
+    "Make the chosen parts trainable, and nothing else"
     check_full_tuning(model, s)
     chosen = {*chosen_parts(model, s.train_target), *chosen_embeddings(model, s.train_target)}
     if not chosen:
