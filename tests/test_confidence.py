@@ -1,5 +1,6 @@
 "The mean log-probability of answers: that of one slow pass over each, whatever chooses the tokens; and how well such numbers are calibrated"
 import csv
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,11 @@ from test_label_scores import KINDS, conversations, sounds
 
 from mdl_nbdev import InferSettings, infer
 from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import EvalSettings
 from mdl_nbdev.cli.inference import InferView
 from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.infer.calibration import Calibration, choice_probabilities
+from mdl_nbdev.infer.evaluate import evaluate
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.engine import GenerationOptions, Request, TransformersEngine
 from mdl_nbdev.model.families import load_chat
@@ -125,3 +129,67 @@ def test_an_earlier_version_knew_no_confidence(here, tmp_path):
     assert identity_changes(before, now) == []
     with_it = run_identity(InferSettings(input=here, output="a.csv", model_name="tiny", confidence=True))
     assert identity_changes(before, with_it) == ["--confidence was False and is True"]
+
+
+def slow_error(p, right, bins=15):
+    "Equations 2 and 3 of Guo et al. 2017, bin by bin"
+    total = 0.
+    for m in range(1, bins + 1):
+        inside = [i for i, q in enumerate(p) if (m - 1)/bins < q <= m/bins]
+        if inside: total += len(inside)/len(p)*abs(np.mean([right[i] for i in inside]) - np.mean([p[i] for i in inside]))
+    return total
+
+
+def made_up(rows, choices, times, seed):
+    "Choices drawn from probabilities, which are then made surer by a factor"
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.5, (rows, choices))
+    drawn = np.array([rng.choice(choices, p=np.exp(x)/np.exp(x).sum()) for x in logits])
+    order = np.argsort(-logits, axis=1)
+    return Calibration(np.take_along_axis(times*logits, order, 1), np.argmax(order == drawn[:, None], axis=1))
+
+
+@pytest.mark.parametrize("choices, times", [(2, 1.), (10, 2.5), (4, .5)])
+def test_error_and_temperature(choices, times):
+    c = made_up(3000, choices, times, seed=choices)
+    assert c.error == pytest.approx(slow_error(c.probabilities, c.right == 0), abs=1e-12)
+    def loss(t): return -np.log(choice_probabilities(c.logits/t)[np.arange(len(c.right)), c.right]).mean()
+    temperature, grid = c.fit_temperature(), np.geomspace(.1, 10, 2001)
+    assert temperature == pytest.approx(grid[np.argmin([loss(t) for t in grid])], rel=5e-3) and temperature == pytest.approx(times, rel=.1)
+    other = made_up(3000, choices, times, seed=99)
+    assert other.at(temperature).error < .035 and (times == 1. or other.at(temperature).error < other.error/2)
+    assert (np.argmax(c.at(temperature).logits, 1) == 0).all(), "the answers stay"
+
+
+def test_ends_of_bins():
+    c = Calibration(np.log([[1/3, 2/3], [1, 1e-300], [1e-300, 1]]), np.array([0, 0, -1]))
+    assert [b["rows"] for b in c.bins(3)] == [2, 1] and c.bins(3)[0]["probability"] == pytest.approx(1/6)
+    assert Calibration(np.log([[2/3, 1/3], [.9, .1]]), np.array([0, 0])).fit_temperature() < .05, "right answers alone"
+    assert Calibration(np.zeros((1, 2)), np.array([-1])).fit_temperature() == 1
+
+
+def test_mdl_eval_shows_it(tmp_path):
+    "From the probability, from the log-probabilities of all labels, from the confidence; an earlier file has nothing to show"
+    def report(columns, **kw):
+        for name, head, cells in (("refs.csv", "prediction", [["dog"], ["dog"], ["cat"], ["cow"]]), ("answers.csv", f"prediction,{','.join(columns)}", list(zip(["dog", "cat", "cat", "cat"], *columns.values())))):
+            with open(tmp_path/name, "w", newline="") as f: csv.writer(f).writerows([["audio", *head.split(",")], *([f"{i}.wav", *c] for i, c in enumerate(cells))])
+        return evaluate(EvalSettings(input=tmp_path/"answers.csv", reference=tmp_path/"refs.csv", output=tmp_path/"r.json", overwrite=True, **kw))
+    r = report(dict(probability=[.9, .9, .6, ""]))
+    assert "expected calibration error: 40.00% (mean probability 80.0%, 66.7% right)" in str(r) and "<img alt=\"expected calibration" in r._repr_html_()
+    stored = json.loads((tmp_path/"r.json").read_text())["calibration"]
+    assert stored["error"] == pytest.approx((2*abs(.5 - .9) + abs(1 - .6))/3) and [b["rows"] for b in stored["bins"]] == [1, 2]
+    logs = [json.dumps(dict(cat=np.log(1 - p), dog=np.log(p))) for p in (.9, .1, .4, .3)]
+    r = report(dict(probability=[.9, .9, .6, .7], margin=[.8, .8, .2, .4], log_probabilities=logs))
+    assert r.calibration.right.tolist() == [0, 1, 0, -1] and r.calibration.probabilities == pytest.approx([.9, .9, .6, .7])
+    assert report(dict(confidence=[np.log(.9), np.log(.5), 0, -1])).calibration.probabilities == pytest.approx([.9, .5, 1, np.exp(-1)])
+    for columns in (dict(other=[1, 2, 3, 4]), dict(confidence=["high", "low", "", "low"]), dict(probability=[90, 80, 70, 60])): assert report(columns).calibration is None
+
+
+def test_labels_scored_by_a_model(here, tmp_path):
+    "From the run to the temperature"
+    s = InferSettings(input=here, base_dir=here.parent, output=tmp_path/"a.csv", model_name="tiny", labels="auto", label_scores=True)
+    infer(s)
+    r = evaluate(EvalSettings(input=tmp_path/"a.csv", reference=here))
+    assert r.calibration.logits.shape == (12, len({row["prediction"] for row in rows(here)})) and (r.calibration.right >= 0).all()
+    assert [float(row["probability"]) for row in rows(tmp_path/"a.csv")] == pytest.approx(r.calibration.probabilities, abs=2e-4)
+    assert ((r.calibration.right == 0) == r.scores.correct).all()

@@ -28,6 +28,7 @@ from ..data.rows import BadRow, bad_rows_error
 from ..data.intervals import bootstrap_interval, measure_parts
 from ..data.metrics import Scores, score
 from ..data.named_metrics import MetricValue, Texts, check_metric_names, measure
+from .calibration import Calibration, read_calibration
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c8
 def read_all(
@@ -128,6 +129,7 @@ class EvalReport:
     values:list[MetricValue]|None=None # The metrics of `--metric`; None: exact match and error rates
     by:str|None=None # A column
     parts:list[dict]|None=None # From `measure_parts`, for that column
+    calibration:Calibration|None=None # If the answers say how sure the model was
 
     @property
     def references(self)->list[str]: # [rows]
@@ -175,7 +177,8 @@ def score_lines(self:EvalReport
     "The metrics, and a note on prompts that differ"
     normalizer = [f'normalizer: {self.normalizer}'] if self.raw else []
     values = map(str, self.values) if self.values else self.scores.lines(self.raw)
-    return [*normalizer, *values, *([self.prompts] if self.prompts else [])]
+    sure = [str(self.calibration)] if self.calibration else []
+    return [*normalizer, *values, *sure, *([self.prompts] if self.prompts else [])]
 
 @patch
 def worst(self:EvalReport
@@ -316,7 +319,8 @@ def _repr_html_(self:EvalReport):
     else: table = self.confusion_html() if len(self.labels) <= min(12, self.most) else self.labels_html()
     header, *rows = self.part_rows() if self.parts and self.most else [[]]
     parts = f'<div style="margin-bottom:1em">{html_table(rows, header)}</div>' if rows else ''
-    return f"<p>{'<br>'.join(map(as_html, head))}</p>{parts}{table}"
+    diagram = self.calibration.diagram() if self.calibration else ''
+    return f"<p>{'<br>'.join(map(as_html, head))}</p>{diagram}{parts}{table}"
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c26
 @patch
@@ -327,6 +331,7 @@ def to_dict(self:EvalReport
     out = dict(input=self.input, reference=self.reference) | (self.raw or s).to_dict()
     if self.raw: out |= dict(normalizer=self.normalizer, normalized=s.to_dict())
     if self.parts: out |= dict(by=self.by, parts=self.parts)
+    if self.calibration: out |= dict(calibration=self.calibration.to_dict())
     if self.values: out |= dict(metrics={v.metric.name:v.to_dict() for v in self.values})
     if self.by_label: return out | dict(labels=self.label_table())
     worst = [dict(line=self.lines[i], wer=float(s.row_wer[i]), reference=self.references[i],
@@ -363,7 +368,9 @@ def evaluate(
         for v in values: v.interval = bootstrap_interval(v.metric, len(rows))
         column = column_values(s.by, {s.reference:refs, s.input:rows}) if s.by else []
         parts = measure_parts([v.metric for v in values], column)
+        source = open_rows(s.input)
+        sure = read_calibration([source.values(r) for r in rows], texts[1], texts[0], scores.correct)
         report = EvalReport(str(s.input), str(s.reference), scores, [r.line for r in rows], s.max_labels,
-                            other_prompts(rows, refs), s.normalizer, raw, values, s.by, parts)
+                            other_prompts(rows, refs), s.normalizer, raw, values, s.by, parts, sure)
         if s.output: write_json(s.output, report.to_dict())
     return report
