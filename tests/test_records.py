@@ -518,6 +518,26 @@ def test_parquet_types(tmp_path):
     with pytest.raises(InputError, match="t.parquet: columns and no rows"): open_rows(tmp_path/"t.parquet").count()
 
 
+@pytest.mark.parametrize("kind", ["binary", "large binary", "struct", "list"])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_clips_inside_a_table_of_texts(tmp_path, kind, suffix):
+    "Under another name than audio they would be left out, and the texts trained alone; other binary columns do not matter"
+    sf.write(tmp_path/f"a.{suffix}", .1*np.sin(np.arange(16000)/9), 16000)
+    clip = (tmp_path/f"a.{suffix}").read_bytes()
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    values, types = {"binary": ([None, clip], pa.binary()), "large binary": ([clip, clip], pa.large_binary()), "struct": ([dict(bytes=None, path="a"), dict(bytes=clip, path="a")], struct),
+                     "list": ([[], [dict(bytes=clip, path="a")]], pa.list_(struct))}[kind]
+    texts = dict(user_prompt=["a", "b"], prediction=["c", "d"], image=pa.array([b"\x89PNG", b"\xff\xd8\xff\xe0"]), empty=pa.array([None, None], pa.binary()))
+    assert [r.prediction for r in open_rows(write_parquet(tmp_path, texts))] == ["c", "d"]
+    with pytest.raises(InputError, match="t.parquet: the column recordings holds clips, and only audio is read; rename it to audio"):
+        open_rows(write_parquet(tmp_path, texts | dict(recordings=pa.array(values, types))))
+
+
+def write_parquet(folder, columns):
+    pq.write_table(pa.table(columns), folder/"t.parquet")
+    return folder/"t.parquet"
+
+
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])], ids=["binary", "large binary", "struct"])
 def test_parquet_with_clips_inside(tmp_path, monkeypatch, capsys, kind):
     "As `datasets` writes its Audio and Image columns: the same samples as those of the files, in check, conversion and inference"
