@@ -19,8 +19,8 @@ __all__ = """
     Conversation to_conversation read_rows open_rows
     load_model load_processor load_adapter merge_adapter save_model
     convert ConvertReport AudioDataset open_dataset open_mix train dry_run read_metrics TrainReport
-    infer InferReport evaluate score Scores EvalReport review ReviewReport compare
-    watch start_training start_inference SettingsForm demo""".split()
+    infer InferReport evaluate score Scores EvalReport review ReviewReport compare ask
+    watch start_training start_inference SettingsForm ReviewBoard demo""".split()
 # Those that need torch: they are imported when they are called, so that `from mdl_nbdev.all import *` is quick
 _CALLED_LATER = "load_model load_processor load_adapter merge_adapter save_model dry_run".split()
 
