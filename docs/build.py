@@ -144,6 +144,12 @@ def linked_reference(name, names): # A module's name, from `public_names`
     return "\n".join(s if s.startswith(("`", ":", "#", "{", "| `")) else linked(s, names) for s in lines)
 
 
+def name_controls(page): # An HTML file
+    "Remove the theme's labels of controls that have a text, so that a screen reader says what is on the screen"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(r'(<(?:summary|button class="btn search-button-field)[^>]*?) aria-label="[^"]*"', r"\1", text), encoding="utf-8")
+
+
 def build(out): # The site's folder
     "Build the site; the exit code"
     with tempfile.TemporaryDirectory() as tmp:
@@ -152,6 +158,7 @@ def build(out): # The site's folder
         write(source)
         code = sphinx(["-b", "html", "-W", "--keep-going", "-q", "-j", "2", "-c", str(Path(__file__).parent), "-d", f"{tmp}/doctrees", str(source), str(html)])
         if code: return code
+        for page in html.rglob("*.html"): name_controls(page)
         (html/".nojekyll").touch() # a forge's pages keep folders that begin with an underscore
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(html, out)

@@ -277,6 +277,7 @@ def test_faults_are_told_while_typing(name, value, says):
     form.widget()
     form.boxes[name].value = value
     assert says in form.faults[name] and says in form.bottom.value and f"<b>Wrong:</b> {escape(form.faults[name])}" in form._repr_html_() and form.button.disabled
+    assert form.faults[name].startswith(name), "spelt as Python takes it"
     form.boxes[name].value = ""
     assert not form.faults and "mdl_train --train-dataset a.csv" in form.bottom.value and not form.button.disabled
 
@@ -325,6 +326,7 @@ def test_a_form_warns(sounds, tmp_path, monkeypatch):
         for value, says in values.items():
             warned = SettingsForm(TrainSettings, **form.values | {name: value})
             assert not warned.faults and any(says in w for w in warned.warnings.values()), (name, value, warned.warnings)
+            assert "--" not in "".join(warned.warnings.values()), "spelt as Python takes it"
             assert "<b>Check:</b>" in warned.verdict() and "mdl_train" in warned.verdict()
     assert not SettingsForm(InferSettings, input="labels.csv", output="o", model_name="owner/name-w4a16-gptq").warnings.keys() - {"input"}
 
@@ -515,6 +517,7 @@ def test_inference_shows_rejects(sounds, tmp_path):
     run = start_inference(infer_settings(bad, tmp_path/"out.csv"))
     run.wait()
     assert run.view.without == 1 and run.view.counts["rows"] == 41 and "none.wav: no such file" in run._repr_html_()
+    assert "with base_dir" in run._repr_html_() and "--base-dir" not in run._repr_html_(), "spelt as Python takes it"
 
 
 def test_watch_follows_a_file(tmp_path):

@@ -151,3 +151,11 @@ def test_site_has_every_page(site):
     options = Page(site/"commands.html").ids
     assert not [(c, a.dest) for c in reference.commands for a in reference.command_parser(c)._actions if a.option_strings and reference.anchor(c, a.option_strings[-1]) not in options]
     assert not re.search(r"#\| *(hide|export|default_exp|data|slow|gpu)\b", (site/"1_data"/"08_tables.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_controls_are_called_what_they_show(site):
+    "A label that hides a control's text names it otherwise for a screen reader"
+    text = (site/"index.html").read_text() + (site/"5_cli"/"04_watch.html").read_text()
+    assert "<summary" in text and "search-button-field" in text
+    assert not re.search(r'<(summary|button class="btn search-button-field)[^>]*aria-label', text)

@@ -84,7 +84,7 @@ class Axes:
         n = max(1, min(width//80, (width-60)//(7*len(f'{last:,.0f}') + 44))) # so that long numbers don't touch
         self.x_ticks = [v for v in round_numbers(first, last, n) if v==int(v)]
         self.left = max(34, 12 + 9*max(len(f'{v:.6g}') for v in self.y_ticks)) # where the numbers of the y axis end
-        self.top, self.right, self.bottom = 10, width-8, height-22
+        self.top, self.right, self.bottom = 10, width-8, height-26
         self.x = Scale(first, last, self.left, self.right)
         self.y = Scale(low, high, self.bottom, self.top, self.log)
 
@@ -130,15 +130,15 @@ def draw_grid(
     axes:Axes, # The area
 )->str: # SVG elements
     "Horizontal lines, and the numbers along both axes"
-    out = [draw_text(2, axes.bottom+16, 'step')]
+    out = [draw_text(2, axes.bottom+20, 'step')]
     for v in axes.y_ticks:
         y = axes.y(v)
         out.append(f'<path d="M{axes.left} {y:.1f}H{axes.right}" stroke-opacity=".25" {INK.style("stroke")}/>')
         out.append(draw_text(axes.left-4, y+4, f'{v:.6g}', 'text-anchor="end"'))
     for v in axes.x_ticks: # the first number must not touch the name of the axis, and the last one not leave the chart
-        x = axes.x(v)
-        anchor = 'end' if x > axes.right-36 else 'start' if x < axes.left+30 else 'middle'
-        out.append(draw_text(x, axes.bottom+16, f'{v:,.0f}', f'text-anchor="{anchor}"'))
+        x, half = axes.x(v), 6*len(f'{v:,.0f}') # half its width, in large text
+        anchor = 'end' if x+half > axes.right+8 else 'start' if x-half < 48 else 'middle'
+        out.append(draw_text(x, axes.bottom+20, f'{v:,.0f}', f'text-anchor="{anchor}"'))
     return ''.join(out)
 
 # %% ../../nbs/5_cli/00_charts.ipynb #c17

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 from fastcore.basics import patch
 from ..base.command_line import option_groups, option_text, pasted_args, read_args, to_args, to_dict
-from ..base.errors import InputError
+from ..base.errors import InputError, python_spelling
 from ..base.html import Html, as_html, html_box, html_table
 from ..base.options import Settings, default_value, options_where, required_options
 from ..base.progress import in_kernel
@@ -74,12 +74,13 @@ def fill(self:SettingsForm,
             self.values.pop(name, None)
             continue
         try: checked = getattr(self.cls(**dict.fromkeys(self.required, 'x') | {name:value}), name)
-        except InputError as e: self.values[name], self.faults[name] = value, str(e)
+        except InputError as e: self.values[name], self.faults[name] = value, python_spelling(str(e))
         else:
             self.values[name] = checked
             if name not in self.required and checked==default_value(self.fields[name]): del self.values[name]
     valid = {name:value for name,value in self.values.items() if name not in self.faults}
-    self.warnings = find_warnings(self.cls(**dict.fromkeys(self.required, 'x') | valid), valid)
+    warnings = find_warnings(self.cls(**dict.fromkeys(self.required, 'x') | valid), valid)
+    self.warnings = {name:python_spelling(text) for name,text in warnings.items()}
 
 # %% ../../nbs/5_cli/07_form.ipynb #c13
 @patch
@@ -167,7 +168,7 @@ def explanation(self:SettingsForm,
     text:str, # Its help
 )->Html: # A `<div>` element
     "The help of a field, with the default if its value is another, or what is wrong with its value"
-    def words(text): return Html(re.sub('`(.+?)`', r'<code>\1</code>', as_html(text)))
+    def words(text): return Html(re.sub('`(.+?)`', r'<code>\1</code>', as_html(python_spelling(text))))
     shown = words(text)
     if name in self.values and name not in self.required:
         default = as_html(shorten(option_text(default_value(self.fields[name])), 80))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 from fastcore.basics import patch
-from ..base.errors import InputError
+from ..base.errors import InputError, python_spelling
 from ..base.html import Html, as_html, html_box, html_table
 from ..base.settings import InferSettings
 from ..base.text import plural, shorten
@@ -102,7 +102,8 @@ def latest(self:InferView)->Html: # Empty before the first answers
     rows, newest = [], list(self.newest) # a copy: another thread may add to it
     score = next((name for r in newest for name in r.scores), None) # probability or confidence
     for r in newest:
-        answer = marked_answer(r.prediction, r.reference) if r.reason is None else Html(f'<i>{as_html(shorten(r.reason, 160))}</i>')
+        why = Html(f"<i>{as_html(shorten(python_spelling(r.reason or ''), 160))}</i>")
+        answer = marked_answer(r.prediction, r.reference) if r.reason is None else why
         sure = [str(r.scores.get(score, ''))] if score else []
         rows.append((f'{r.row.line:,}', shown_prompt(r), answer, *sure, shorten(r.reference or '', 160)))
     head = ['line', 'prompt', 'answer', *([score] if score else []), 'reference']
@@ -112,7 +113,7 @@ def latest(self:InferView)->Html: # Empty before the first answers
 def rejects(self:InferView)->Html: # Empty if there are none
     "The latest rows without an answer, and why"
     if not self.rejected: return Html()
-    rows = [(r.row.line, shorten(r.reason, 300)) for r in list(self.rejected)]
+    rows = [(r.row.line, shorten(python_spelling(r.reason), 300)) for r in list(self.rejected)]
     return html_box(Html('<b>Without an answer</b>'), html_table(rows, ['line', 'reason']))
 
 # %% ../../nbs/5_cli/06_inference.ipynb #c12

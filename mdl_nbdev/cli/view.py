@@ -45,14 +45,14 @@ def marked_answer(
 @lru_cache(64)
 def _embedded(path):
     "A player for the first ten seconds of a clip"
-    return audio_player(load_audio(path), SAMPLE_RATE, 10., 'height:30px;width:210px;vertical-align:middle')
+    return audio_player(load_audio(path), SAMPLE_RATE, 10., 'height:30px;width:min(210px,34vw);vertical-align:middle')
 
 def small_player(
     path:str, # Of a clip
 )->Html: # An `<audio>` element, or why there is none
     "A player for the first ten seconds of a clip, in the height of a line"
     try: return _embedded(path)
-    except InputError as e: return as_html(e)
+    except InputError as e: return as_html(python_spelling(str(e)))
 
 # %% ../../nbs/5_cli/01_view.ipynb #c13
 class Pace:

@@ -154,7 +154,7 @@ def histogram_html(
 )->Html: # A `<table>` element
     "A histogram as a table with bars"
     top = max(n for _, n in bins)
-    rows = [(name, html_bar(n/top, width="240px", height=12), f"{n:,}") for name, n in bins]
+    rows = [(name, html_bar(n/top, width="min(240px,45vw)", height=12), f"{n:,}") for name, n in bins]
     return html_table(rows, caption=title)
 
 @patch
