@@ -1,8 +1,13 @@
 "Audio language models of transformers, built small at random from their own classes: a row for each family"
+import base64
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pytest
+import soundfile as sf
 import torch
 import transformers as hf
 
@@ -44,6 +49,8 @@ class Kind:
     most_clips: int = 9 # in one conversation
     longest: int = SECONDS # of its clips
     system: bool = True # whether its template has a system prompt
+    end: str = "<|im_end|>" # of an answer
+    shown: Callable = str # what its template shows of an answer
     processor: Callable = hf.AutoProcessor.from_pretrained # its own, from a folder
 
     def save(self, folder):
@@ -119,9 +126,53 @@ def audio_flamingo(): return flamingo("AudioFlamingo3")
 def music_flamingo(): return flamingo("MusicFlamingo", audio_bos_token_id="<|sound_bos|>", audio_eos_token_id="<|sound_eos|>")
 
 
+class VoxtralProcessor:
+    "Voxtral's own, which reads clips from files, and renders answers only where a question follows"
+    def __init__(self, folder):
+        pytest.importorskip("mistral_common", reason="transformers renders Voxtral's conversations with mistral-common")
+        self.own = hf.VoxtralProcessor(hf.AutoFeatureExtractor.from_pretrained(folder), hf.MistralCommonBackend.from_pretrained(folder))
+
+    def apply_chat_template(self, messages, **kw):
+        with TemporaryDirectory() as d:
+            def part(p):
+                if p["type"] == "text": return p
+                path = f"{d}/{len(list(Path(d).iterdir()))}.wav"
+                sf.write(path, p["audio"], 16000, subtype="FLOAT")
+                return dict(type="audio", path=path)
+            turns = [dict(role=m["role"], content=[part(p) for p in m["content"]]) for m in messages]
+            answered = turns[-1]["role"] == "assistant"
+            out = self.own.apply_chat_template([*turns, dict(role="user", content="?")] if answered else turns)
+        end = (out["input_ids"][0] == 3).nonzero()[-1].item() if answered else None # [INST]
+        return {k: v[:, :end] if k != "input_features" else v for k, v in out.items()}
+
+
+def voxtral():
+    names = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX]".split()
+    names += "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]".split() + [f"<SPECIAL_{i}>" for i in range(20, 24)] + ["[AUDIO]", "[BEGIN_AUDIO]"] + [f"<SPECIAL_{i}>" for i in range(26, 34)] + ["[TRANSCRIBE]"] + [f"<SPECIAL_{i}>" for i in range(35, 40)]
+    bytewise = [dict(rank=i, token_bytes=base64.b64encode(bytes([i])).decode(), token_str=None) for i in range(256)]
+    tekken = dict(
+        config=dict(pattern=r"\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+", num_vocab_tokens=256, default_vocab_size=296, default_num_special_tokens=40, version="v7"), vocab=bytewise,
+        special_tokens=[dict(rank=i, token_str=n, is_control=True) for i, n in enumerate(names)],
+        audio=dict(sampling_rate=16000, frame_rate=12.5, audio_encoding_config=dict(num_mel_bins=128, hop_length=160, window_size=400), chunk_length_s=30.))
+    sizes = dict(num_mel_bins=128, max_source_positions=1500, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    text = dict(model_type="llama", vocab_size=296, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+                bos_token_id=1, eos_token_id=2, pad_token_id=11)
+    model = draw(hf.VoxtralForConditionalGeneration(hf.VoxtralConfig(audio_config=dict(model_type="voxtral_encoder", **sizes), text_config=text, audio_token_id=24)))
+    return model, hf.WhisperFeatureExtractor(feature_size=128), TextFile("tekken.json", json.dumps(tekken))
+
+
+@dataclass
+class TextFile:
+    "A file that is saved like a processor"
+    name: str
+    text: str
+    def save_pretrained(self, folder): (Path(folder) / self.name).write_text(self.text)
+
+
 KINDS = {
     "qwen2-audio": Kind(qwen2_audio, 961),
     "qwen2.5-omni": Kind(qwen_omni, 321, processor=OmniProcessor.of),
     "audio-flamingo-3": Kind(audio_flamingo, 321, most_clips=1, longest=3 * SECONDS),
+    "voxtral": Kind(voxtral, 1, most_clips=2, longest=31, system=False, end="</s>", shown=lambda text: text.rstrip(" "), processor=VoxtralProcessor),
     "music-flamingo": Kind(music_flamingo, 321, most_clips=1, longest=3 * SECONDS),
 }

@@ -60,7 +60,7 @@ class Model:
 def m(request, tmp_path_factory): return Model(request.param, tmp_path_factory.mktemp("family"))
 
 
-def noise(n, seed=0): return np.float32(np.random.default_rng([n, seed]).normal(0, .1, n))
+def noise(n, seed=0): return np.float32(np.random.default_rng([n, seed]).normal(0, 3000, n).round() / 32768) # as in a file of 16 bits
 def turn(role, text, *clips): return {"role": role, "content": [*({"type": "audio", "audio": c} for c in clips), {"type": "text", "text": text}]}
 def clips_of(messages): return [p["audio"] for m in messages for p in m["content"] if p["type"] == "audio"]
 def inputs_of(batch): return {k: v for k, v in batch.inputs.items() if k != "labels"}
@@ -80,11 +80,14 @@ def test_ids_features_and_labels(m, data):
     if data.draw(st.booleans()): messages.pop()
     e, own = m.example(messages), m.theirs(messages, add_generation_prompt=messages[-1]["role"] == "user")
     assert e.input_ids.tolist() == own["input_ids"][0].tolist()
-    answers = [p["text"] + "<|im_end|>" for t in messages for p in t["content"] if t["role"] == "assistant"]
+    answers = [m.kind.shown(p["text"]) + m.kind.end for t in messages for p in t["content"] if t["role"] == "assistant"]
     assert m.chat.tok.decode(e.labels[e.labels >= 0]) == "".join(answers)
     assert (e.labels[e.labels >= 0] == e.input_ids[e.labels >= 0]).all()
     if not e.clips: return
     ours = m.chat.family.clip_tensors(e.clips)
+    if m.chat.family.mask_name not in own: # no padding
+        assert np.allclose(ours["input_features"], own["input_features"], atol=1e-5)
+        return
     mask = own[m.chat.family.mask_name].numpy().astype(bool)
     assert (ours[m.chat.family.mask_name].sum(-1) == mask.sum(-1)).all()
     n = ours["input_features"].shape[-1] # what lies behind is padding that the network drops
@@ -93,7 +96,7 @@ def test_ids_features_and_labels(m, data):
 
 def test_limits(m):
     family = m.chat.family
-    assert family.max_clip_seconds == m.kind.longest and family.name != "text"
+    assert family.max_clip_seconds >= m.kind.longest and family.name != "text"
     assert family.clip_tokens(1) == family.clip_tokens(m.kind.shortest) >= 1
     with torch.no_grad(): m.model(**inputs_of(m.collate([m.example([turn("user", "Short?", noise(1))])]))) # as many features as tokens
     for n in (SECONDS * 16000, SECONDS * 16000 + 100)[:1 + (m.kind.longest > SECONDS)]:
@@ -211,6 +214,7 @@ def test_weights_of_few_bits(m, bits):
 @pytest.mark.slow
 def test_a_run_learns_and_its_result_answers(m, tmp_path):
     "Low and high tones, by the commands' own functions, from a CSV to answers of `final/`"
+    if m.kind.longest > 30: pytest.skip("a window of 30 s for half a second of sound: more steps than a test has time for")
     with open(tmp_path / "rows.csv", "w", newline="") as f:
         rows = csv.writer(f)
         rows.writerow(["audio", "user_prompt", "prediction"])

@@ -17,10 +17,12 @@ from .midashenglm_family import MiDashengLMFamily
 from .qwen2_audio import Qwen2AudioFamily
 from .qwen_omni import QwenOmniFamily
 from .text_family import TextFamily
+from .voxtral import VoxtralFamily
 
 # %% ../../nbs/2_model/18_families.ipynb #c5
 TEXT = TextFamily() # Takes what none of the audio models' families claims
-FAMILIES[:] = [MiDashengLMFamily(), Qwen2AudioFamily(), QwenOmniFamily(), AudioFlamingoFamily(), MusicFlamingoFamily()]
+FAMILIES[:] = [MiDashengLMFamily(), Qwen2AudioFamily(), QwenOmniFamily(), AudioFlamingoFamily(), MusicFlamingoFamily(),
+               VoxtralFamily()]
 
 def add_family(
     family:Family, # Comes before those of the package

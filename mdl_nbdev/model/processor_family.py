@@ -78,15 +78,17 @@ def processor(self:ProcessorFamily, tok):
     facts = self.facts | dict(chat_template=tok.chat_template)
     return getattr(transformers, self.processor_name).from_args_and_dict([self.extractor, tok], facts)
 
-# %% ../../nbs/2_model/08_processor_family.ipynb #0fe77dd1
+# %% ../../nbs/2_model/08_processor_family.ipynb #287d9479
 PROCESSOR_FILES = ('processor_config.json', 'preprocessor_config.json', 'video_preprocessor_config.json')
 
 def processor_files(
     path:str, # Folder or hub id
+    *more, # Names of further JSON files
 )->dict[str, str]: # Name -> text, without the chat template
     "The files that describe a model's processor"
     from transformers.utils import cached_file
-    found = {name:cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in PROCESSOR_FILES}
+    def find(name): return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    found = {name:find(name) for name in (*PROCESSOR_FILES, *more)}
     facts = {name:json.loads(Path(file).read_text(encoding='utf-8')) for name,file in found.items() if file}
     return {name:json.dumps({k:v for k,v in own.items() if k != 'chat_template'}, indent=2) for name,own in facts.items()}
 
