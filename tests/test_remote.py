@@ -274,6 +274,24 @@ def test_no_proxy_is_no_proxy(site, monkeypatch):
     with pytest.raises(InputError, match="redirects to localhost"): fetch(f"{site}/redirect", retries=0)
 
 
+def damaged_mp3(tmp_path):
+    sf.write(tmp_path/"a.mp3", .5*np.sin(np.arange(48000)/9), 16000)
+    data = (tmp_path/"a.mp3").read_bytes()
+    return data[:len(data)//3] + bytes(3000) + data[len(data)//2:]
+
+
+@pytest.mark.parametrize("body", ["nothing", "HTML", "half", "damaged mp3", "no frames"])
+def test_what_cannot_be_decoded_is_not_kept(site, tmp_path, body):
+    "The next attempt gets what the server has by then"
+    sf.write(tmp_path/"none.flac", np.zeros(0), 16000)
+    good = Server.files["/a.wav"]
+    Server.files["/a.wav"] = {"nothing": b"", "HTML": b"<html>log in</html>", "half": good[:3000], "damaged mp3": damaged_mp3(tmp_path), "no frames": (tmp_path/"none.flac").read_bytes()}[body]
+    with pytest.raises(InputError, match=f"{site}/a.wav: "): load_audio(f"{site}/a.wav")
+    assert not cached_path(f"{site}/a.wav").exists()
+    Server.files["/a.wav"] = good
+    assert len(load_audio(f"{site}/a.wav")) == 16000
+
+
 def test_a_clip_in_the_cache_is_as_readable_as_any_file(site, tmp_path):
     before = os.umask(0o027)
     try: path = fetch(f"{site}/a.wav")

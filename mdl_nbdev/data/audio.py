@@ -241,7 +241,8 @@ def open_other(
     if is_media: return MediaFile(path, str(src), kind)
     if kind: raise _unreadable(src, path, f'it is {kind}')
     fault = mp3_fault(path)
-    if fault: raise AudioError(f"{src}: {_JOINED if fault=='joined' else f'{fault}; copy or download it again'}")
+    if fault=='joined': raise AudioError(f'{src}: {_JOINED}')
+    if fault: raise DamagedAudio(f'{src}: {fault}; copy or download it again')
 
 def gsm_seconds(
     f:sf.SoundFile, # An open file
@@ -349,6 +350,7 @@ def clip_errors(
         raise AudioError(f'{src}: damaged or truncated ({e.error_string}); copy or download it again') from None
     except InputError: raise
     except (OSError, ValueError, ArithmeticError, RuntimeError, MemoryError) as e: # of any library, for a header that cannot be
+        if is_url(src): path.unlink(missing_ok=True)
         reason = shorten(str(getattr(e, 'strerror', None) or e) or 'it takes too much memory', 100)
         raise AudioError(f'{src}: cannot be read ({reason}); copy or export it again') from e
 
@@ -368,7 +370,7 @@ def open_clip(
         except sf.LibsndfileError as e: raise _unreadable(src, path, e.error_string) from None
         if not other: check_complete(f, path, src)
         if other and other.tracks > 1: note_clip('tracks', src)
-        if not f.frames: raise AudioError(f'{src}: contains no sound (0 frames); record or export it again')
+        if not f.frames: raise DamagedAudio(f'{src}: contains no sound (0 frames); record or export it again')
         if (part.channel_index or 0) >= f.channels:
             raise AudioError(f'{src}: it has {plural(f.channels, "channel")}, and channel {part.channel_index} is asked '
                              'for, counting from 0; correct --channel, or what the row says')

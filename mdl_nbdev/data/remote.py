@@ -203,6 +203,7 @@ def write_body(
                 if time.monotonic() > end: raise concurrent.futures.TimeoutError
                 out.write(chunk)
                 digest.update(chunk)
+            if not out.tell(): raise AudioError(f'{url}: the server sent an empty file; check the address')
             return dict(url=url, sha256=digest.hexdigest(), public=public, **{name:r.headers.get(name) for name in CONDITIONS})
     except httpx.UnsupportedProtocol as e:
         raise AudioError(f'{url}: not an address that can be downloaded ({e}); check it') from None
