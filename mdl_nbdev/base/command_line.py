@@ -64,7 +64,7 @@ class SettingsParser(argparse.ArgumentParser):
         for action in self._actions:
             if action.dest not in self.required: continue
             action.required = True
-            if not action.option_strings: action.nargs = None
+            if not action.option_strings: action.nargs = '+' if action.nargs=='*' else None
         return super().format_help()
 
 EPILOG = "Booleans take true or false. Options that take several values may be repeated. --lora_rank is the same as --lora-rank."
@@ -81,7 +81,8 @@ def parser(
         for name, text in options.items():
             kw = dict(help=(text + default_text(fields[name])).replace('%', '%%'))
             if option_facts(fields[name]).positional:
-                group.add_argument(name, nargs='?', metavar=name.upper(), **kw)
+                many = get_origin(fields[name].type) is list
+                group.add_argument(name, nargs='*' if many else '?', metavar=name.upper(), **kw)
             else:
                 group.add_argument(option(name), dest=name, metavar=metavar(fields[name].type), action='append', **kw)
     p.add_argument('--config', metavar='FILE', help="YAML or JSON file with settings; options given here win over it")
@@ -186,8 +187,10 @@ def read_args(
     args, rest = parser(cls, prog).parse_known_args(with_dashes(argv))
     fields = {f.name:f for f in dataclasses.fields(cls)}
     if rest and rest[0].startswith('--'): raise unknown_option(rest[0].split('=')[0], fields, prog=prog)
-    if rest: raise InputError(f"unexpected argument {rest[0]!r}; {prog} --help shows the usage")
     given = vars(args)
+    files = [name for name in fields if option_facts(fields[name]).positional and get_origin(fields[name].type) is list]
+    if rest and files: given[files[0]], rest = [*given.get(files[0], []), *rest], [] # argparse takes those behind an option for unknown
+    if rest: raise InputError(f"unexpected argument {rest[0]!r}; {prog} --help shows the usage")
     config = given.pop('config', None)
     in_file = read_config(config, cls, prog) if config else {}
     return in_file, {k: _joined(v, fields[k].type) for k, v in given.items()}, config
@@ -250,7 +253,7 @@ def to_args(
     fields = {f.name:f for f in dataclasses.fields(cls)}
     positional, named = [], []
     for name,value in values.items():
-        if option_facts(fields[name]).positional: positional.append(str(value))
+        if option_facts(fields[name]).positional: positional += map(str, value if isinstance(value, list) else [value])
         elif isinstance(value, list) and Path in get_args(fields[name].type): # a path may contain a comma
             for path in value: named += [option(name), str(path)]
         else: named += [option(name), option_text(value)]

@@ -167,9 +167,15 @@ class EvaluationSettings(Settings):
 @dataclass(kw_only=True)
 class CheckSettings(DataSettings):
     "Check rows and clips without a model: hours, labels, and every bad row with its line and reason"
-    input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to check
+    # CSV, TSV, Parquet or JSONL files to check; several, such as train.csv test.csv, are also compared with each other
+    input:list[Path]=opt(positional=True, location=True)
     predictions:bool=True # Require a prediction in every row, as training does
-    decode:bool=True # Decode every clip, which finds truncated files; false: read the headers only
+    # Decode every clip, which finds truncated files, faults of recordings, and copies; false: read the headers only
+    decode:bool=True
+    # Column, such as speaker: no value of it should be in several files, and no clip under several values
+    group:str|None=None
+    output:Path|None=opt(None, result=False, location=True) # Also write all findings to this CSV file
+    overwrite:bool=opt(False, result=False) # Replace an existing output
 
 @dataclass(kw_only=True)
 class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings, LearnSettings):

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'SHORTER', 'MAX_PEAK', 'SILENCE', 'AudioInfo', 'read_blocks', 'audio_info', 'to_mono', 'is_silent',
-           'decode', 'resample', 'load_audio', 'to_int16', 'from_int16', 'piped_wav', 'DamagedAudio', 'open_other',
-           'gsm_seconds', 'stated_frames', 'check_complete', 'FileSegment', 'open_file', 'clip_errors', 'open_clip']
+           'decode', 'resample', 'measured', 'load_audio', 'to_int16', 'from_int16', 'piped_wav', 'DamagedAudio',
+           'open_other', 'gsm_seconds', 'stated_frames', 'check_complete', 'FileSegment', 'open_file', 'clip_errors',
+           'open_clip']
 
 # %% ../../nbs/1_data/03_audio.ipynb #c4
 import io, math, os, re, struct
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 import numpy as np, soundfile as sf, soxr
 from ..base.errors import InputError
 from ..base.text import plural, shorten
@@ -149,15 +150,27 @@ def resample(
     for block in blocks: yield stream.resample_chunk(block)
     yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
+def measured(
+    blocks:Iterator[np.ndarray], # [samples] float32 each
+    measure:Callable, # Called with each
+)->Iterator[np.ndarray]: # The same
+    "Measure a stream of blocks as it passes"
+    for block in blocks:
+        measure(block)
+        yield block
+
 def load_audio(
     src:str|Path, # Path or web address
     max_seconds:float=600., # Refuse a longer clip; before decoding it if its header states the length
     sample_rate:int=SAMPLE_RATE, # Of the waveform, Hz
     remedy:str=SHORTER, # What to do about a longer clip; a limit that is no option needs its own
+    measure:Callable|None=None, # Called with each block, mono, at the clip's own rate
 )->np.ndarray: # [samples] float32 in [-1, 1], mono
     "Decode a clip, average its channels or take the one that it names, and resample it; raises `AudioError`"
     with open_clip(src) as f:
-        blocks = resample(decode(f, src, max_seconds, remedy), f.samplerate, sample_rate)
+        blocks = decode(f, src, max_seconds, remedy)
+        if measure: blocks = measured(blocks, measure)
+        blocks = resample(blocks, f.samplerate, sample_rate)
         waveform = np.concatenate(list(blocks))
     if not len(waveform): raise _too_short(src, sample_rate)
     if is_silent(waveform): note_clip('silent', src)
@@ -254,7 +267,7 @@ def gsm_seconds(
 # %% ../../nbs/1_data/03_audio.ipynb #c12
 _SHORT = re.compile(r'^\s*(?:data|SSND|BODY|Data Size|Riff size|riff) *: *(\d+) \(should be (\d+)\)', re.M)
 
-# %% ../../nbs/1_data/03_audio.ipynb #c15
+# %% ../../nbs/1_data/03_audio.ipynb #52738578
 def stated_frames(
     f:sf.SoundFile, # The open file
     path:Path, # Where it is
@@ -273,25 +286,26 @@ def check_complete(
     src:str|Path, # What messages call it
 )->None:
     "Raise `AudioError` if the file is shorter than its header promises, or is several in one; note wrong headers and further tracks"
-    m = _SHORT.search(f.extra_info)
+    log, kind = f.extra_info, f.format # each takes soundfile a while
+    m = _SHORT.search(log)
     promised, found = map(int, m.groups()) if m else (0, 0)
-    counts_header = f.format.startswith('WAV') and promised - found <= 64 # some recorders count the header as sound, or lose a few bytes
+    counts_header = kind.startswith('WAV') and promised - found <= 64 # some recorders count the header as sound, or lose a few bytes
     if found < promised < 0x7FFF_0000 and not counts_header: # larger numbers mean that the length was unknown
         raise DamagedAudio(f'{src}: truncated, its header promises {promised:,} bytes of sound and {found:,} are there; '
                          'copy or download it again')
-    is_longer = f.format.startswith('WAV') and 'Exiting parser' in f.extra_info # bytes that are no chunk follow the sound
+    is_longer = kind.startswith('WAV') and 'Exiting parser' in log # bytes that are no chunk follow the sound
     if found < promised or is_longer:
         if has_second_beginning(path): raise AudioError(f'{src}: {_JOINED}')
         note_clip('header', src)
-    stated, there = stated_frames(f, path)
+    stated, there = stated_frames(f, path) if kind in ('SDS', 'NIST') else (0, 0)
     if there < stated:
         raise DamagedAudio(f'{src}: truncated, its header promises {stated:,} frames and {there:,} are there; copy or download it again')
-    if f.format=='VOC' and 'truncated' in f.extra_info:
+    if kind=='VOC' and 'truncated' in log:
         raise DamagedAudio(f'{src}: truncated, its last block is incomplete; copy or download it again')
-    if f.format=='OGG' and not ogg_is_complete(path):
+    if kind=='OGG' and not ogg_is_complete(path):
         raise DamagedAudio(f'{src}: truncated, its last page is incomplete; copy or download it again')
-    if f.format=='OGG' and is_chained_ogg(path): raise AudioError(f'{src}: {_JOINED}')
-    if f.format=='OGG' and ogg_tracks(path) > 1: note_clip('tracks', src)
+    if kind=='OGG' and is_chained_ogg(path): raise AudioError(f'{src}: {_JOINED}')
+    if kind=='OGG' and ogg_tracks(path) > 1: note_clip('tracks', src)
 
 # %% ../../nbs/1_data/03_audio.ipynb #c19
 class FileSegment:

@@ -161,7 +161,8 @@ def source_paths(
     s:DataSettings, # Of any command
 )->list[Path]: # Files of rows, or folders of such files
     "What a command reads"
-    return getattr(s, "train_dataset", None) or [s.input]
+    paths = getattr(s, "train_dataset", None) or s.input
+    return paths if isinstance(paths, list) else [paths]
 
 def source_title(
     s:DataSettings, # Of any command

@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..base.errors import InputError
 
-# %% ../../nbs/1_data/01_media.ipynb #c6
+# %% ../../nbs/1_data/01_media.ipynb #ee9d4874
 # Files without sound, and patterns of their first bytes
 NO_SOUND = {'an HTML page':rb'\s*<(?i:!doctype html|html|head|body)', 'an XML document':rb'\s*<\?xml',
     'JSON':rb'\s*(?:\{\s*"|\[\s*[\[{"\d])', 'a pointer of Git LFS (run git lfs pull)':rb'version https://git-lfs',
@@ -26,10 +26,13 @@ MEDIA = {'MP4, M4A or QuickTime':rb'.{4}(?:ftyp|moov|mdat|wide)', 'WebM or Matro
     'Flash video':rb'FLV\x01', 'AMR':rb'#!AMR', 'AAC':rb'\xff[\xf0\xf1\xf8\xf9]', 'AC-3':rb'\x0b\x77',
     'an MPEG transport stream':rb'\x47.{187}\x47', 'WavPack':rb'wvpk', 'True Audio':rb'TTA1', "Monkey's Audio":rb'MAC '}
 
+_ANY_OTHER = re.compile(b'|'.join([*NO_SOUND.values(), *MEDIA.values()]), re.S) # one match for the files that libsndfile reads
+
 def file_contents(
     head:bytes, # The first 200 bytes of a file
 )->tuple[str|None,bool]: # Such as `an HTML page`, or None: leave it to libsndfile; and whether PyAV may read it
     "Recognize a file that libsndfile does not read"
+    if not _ANY_OTHER.match(head): return None, False
     for kinds in NO_SOUND, MEDIA:
         for name, pattern in kinds.items():
             if re.match(pattern, head, re.S): return name, kinds is MEDIA
