@@ -420,9 +420,9 @@ def test_many_labels(tmp_path, clips):
 
 
 def test_plain_settings_do(tmp_path, clips):
-    s = SimpleNamespace(input=write(tmp_path, "audio,prediction\na.wav,x\n"), base_dir=clips, system_prompt=None, user_prompt=None,
+    s = SimpleNamespace(input=[write(tmp_path, "audio,prediction\na.wav,x\n")], base_dir=clips, system_prompt=None, user_prompt=None,
                         max_audio_seconds=600., num_workers=1, decode=False, predictions=True, encoding="utf-8", channel="mix",
-                        allow_private_hosts=True, refresh_cache=False)
+                        allow_private_hosts=True, refresh_cache=False, group=None, output=None, overwrite=False)
     assert check(s).rows == 1
 
 
