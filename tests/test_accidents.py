@@ -209,6 +209,7 @@ def in_a_child(f):
     "Run a function in a child process, and return how it ended"
     pid = os.fork()
     if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    signal.signal(signal.SIGINT, signal.default_int_handler) # which a shell has its background jobs ignore
     try: f()
     except BaseException: os._exit(1) # noqa: B036
     os._exit(0)

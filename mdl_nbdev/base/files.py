@@ -52,7 +52,8 @@ def aside(
     end:str, # `part` for what is not complete, `old` for what is being replaced
 )->Path: # Such as `.m.json.part` for `m.json`
     "A hidden name beside a path, which nobody else is likely to use"
-    return Path(path).with_name(f'.{Path(path).name}.{end}')
+    path = Path(path)
+    return path.parent/f'.{path.name}.{end}'
 
 @contextmanager
 def replacing(
