@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import MODELS
-from test_label_scores import KINDS, conversations, sounds
+from test_label_scores import model_and_prompts
 
 from mdl_nbdev import InferSettings, infer
 from mdl_nbdev.base.errors import InputError
@@ -18,22 +18,12 @@ from mdl_nbdev.infer.calibration import Calibration, choice_probabilities
 from mdl_nbdev.infer.evaluate import evaluate
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.engine import GenerationOptions, Request, TransformersEngine
-from mdl_nbdev.model.families import load_chat
-from mdl_nbdev.model.load import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=[*MODELS, "qwen2_audio"])
-def model_and_prompts(request, tmp_path_factory):
-    torch.manual_seed(1)
-    if request.param == "qwen2_audio":
-        folder = str(KINDS["qwen2-audio"].save(tmp_path_factory.mktemp("qwen")))
-        model, chat = load_model(folder, dtype=torch.float32), load_chat(folder)
-    else:
-        name, make = MODELS[request.param]
-        model, chat = make(), load_chat(name)
-    return model.eval(), chat, [t.example(sounds(t.conversation)) for t in chat.tokenize(conversations(chat))]
+def parts(request, tmp_path_factory): return model_and_prompts(request.param, tmp_path_factory.mktemp)
 
 
 def generated(model, chat, prompts, stop, size=4, **options):
@@ -53,9 +43,9 @@ def slow(model, chat, prompt, ids):
 
 
 @pytest.mark.parametrize("options", [{}, dict(repetition_penalty=1.5), dict(do_sample=True, temperature=1.7, top_p=.8), dict(do_sample=True, temperature=.5, repetition_penalty=1.3)], ids=str)
-def test_the_confidence_is_that_of_a_slow_pass(model_and_prompts, options):
+def test_the_confidence_is_that_of_a_slow_pass(parts, options):
     "By the model itself, before temperature, top-p and penalty; with the end token where there is one"
-    model, chat, prompts = model_and_prompts
+    model, chat, prompts = parts
     stop = generated(model, chat, prompts, -1, **options)[0].ids[4] # a token that comes
     found = generated(model, chat, prompts, stop, **options)
     assert not found[0].truncated and len(found[0].ids) <= 4
@@ -65,18 +55,18 @@ def test_the_confidence_is_that_of_a_slow_pass(model_and_prompts, options):
         assert c.confidence == pytest.approx(np.mean(expected), abs=1e-4) and c.confidence < 0
 
 
-def test_batches_make_no_difference(model_and_prompts):
-    model, chat, prompts = model_and_prompts
+def test_batches_make_no_difference(parts):
+    model, chat, prompts = parts
     stop = generated(model, chat, prompts, -1)[0].ids[4]
     many, few = (generated(model, chat, prompts, stop, size=size) for size in (4, 1))
     assert [c.ids for c in many] == [c.ids for c in few]
     np.testing.assert_allclose([c.confidence for c in many], [c.confidence for c in few], atol=1e-4)
 
 
-def test_one_step_is_kept(model_and_prompts):
+def test_one_step_is_kept(parts):
     "Not the logits of all of them"
     from mdl_nbdev.model.engine import ChosenLogprobs
-    model, chat, prompts = model_and_prompts
+    model, chat, prompts = parts
     held, call = [], ChosenLogprobs.__call__
     def watched(self, ids, scores):
         out = call(self, ids, scores)

@@ -40,17 +40,20 @@ def sounds(conversation):
     return [np.random.default_rng(n).integers(-9000, 9000, 4000 + 3000*n).astype(np.int16) for n in (int(c.split(".")[0]) for c in conversation.clips)]
 
 
-@pytest.fixture(scope="module", params=[*MODELS, "qwen2_audio"])
-def parts(request, tmp_path_factory):
+def model_and_prompts(name, make_folder):
+    "A small model with random weights, its chat, and the prompts of `conversations`"
     torch.manual_seed(1)
-    if request.param == "qwen2_audio":
-        folder = str(KINDS["qwen2-audio"].save(tmp_path_factory.mktemp("qwen")))
+    if name == "qwen2_audio":
+        folder = str(KINDS["qwen2-audio"].save(make_folder("qwen")))
         model, chat = load_model(folder, dtype=torch.float32), load_chat(folder)
     else:
-        name, make = MODELS[request.param]
-        model, chat = make(), load_chat(name)
-    tokenized = chat.tokenize(conversations(chat))
-    return model.eval(), chat, [t.example(sounds(t.conversation)) for t in tokenized]
+        base, make = MODELS[name]
+        model, chat = make(), load_chat(base)
+    return model.eval(), chat, [t.example(sounds(t.conversation)) for t in chat.tokenize(conversations(chat))]
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "qwen2_audio"])
+def parts(request, tmp_path_factory): return model_and_prompts(request.param, tmp_path_factory.mktemp)
 
 
 def slow(model, chat, conversation, label):
