@@ -18,7 +18,7 @@ from ..base.html import Html, html_box, html_table
 from ..base.options import option
 from ..base.settings import CompareSettings
 from ..base.status import read_metrics
-from ..base.text import shorten
+from ..base.text import aligned_lines, shorten
 from .charts import chart, with_images
 from .view import THEME
 
@@ -85,9 +85,7 @@ class RunComparison:
 def __repr__(self:RunComparison):
     changed = [[shorten(c, 60) for c in row] for row in self.changed()]
     cells = [['', 'A', 'B'], *self.figures(), ['settings that differ', '', ''], *changed]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
-    return '\n'.join([f'A: {self.a.folder}', f'B: {self.b.folder}', '', *lines])
+    return '\n'.join([f'A: {self.a.folder}', f'B: {self.b.folder}', '', *aligned_lines(cells)])
 
 @patch
 def to_dict(self:RunComparison)->dict: # Plain values, ready for JSON

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..base.html import Html, as_html, html_box, html_table, player_seconds
 from ..base.settings import CompareSettings
-from ..base.text import shorten
+from ..base.text import aligned_lines, shorten
 from ..data.clips import resolve
 from ..data.conversations import Conversation
 from ..data.intervals import draw_rows
@@ -152,9 +152,7 @@ def summary(self:Comparison)->list[str]: # Lines
 
 @patch
 def __repr__(self:Comparison):
-    cells = [HEAD, *(v.cells() for v in self.values)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    lines = aligned_lines([HEAD, *(v.cells() for v in self.values)])
     for side,rows in self.better.items():
         if rows[:self.s.max_rows]: lines += ['', f'better in {side}']
         for r in rows[:self.s.max_rows]:

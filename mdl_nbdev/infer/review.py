@@ -21,7 +21,7 @@ from ..base.options import option, options_where
 from ..base.processes import world_size
 from ..base.settings import DataSettings, InferSettings, LoadSettings, ReviewSettings
 from ..base.settings import TokenizeSettings, TrainSettings
-from ..base.text import comparable, plural, shorten
+from ..base.text import aligned_lines, comparable, plural, shorten
 from ..data.clips import resolve
 from ..data.pictures import start_player
 from ..data.rows import BadRow, bad_rows_error
@@ -45,7 +45,8 @@ class Review:
         if bad: raise bad_rows_error(bad)
         given = [comparable(r.prediction) for r in self.rows]
         self.labels = sorted(set(given))
-        self.given = np.array([self.labels.index(label) for label in given])
+        numbers = {label:n for n,label in enumerate(self.labels)}
+        self.given = np.array([numbers[label] for label in given])
         self.fold_of = np.zeros(len(given), int)
         if s.folds: self.fold_of = assign_folds(given, s.folds, s.seed, self.groups())
         self.folder = Path(f'{s.output}.folds')
@@ -234,9 +235,7 @@ def __repr__(self:ReviewReport):
     for r in shown:
         likely = shorten(r.suggestion, 30), f'{r.suggestion_probability:.1%}'
         cells.append([str(r.line), shorten(r.audio, 40), shorten(r.label, 30), f'{r.probability:.1%}', *likely])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    table = ['  ' + '  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
-    return '\n'.join([*self.summary(), '', *table])
+    return '\n'.join([*self.summary(), '', *(f'  {line}' for line in aligned_lines(cells))])
 
 # %% ../../nbs/4_infer/11_review.ipynb #00c3ebc1
 @patch
