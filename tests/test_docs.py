@@ -1,5 +1,6 @@
 "The site and the README: complete, built without a warning, no link that leads nowhere"
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -79,6 +80,13 @@ def test_a_new_option_is_seen(package, monkeypatch):
         return p
     monkeypatch.setattr(package["base.command_line"], "parser", more)
     assert "| `--one-more`{#mdl-check-one-more} | `N` | `7` | Something new |" in reference.commands_page()
+
+
+@pytest.mark.parametrize("path", sorted((root/"nbs").rglob("[0-9i]*.ipynb")), ids=lambda p: p.stem)
+def test_links_between_chapters(path):
+    "Without building the site, which finds broken links too"
+    text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+    assert not [link for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.ipynb)", text) if not (path.parent/link).exists()]
 
 
 def test_readme_links():
