@@ -27,16 +27,17 @@ import yaml
 from transformers import TrainerCallback
 
 import mdl_nbdev
-from mdl_nbdev import ConvertSettings, DemoSettings, EvalSettings, InferSettings, MergeSettings, TrainSettings, convert, infer, train
+from mdl_nbdev import ConvertSettings, DemoSettings, EvalSettings, InferSettings, MergeSettings, ReviewSettings, TrainSettings, convert, infer, train
 from mdl_nbdev.base import files
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.files import file_lock
 from mdl_nbdev.cli import commands
+from mdl_nbdev.cli.demo import demo_folder
 from mdl_nbdev.data import audio
 from mdl_nbdev.data.audio import load_audio
 from mdl_nbdev.data.remote import fetch
 from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.infer import output
+from mdl_nbdev.infer import output, review
 from mdl_nbdev.infer.output import InferOutput
 from mdl_nbdev.model.collate import Batch
 from mdl_nbdev.model.save import merge_adapter
@@ -251,6 +252,55 @@ def test_a_file_is_old_or_new_whenever_a_signal_comes(number):
         files.write_text("m.json", "again")
         assert Path("m.json").read_text() == "again" and not [*Path().glob(".m.json*")], step
     assert 3 <= step < 99
+
+
+@pytest.fixture(scope="module")
+def reviewed(tmp_path_factory):
+    "A review of a file with a clip that is gone: its settings, its output, and the folder that is removed after that is written"
+    folder = tmp_path_factory.mktemp("reviewed")
+    csv = make_sounds(folder, 16)
+    csv.write_text(csv.read_text().replace("sounds/0003.wav", "sounds/gone.wav"))
+    s = ReviewSettings(input=csv, output="out", base_dir=folder, model_name="tiny", folds=0)
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        m.setattr(review, "remove_folder", lambda path: shutil.copytree(path, "scores") if path.exists() else None)
+        mdl_nbdev.review(s)
+        return s, Path("out").read_bytes(), folder/"scores"
+
+
+def killed_anywhere(command, prepare, whole):
+    "Kill a command before each change of files, and run it again: it ends as if undisturbed. Returns how often that was"
+    for step in range(500):
+        for p in [*Path().glob("out*"), *Path().glob(".out*")]: shutil.rmtree(p) if p.is_dir() else p.unlink()
+        prepare()
+        code = in_a_child(lambda step=step: (signal_before(step, signal.SIGKILL), command()))
+        if code == 0: return step
+        assert code == -signal.SIGKILL
+        try: command()
+        except InputError as e: assert "out: the output exists already" in str(e)
+        assert {p.name for p in Path().iterdir()} - {"sounds", "sounds.csv"} == {"out"}, step
+        assert (everything("out") or Path("out").read_bytes()) == whole, step
+
+
+@pytest.mark.parametrize("scored", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_review_killed_anywhere(reviewed, scored):
+    s, whole, scores = reviewed
+    assert killed_anywhere(lambda: mdl_nbdev.review(s), lambda: scored and shutil.copytree(scores, "out.folds"), whole) > (12 if scored else 30)
+
+
+def test_a_replacing_conversion_killed_anywhere():
+    s = ConvertSettings(input="sounds.csv", output="out", model_name="tiny", num_workers=1, overwrite=True)
+    convert(s)
+    whole = everything("out")
+    assert killed_anywhere(lambda: convert(s), lambda: convert(dataclasses.replace(s, user_prompt="What?")), whole) > 12
+
+
+def test_the_folder_of_a_demo_killed_anywhere():
+    s = DemoSettings(output="out")
+    demo_folder(s)
+    whole = everything("out")
+    def earlier(): Path("out/answers").mkdir(parents=True), Path("out/answers/a.csv").touch(), Path("out/demo.json").touch()
+    assert killed_anywhere(lambda: demo_folder(s), earlier, whole) > 6
 
 
 @pytest.mark.parametrize("name", ["samples.jsonl", "too_long.csv", "final/rows.csv", "checkpoint-2/rows.csv"])

@@ -84,6 +84,15 @@ BAD = {
     "workers": (f"--train-dataset t --output o --num-workers {10**21}", "--num-workers: got 1000000000000000000000, expected less than 1000"),
     "steps": ("--train-dataset t --output o --eval-steps 2.5", "--eval-steps: got 2.5, expected a whole number of steps, or a fraction below 1"),
     "infinite": ("--train-dataset t --output o --lr inf", "--lr: got 'inf', expected a number"),
+    "too small": ("--train-dataset t --output o --lr 1e-400", "--lr: got '1e-400', expected a number; it is too small to be told from 0"),
+    "too small in a mapping": ("--train-dataset t --output o --task-weights a=1e-999", "got 'a=1e-999', expected name=a number; it is too small to be told from 0"),
+    "underscore": ("--train-dataset t --output o --max-steps 1_000", "--max-steps: got '1_000', expected a whole number or null; write it as 1000"),
+    "other digits": ("--train-dataset t --output o --eval-steps ٥٠", "--eval-steps: got '٥٠', expected a whole number or a number; write it as 50"),
+    "a long number": (f"--train-dataset t --output o --max-steps {'9'*6000}", "999..., expected a whole number or null"),
+    "no learning": ("--train-dataset t --output o --lr 0", "--lr: got 0.0, expected more than 0"),
+    "no epoch": ("--train-dataset t --output o --num-epochs 0", "--num-epochs: got 0.0, expected more than 0"),
+    "no learning of B": ("--train-dataset t --output o --loraplus-lr-ratio 0", "--loraplus-lr-ratio: got 0.0, expected more than 0"),
+    "a seed that NumPy does not take": (f"--train-dataset t --output o --seed {2**32}", "--seed: got 4294967296, expected less than 4294967296"),
     "missing": ("--output o", "missing: --train-dataset"),
     "extra": ("t --train-dataset t --output o", "unexpected argument 't'"),
     "config": ("--config nowhere.yaml", "nowhere.yaml: cannot read"),
@@ -110,6 +119,11 @@ CONFIGS = {
     "shape": ("- lora_rank", "expected settings"),
     "twice": ("lr: 1e-3\nmax_steps: 2\nlr: 1e-2", "the key lr occurs twice, the second time in line 3; keep one"),
     "twice inside": ("task_weights: {a: 1, a: 2}", "the key a occurs twice"),
+    "octal": ("seed: 0o17", "--seed: got '0o17', expected a whole number"),
+    "minutes": ("seed: 1:30", "--seed: got '1:30', expected a whole number"),
+    "underscore": ("seed: 1_000", "--seed: got '1_000', expected a whole number; write it as 1000"),
+    "too small": ("lr: 1.0e-400", "--lr: got '1.0e-400', expected a number; it is too small"),
+    "no learning": ('{"lr": 0.0}', "--lr: got 0.0, expected more than 0"),
     "twice in JSON": ('{"lr": 1, "lr": 2}', "the key lr occurs twice"),
     "list as a key": ("? [1, 2]\n: 3", "a key that is not a text, in line 1"),
     "no such day": ("lr: 2024-99-99", "not valid YAML or JSON: month must be"),
@@ -124,6 +138,12 @@ def test_keys_of_yaml_are_what_is_written(tmp_path):
     (tmp_path/"c.yaml").write_text("task_weights: {no: 1, 2024: 2, 1.50: 3, null: 4, y: 5}\nmerge_lora: no\ntrain_dataset: [t]\noutput: o")
     s = from_args(TrainSettings, ["--config", str(tmp_path/"c.yaml")])
     assert s.task_weights == {"no": 1, "2024": 2, "1.50": 3, "null": 4, "y": 5} and s.merge_lora is False
+
+
+@pytest.mark.parametrize("text, value", [("0", 0), ("010", 10), ("+7", 7), ("17", 17), ("'17'", 17)])
+def test_whole_numbers_of_yaml_are_what_is_written(text, value, tmp_path):
+    (tmp_path/"c.yaml").write_text(f"seed: {text}\ntrain_dataset: t\noutput: o")
+    assert from_args(TrainSettings, ["--config", str(tmp_path/"c.yaml")]).seed == value
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -26,7 +26,7 @@ from mdl_nbdev.train.dataset import AudioDataset
 pytestmark = pytest.mark.usefixtures("one_thread")
 fixtures = Path(__file__).parent/"fixtures"/"audio"
 BROKEN = ["d_half_h_right.wav", "d_html.mp3", "j_cbr.mp3", "h_empty.wav"]
-clips = st.sampled_from(["a.wav", "a.wav", "b c.flac", "tiny.wav", "missing.wav", "a.wav#t=0.1,0.3", "a.wav#t=5,6", "stereo.wav", "stereo.wav", "stereo.wav#channel=1", "h_plus_44.wav", "cbr.mp3", "opus.ogg", *BROKEN, ""])
+clips = st.sampled_from(["a.wav", "a.wav", "b c.flac", "tiny.wav", "missing.wav", "a.wav#t=0.1,0.3", "a.wav#t=5,6", "no_tag.mp3#t=0.1,5", "no_tag.mp3#t=0.1", "stereo.wav", "stereo.wav", "stereo.wav#channel=1", "h_plus_44.wav", "cbr.mp3", "opus.ogg", *BROKEN, ""])
 texts = st.sampled_from(["", "Q", "Is it loud?", "<audio>Q", "<audio> or <audio>?", " ", "null", "café", "a\nb", 'say "x"'])
 answers = st.sampled_from(["A", "A", "two words", "", "null", "NA", "  "])
 times = st.sampled_from([None, None, None, ("0", "0.2"), ("0.1", ""), ("0.4", "0.2"), ("x", "1")])
@@ -47,7 +47,7 @@ def sounds(tmp_path_factory):
     sf.write(folder/"stereo.wav", noise.reshape(-1, 2), 16000)
     sf.write(folder/"b c.flac", noise[:4410], 44100)
     sf.write(folder/"tiny.wav", noise[:3], 16000)
-    for name in ["h_plus_44.wav", "cbr.mp3", "opus.ogg", *BROKEN]: shutil.copy(fixtures/name, folder)
+    for name in ["h_plus_44.wav", "cbr.mp3", "no_tag.mp3", "opus.ogg", *BROKEN]: shutil.copy(fixtures/name, folder)
     return folder
 
 

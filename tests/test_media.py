@@ -11,9 +11,10 @@ import pytest
 import soundfile as sf
 
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.data.audio import decode, load_audio, open_clip
+from mdl_nbdev.data.audio import audio_info, decode, load_audio, open_clip
 from mdl_nbdev.data.clips import collected_notes
 from mdl_nbdev.data.media import file_contents, mp3_fault
+from mdl_nbdev.data.remote import AudioError
 
 folder = Path(__file__).parent/"fixtures"/"audio"
 names = sorted(p.name for p in folder.iterdir() if p.suffix not in (".py", ".npz"))
@@ -106,6 +107,18 @@ def test_without_pyav(monkeypatch):
 def test_a_part_of_a_media_file():
     assert np.array_equal(load_audio(f"{folder/'aac.m4a'}#t=0.05,0.1"), load_audio(folder/"aac.m4a")[800:1600])
     with pytest.raises(InputError, match="the limit is 0.1 s"): load_audio(folder/"aac.m4a", max_seconds=.1)
+
+
+@pytest.mark.parametrize("name", [name for name in names if name not in REFUSED])
+def test_parts_beyond_the_end(name):
+    "Refused, whether the length is in the header or known at the end only; a download is kept, since it is intact"
+    if needs_pyav(name): pytest.importorskip("av")
+    with open_clip(folder/name) as f: seconds = len(np.concatenate(list(decode(f, name, 600.))))/f.samplerate
+    for times in ("50", "50,51", f"0.01,{seconds + .2}", f"{seconds + .1}"):
+        for read in (load_audio, audio_info):
+            with pytest.raises(AudioError, match="outside the clip, which is 0[.]\\d+ s long; correct") as e: read(f"{folder/name}#t={times}")
+            assert type(e.value) is AudioError, "and not of the kind that removes a download"
+    for read in (load_audio, audio_info): read(f"{folder/name}#t=0.01,{seconds + .05}") # annotations are rounded
 
 
 def test_mp3_with_tags_and_junk_around(tmp_path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPILOG', 'OTHER_NAMES', 'COMMAND', 'option_groups', 'default_text', 'metavar', 'SettingsParser', 'parser',
-           'read_yaml', 'unknown_option', 'is_flat', 'read_config', 'with_dashes', 'read_args', 'from_args',
-           'pasted_args', 'option_text', 'to_args', 'to_dict', 'save_config']
+           'plain_whole_number', 'read_yaml', 'unknown_option', 'is_flat', 'read_config', 'with_dashes', 'read_args',
+           'from_args', 'pasted_args', 'option_text', 'to_args', 'to_dict', 'save_config']
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c4
 import argparse, dataclasses, difflib, re, shlex, sys, types
@@ -102,10 +102,18 @@ OTHER_NAMES = dict(learning_rate='lr', epochs='num_epochs', num_train_epochs='nu
     ) # What other tools call a setting -> ours; the misspelling is MFTCoder's
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c13
+def plain_whole_number(
+    text:str, # What YAML reads as a whole number
+)->int|str: # Other notations, such as 010, 0x10, 1_000 and 1:30, are left to the option that they are for
+    "A whole number that is written as anybody would"
+    return int(text) if re.fullmatch('0|-?[1-9][0-9]*', text) else text
+
 def read_yaml(
     text:str, # YAML, or JSON
 )->Any: # Its value
-    "Read YAML with keys as they are written and each only once, without aliases; `ValueError` if that fails"
+    """Read YAML without aliases; `ValueError` if that fails.
+
+    Keys, each of which may occur once, and numbers are what is written: YAML would read 010 as 8, 1:30 as 90, and 1e-400 as 0."""
     import yaml
     def mapping(loader, node):
         values = {}
@@ -118,6 +126,8 @@ def read_yaml(
         return values
     class Loader(yaml.SafeLoader): pass
     Loader.add_constructor('tag:yaml.org,2002:map', mapping)
+    Loader.add_constructor('tag:yaml.org,2002:int', lambda loader, node: plain_whole_number(node.value))
+    Loader.add_constructor('tag:yaml.org,2002:float', lambda loader, node: node.value)
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("aliases (*name) are not supported; write the value out")

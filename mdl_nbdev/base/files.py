@@ -6,7 +6,7 @@
 __all__ = ['LOCK_SECONDS', 'cache_dir', 'write_error', 'writing', 'aside', 'replacing', 'write_text', 'write_json', 'append_text',
            'json_lines', 'read_json_lines', 'open_locked', 'lock_file', 'file_lock', 'make_folder', 'output_lock',
            'open_in_use', 'is_in_use', 'file_digest', 'file_digests', 'check_inputs', 'check_own_files', 'new_output',
-           'share_files', 'replacing_folder']
+           'share_files', 'replacing_folder', 'remove_folder']
 
 # %% ../../nbs/0_base/03_files.ipynb #c4
 import errno, hashlib, json, os, shutil, socket, sys, time
@@ -300,3 +300,14 @@ def replacing_folder(
             if folder.exists(): os.replace(folder, old)
             os.replace(part, folder)
     finally: tidy()
+
+def remove_folder(
+    folder:str|Path, # A folder that is not needed any more, or was removed already
+)->None:
+    "Remove a folder by renaming it first, so that a run that is killed leaves no half of it under its name"
+    old = aside(folder, 'old')
+    with writing(folder, 'folder'):
+        if old.exists(): shutil.rmtree(old) # of a run that was killed
+        if not Path(folder).exists(): return
+        os.replace(folder, old)
+        shutil.rmtree(old)

@@ -94,7 +94,7 @@ class TuneSettings(Settings):
     use_rslora:bool=opt(False, adapter=True) # Scale adapters by alpha / sqrt(rank) (rsLoRA)
     use_dora:bool=opt(False, adapter=True) # Train magnitude and direction of the weights separately (DoRA)
     # LoRA+: learning rate of the B matrices, as a multiple of lr
-    loraplus_lr_ratio:float|None=opt(None, minimum=0, adapter=True)
+    loraplus_lr_ratio:float|None=opt(None, above=0, adapter=True)
 
 # %% ../../nbs/0_base/06_settings.ipynb #c10
 LOSS_MODES = dict(case1='tokens', case2='samples', case3='tasks', case4='tasks-samples') # MFTCoder's names -> ours
@@ -191,8 +191,8 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     "Fine-tune a model"
     # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/
     output:Path=opt(result=False, location=True)
-    lr:float=opt(1e-4, minimum=0) # Peak learning rate
-    num_epochs:float=opt(1., minimum=0) # Passes over the training data; fractions are allowed
+    lr:float=opt(1e-4, above=0) # Peak learning rate
+    num_epochs:float=opt(1., above=0) # Passes over the training data; fractions are allowed
     max_steps:int|None=opt(None, minimum=1) # Stop after this many optimizer steps, whatever num_epochs says
     # Steps over which the learning rate rises to its peak; below 1: a fraction of all steps
     warmup_steps:int|float=opt(0, minimum=0)
@@ -216,7 +216,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     logging_steps:int=opt(10, minimum=1, result=False) # Steps between lines of metrics.jsonl
     # Trackers that also receive the metrics: tensorboard, wandb, ...
     report_to:list[str]=opt(list, result=False)
-    seed:int=opt(42, minimum=0) # Seed of the initial adapters, the order of rows, and dropout
+    seed:int=opt(42, minimum=0, below=2**32) # Seed of the initial adapters, the order of rows, and dropout
 
 # %% ../../nbs/0_base/06_settings.ipynb #074b9796
 @dataclass(kw_only=True)
@@ -307,7 +307,7 @@ class DemoSettings(Settings):
     "Make sounds, train the tiny model on them, answer clips it has not heard"
     output:Path=opt(Path('runs/demo'), location=True) # Folder for the sounds, the run and the answers
     overwrite:bool=opt(True, result=False) # Replace the output of an earlier demo
-    seed:int=opt(42, minimum=0) # Seed of the sounds and of the training
+    seed:int=opt(42, minimum=0, below=2**32) # Seed of the sounds and of the training
 
 # %% ../../nbs/0_base/06_settings.ipynb #a261fdd4
 @dataclass(kw_only=True)

@@ -7,14 +7,14 @@ __all__ = ['TINY_LORA', 'ANSWER_TOKENS', 'GREEN', 'RED', 'demo_training', 'demo_
            'demo_folder', 'announce', 'answer_clips', 'demo']
 
 # %% ../../nbs/5_cli/08_demo.ipynb #c4
-import shutil, time
+import time
 from base64 import b64encode
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from fastcore.basics import patch
 from ..base.errors import InputError
-from ..base.files import make_folder, output_lock, write_json
+from ..base.files import aside, make_folder, output_lock, remove_folder, write_json
 from ..base.settings import DemoSettings, EvalSettings, InferSettings, TrainSettings
 from ..base.text import same_text
 from ..data.audio import SAMPLE_RATE, load_audio
@@ -115,10 +115,11 @@ def demo_folder(
     "An empty folder for the demo; `InputError` if it holds anything else than an earlier demo"
     out = Path(s.output)
     mark = out/'demo.json'
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    is_empty = out.is_dir() and all(p==aside(mark, 'part') for p in out.iterdir())
+    if out.exists() and not is_empty:
         if not mark.exists(): raise InputError(f"{out}: exists and was not made by mdl_demo, so it is left alone; choose another --output")
         if not s.overwrite: raise InputError(f"{out}: holds an earlier demo; choose another --output, or allow --overwrite true")
-        shutil.rmtree(out)
+    if not is_empty: remove_folder(out)
     make_folder(out)
     write_json(mark, dict(seed=s.seed))
     return out

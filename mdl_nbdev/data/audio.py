@@ -316,28 +316,36 @@ class FileSegment:
         end:float, # Seconds; infinite: to the end
         src:str|Path, # What messages call the clip
     ):
-        self.f, self.samplerate, self.channels, self.format, self.subtype = f, f.samplerate, f.channels, f.format, f.subtype
+        self.f, self.start, self.end, self.src = f, start, end, src
+        self.samplerate, self.channels, self.format, self.subtype = f.samplerate, f.channels, f.format, f.subtype
         known = f.frames < _UNKNOWN
-        seconds = f.frames/f.samplerate if known else math.inf
-        if start >= seconds or end < math.inf and end > seconds + .1: # annotations are rounded
-            raise AudioError(f'{src}: outside the clip, which is {seconds:.3f} s long; '
-                             'correct where the segment starts and ends, or rename what says so if it means something else')
+        seconds = min(f.frames/f.samplerate, gsm_seconds(f)) if known else math.inf
+        self.check_inside(seconds)
         first = int(start*f.samplerate + .5)
         self.left = int(min(end, seconds)*f.samplerate + .5) - first if min(end, seconds) < math.inf else _UNKNOWN
         if self.left <= 0: raise _too_short(src, f.samplerate)
-        self.frames, self.skip = self.left if known else _UNKNOWN, first
+        self.frames, self.skip, self.at = self.left if known else _UNKNOWN, first, 0
         if known and first and f.subtype != 'GSM610' and f.format.startswith(('WAV', 'FLAC', 'AIFF')): self.skip = f.seek(first) - first
+
+    def check_inside(self,
+        seconds:float, # Length of the file
+    )->None:
+        "Raise `AudioError` if the segment does not lie in the file"
+        if self.start < seconds and (self.end==math.inf or self.end <= seconds + .1): return # annotations are rounded
+        raise AudioError(f'{self.src}: outside the clip, which is {seconds:.3f} s long; '
+                         'correct where the segment starts and ends, or rename what says so if it means something else')
 
     def read(self,
         out:np.ndarray, # [frames, channels] Where to put the samples
     )->np.ndarray: # The beginning of `out` that has been filled
-        "Read the next samples"
+        "Read the next samples; raises `AudioError` at the end of a file of unknown length that is too short"
         while self.skip:
             n = len(self.f.read(out=out[:self.skip]))
-            if not n: return out[:0]
-            self.skip -= n
-        block = self.f.read(out=out[:self.left]) if self.left else out[:0]
-        self.left -= len(block)
+            if not n: break
+            self.skip, self.at = self.skip - n, self.at + n
+        block = self.f.read(out=out[:self.left]) if self.left and not self.skip else out[:0]
+        self.left, self.at = self.left - len(block), self.at + len(block)
+        if self.left and not len(block) and self.frames==_UNKNOWN: self.check_inside(self.at/self.samplerate)
         return block
 
 # %% ../../nbs/1_data/03_audio.ipynb #c22
@@ -388,5 +396,5 @@ def open_clip(
         if (part.channel_index or 0) >= f.channels:
             raise AudioError(f'{src}: it has {plural(f.channels, "channel")}, and channel {part.channel_index} is asked '
                              'for, counting from 0; correct --channel, or what the row says')
-        end = min(part.end, gsm_seconds(f))
-        yield FileSegment(f, part.start, end, src) if part.start or end < math.inf else f
+        is_part = part.start or min(part.end, gsm_seconds(f)) < math.inf
+        yield FileSegment(f, part.start, part.end, src) if is_part else f

@@ -9,7 +9,7 @@ __all__ = ['MANIFEST', 'OWN_FILES', 'MISPLACED', 'RECORD_BATCH', 'row_schema', '
            'plan_shards', 'conversion_key', 'write_small_files', 'ConvertReport', 'convert']
 
 # %% ../../nbs/3_train/00_convert.ipynb #c4
-import hashlib, json, multiprocessing, os, shutil, sys
+import hashlib, json, multiprocessing, os, sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np, pyarrow as pa
 from xxhash import xxh3_128
 from ..base.errors import InputError
-from ..base.files import check_inputs, check_own_files, make_folder, new_output, output_lock, write_json, writing
+from ..base.files import check_inputs, check_own_files, make_folder, new_output, output_lock, remove_folder, write_json, writing
 from ..base.processes import DaemonPool, end_with_parent, is_main_process
 from ..base.progress import progress_bar
 from ..base.settings import ConvertSettings
@@ -395,6 +395,6 @@ def convert(
             if bad: raise bad_rows_error(bad)
         write_small_files(s, chat, part, shards)
         with writing(out, 'folder'):
-            if out.exists(): shutil.rmtree(out)
+            remove_folder(out)
             os.replace(part, out)
     return ConvertReport(out, total, sum(shard.samples for shard in shards)/chat.family.sample_rate, notes_of(shards))
