@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['GenerationOptions', 'Request', 'Completion', 'Engine', 'can_record', 'cache_bytes', 'free_memory', 'RecordedStep',
-           'TransformersEngine', 'ChosenLogprobs', 'load_engine', 'generate_tokens']
+           'TransformersEngine', 'ChosenLogprobs', 'WatchedTokens', 'load_engine', 'generate_tokens']
 
 # %% ../../nbs/2_model/40_engine.ipynb #c4
 import sys, zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 import torch
 from fastcore.basics import patch
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import (
-    LogitsProcessor, LogitsProcessorList, PreTrainedModel, RepetitionPenaltyLogitsProcessor, StaticCache)
+    LogitsProcessor, LogitsProcessorList, PreTrainedModel, RepetitionPenaltyLogitsProcessor, StaticCache,
+    StoppingCriteria, StoppingCriteriaList)
 from transformers.cache_utils import StaticLayer
 from ..base.processes import is_main_process
 from ..base.settings import InferSettings
@@ -45,6 +46,7 @@ class Request:
     key:object # Says which completion belongs to it
     example:Example # Ends where the completion begins
     max_new_tokens:int # Limit of the completion
+    watch:Callable|None=None # Called with the ids so far after every token; true ends the completion there
 
 @dataclass(slots=True)
 class Completion:
@@ -52,7 +54,7 @@ class Completion:
     key:object # Of the request
     ids:list[int] # Token ids, without the end token
     text:str # The answer
-    truncated:bool # The limit ended it, not the model
+    truncated:bool # The limit or `watch` ended it, not the model
     logprobs:list[float]|None=None # Of each token and of the end token, if there is one; None: not asked for
     scores:object=None # The `LabelScores` of the closed set that the answer is chosen from
 
@@ -233,6 +235,28 @@ def decoding(self:TransformersEngine,
         self.step = RecordedStep(self.model, rows, length)
     return self.step.decoding()
 
+# %% ../../nbs/2_model/40_engine.ipynb #698af0bc
+class WatchedTokens(StoppingCriteria):
+    "Shows each request of a batch its tokens as they come, and ends those that are complete or have seen enough"
+    def __init__(self,
+        batch:list[Request], # Generated together, without beams
+        stops:list[int], # Tokens that end a completion
+    ):
+        self.batch, self.stops = batch, stops
+        self.ids, self.done = [[] for _ in batch], [False]*len(batch)
+
+    def add(self, request:Request, ids:list[int], token:int)->bool:
+        "Add a token to those of a request; whether it was the last"
+        ids.append(token)
+        if token in self.stops or len(ids)==request.max_new_tokens: return True
+        return bool(request.watch and request.watch(ids))
+
+    def __call__(self, input_ids, scores, **kwargs):
+        tokens = input_ids[:,-1].tolist()
+        self.done = [done or self.add(*new) for done,new in zip(self.done, zip(self.batch, self.ids, tokens))]
+        return torch.tensor(self.done, device=input_ids.device)
+
+
 # %% ../../nbs/2_model/40_engine.ipynb #c23
 @patch
 @torch.no_grad()
@@ -246,11 +270,14 @@ def complete(self:TransformersEngine,
         torch.manual_seed(zlib.crc32(repr((o.seed, batch[0].key)).encode()))
     args, length = self.arguments(batch), inputs['input_ids'].shape[1]
     with self.decoding(len(batch), length + args['max_new_tokens']) as more:
+        watched = WatchedTokens(batch, self.stops)
+        if any(r.watch for r in batch): more['stopping_criteria'] = StoppingCriteriaList([watched])
         out = self.model.generate(**inputs, **args, **more)
     start = 0 if self.chat.family.generates_from_embeddings else length
     new = out.sequences[:,start:]
     scores = args['logits_processor'][0].of(new) if o.logprobs else [None]*len(batch)
-    return [self.completion(r, ids, s) for r,ids,s in zip(batch, new.tolist(), scores)]
+    rows = watched.ids if 'stopping_criteria' in more else new.tolist()
+    return [self.completion(r, ids, s) for r,ids,s in zip(batch, rows, scores)]
 
 # %% ../../nbs/2_model/40_engine.ipynb #c25
 @patch
@@ -262,7 +289,7 @@ def completion(self:TransformersEngine,
     "What belongs to a request of the tokens generated for its batch"
     end = next((i for i,t in enumerate(ids) if t in self.stops), len(ids))
     n = min(end, request.max_new_tokens)
-    truncated = end==len(ids) or end > request.max_new_tokens
+    truncated = end >= min(len(ids), request.max_new_tokens)
     if scores: scores = scores[:n + (not truncated)]
     return Completion(request.key, ids[:n], self.chat.decode_completion(ids[:n]), truncated, scores)
 
