@@ -118,6 +118,20 @@ def test_logits_and_loss_are_those_of_transformers(m):
         assert torch.allclose(weighted_losses(m.model, batch.inputs, weights[0])[0], reference.loss, atol=1e-5), name
 
 
+def test_spectrograms_are_masked(m):
+    "Shares of the bands over the whole clip, and shares of the clip over all bands, with the mean; nothing else, nor another clip"
+    family, lengths = m.chat.family, [m.kind.longest * 16000, 16000]
+    tensors = family.clip_tensors([noise(n) for n in lengths])
+    masks = np.zeros((2, 4, 2), np.float32)
+    masks[0, 0], masks[0, 2] = (.25, .5), (.5, .75)
+    masked = family.mask_clips(tensors, np.array(lengths), masks)
+    before, after = (np.concatenate(t["input_features"], -1) for t in (tensors, masked)) # windows of clips, one after the other
+    frames = lengths[0] // 160
+    expected = before.copy()
+    expected[32:64, :frames] = expected[:, frames//2:frames*3//4] = before[:, :frames].mean()
+    assert np.allclose(after, expected, atol=1e-5) and not np.array_equal(after, before) and set(masked) == set(tensors)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "packed"])
 def test_padding_and_neighbours_do_not_matter(m, side):
     examples = [m.example(t) for t in m.talks.values()]

@@ -38,7 +38,7 @@ def cheap(csv, **kw):
     return arguments(csv, **dict(train_target="projector", eval_dataset=few, eval_batch_size=8) | kw)
 
 
-ALL_SORTS = dict(num_workers=2, gradient_accumulation_steps=3, batch_size=2, num_epochs=3)
+ALL_SORTS = dict(num_workers=2, gradient_accumulation_steps=3, batch_size=2, num_epochs=3, augment="speed,room,noise,gain,specaugment")
 CASES = [ALL_SORTS, dict(), dict(num_workers=2), dict(gradient_accumulation_steps=3, batch_size=2, num_epochs=3)]
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(csv, run, tmp
 
 CHANGES = {
     "learning rate": (dict(lr=1e-3), "--lr"), "seed": (dict(seed=7), "--seed"), "batch": (dict(batch_size=2), "--batch-size"), "rank": (dict(lora_rank=8), "--lora-rank"),
-    "epochs": (dict(num_epochs=2), "--num-epochs"),
+    "epochs": (dict(num_epochs=2), "--num-epochs"), "augmentation": (dict(augment="noise"), "--augment"),
 }
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'TARGETS', 'LOSS_MODES', 'NORMALIZERS', 'GENERATION_OPTIONS', 'half_the_cores', 'DataSettings',
            'ModelSettings', 'TokenizeSettings', 'LearnSettings', 'LoadSettings', 'TuneSettings', 'TaskSettings',
-           'EvaluationSettings', 'CheckSettings', 'ConvertSettings', 'TrainSettings', 'InferSettings', 'MergeSettings',
-           'EvalSettings', 'DemoSettings', 'CompareSettings', 'ReviewSettings']
+           'EvaluationSettings', 'CheckSettings', 'ConvertSettings', 'AugmentSettings', 'TrainSettings',
+           'InferSettings', 'MergeSettings', 'EvalSettings', 'DemoSettings', 'CompareSettings', 'ReviewSettings']
 
 # %% ../../nbs/0_base/06_settings.ipynb #c4
 from dataclasses import dataclass, fields
@@ -185,9 +185,22 @@ class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings, LearnSettin
     audio_dtype:Literal['int16', 'float32']='int16' # How waveforms are stored; int16 takes half the space
     overwrite:bool=opt(False, result=False) # Replace an existing output
 
+# %% ../../nbs/0_base/06_settings.ipynb #26407db5
+@dataclass(kw_only=True)
+class AugmentSettings(Settings):
+    "Changes to clips while training"
+    # What is changed of clips, anew in every epoch: speed, room, noise, gain, specaugment, as NAME or
+    # NAME=LOW..HIGH@PROBABILITY, such as speed=0.9..1.1@0.5,noise=10..30
+    augment:list[str]=opt(list)
+    # Folder of recordings that noise is taken from; null: it is generated
+    noise_folder:Path|None=opt(None, resume=True, location=True)
+    # Folder of impulse responses of rooms; null: they are generated
+    room_folder:Path|None=opt(None, resume=True, location=True)
+
 # %% ../../nbs/0_base/06_settings.ipynb #c14
 @dataclass(kw_only=True)
-class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, LearnSettings, TaskSettings, EvaluationSettings):
+class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, LearnSettings, TaskSettings, EvaluationSettings,
+                    AugmentSettings):
     "Fine-tune a model"
     # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/
     output:Path=opt(result=False, location=True)
@@ -216,7 +229,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     logging_steps:int=opt(10, minimum=1, result=False) # Steps between lines of metrics.jsonl
     # Trackers that also receive the metrics: tensorboard, wandb, ...
     report_to:list[str]=opt(list, result=False)
-    seed:int=opt(42, minimum=0, below=2**32) # Seed of the initial adapters, the order of rows, and dropout
+    seed:int=opt(42, minimum=0, below=2**32) # Seed of the initial adapters, the order of rows, dropout, and changes to clips
 
 # %% ../../nbs/0_base/06_settings.ipynb #074b9796
 @dataclass(kw_only=True)

@@ -31,6 +31,7 @@ class Example:
     spans:np.ndarray|None=None
     task:str='' # Task it belongs to; '': not given
     task_id:int=0 # Number of the task in a mix of tasks
+    masks:np.ndarray|None=None # float32 [clips, 4, 2]: what is masked of each log-mel, as `Family.mask_clips` takes it
     source:tuple[str,int]=('', 0) # File and line it came from, where there is no conversation
 
     @property

@@ -57,8 +57,12 @@ class Collator:
         else: arrays['attention_mask'] = (arrays['sample']>=0).astype(np.int64)
         examples = [e for row in rows for e in row]
         clips = [c for e in examples for c in e.clips]
+        lengths = np.array([len(c) for c in clips], np.int64)
         if clips: arrays |= self.family.clip_tensors(clips)
-        arrays |= dict(task=np.array([e.task_id for e in examples], np.int64), n_samples=np.array([len(c) for c in clips], np.int64))
+        if any(e.masks is not None for e in examples):
+            masks = [np.zeros((len(e.clips), 4, 2), np.float32) if e.masks is None else e.masks for e in examples]
+            arrays = self.family.mask_clips(arrays, lengths, np.concatenate(masks))
+        arrays |= dict(task=np.array([e.task_id for e in examples], np.int64), n_samples=lengths)
         return Batch({k:torch.from_numpy(v) for k,v in arrays.items()}, self.family.sample_rate)
 
 # %% ../../nbs/2_model/05_collate.ipynb #c11

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MIN_SAMPLES', 'n_audio_tokens', 'MiDashengAudioConfig', 'mel_constants', 'reflect_ends', 'log_mel',
-           'FrozenBatchNorm', 'PatchEmbedding', 'ChunkPlan', 'plan_chunks', 'group_by_width', 'ChunkAttention',
-           'LayerScale', 'FeedForward', 'MiDashengAudioBlock', 'embed_patches', 'used_rows', 'ChunkEmbedding',
-           'MiDashengAudioEncoder', 'MiDashengAudioProjector']
+           'mask_spectrogram', 'FrozenBatchNorm', 'PatchEmbedding', 'ChunkPlan', 'plan_chunks', 'group_by_width',
+           'ChunkAttention', 'LayerScale', 'FeedForward', 'MiDashengAudioBlock', 'embed_patches', 'used_rows',
+           'ChunkEmbedding', 'MiDashengAudioEncoder', 'MiDashengAudioProjector']
 
 # %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c6
 from functools import lru_cache
@@ -93,6 +93,23 @@ def log_mel(
         in_clip = torch.arange(decibels.shape[-1], device=decibels.device) <= (n_samples // c.hop_length)[:, None]
         loudest = decibels.masked_fill(~in_clip[:, None], -float("inf")).amax((1, 2), keepdim=True)
         return decibels.maximum(loudest - 120)
+
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #9a291806
+def mask_spectrogram(
+    mel:torch.Tensor, # [clips, mels, frames]
+    n_frames:torch.Tensor, # [clips] frames of each clip
+    masks:torch.Tensor, # [clips, 4, 2] start and end of two ranges of mel bands and of two ranges of time, as shares
+)->torch.Tensor: # [clips, mels, frames]
+    "Spectrograms of which some bands and some frames have the mean of their clip"
+    n_frames, masks = n_frames.to(mel.device)[:, None, None], masks.to(mel.device)
+    def masked(ranges, size, longest):
+        middle = (torch.arange(longest, device=mel.device) + 0.5) / size
+        return ((ranges[..., :1] <= middle) & (middle < ranges[..., 1:])).any(1)
+    bands = masked(masks[:, :2], mel.shape[1], mel.shape[1])[:, :, None]
+    frames = masked(masks[:, 2:], n_frames, mel.shape[2])[:, None]
+    in_clip = torch.arange(mel.shape[2], device=mel.device) < n_frames
+    mean = (mel*in_clip).sum((1, 2), keepdim=True) / (n_frames*mel.shape[1])
+    return torch.where((bands | frames) & in_clip, mean, mel)
 
 # %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c23
 class FrozenBatchNorm(nn.BatchNorm2d):
@@ -288,11 +305,13 @@ class MiDashengAudioEncoder(ChunkEmbedding):
     def forward(self,
         waveform:torch.Tensor, # [clips, samples] in [-1, 1]
         n_samples:torch.Tensor, # [clips] int64 on the CPU, each at least 3200
+        spec_masks:torch.Tensor=None, # [clips, 4, 2], as `mask_spectrogram` takes them; None: nothing is masked
     )->torch.Tensor: # [used patches of all clips, features]
         "Encode the patches that make up tokens, clip after clip"
         at_once = max(1, 2**21 // waveform.shape[1]) # clips
         parts = zip(waveform.split(at_once), n_samples.to(waveform.device).split(at_once))
         mel = torch.cat([log_mel(w, lengths, self.config) for w, lengths in parts])
+        if spec_masks is not None: mel = mask_spectrogram(mel, 1 + n_samples//self.config.hop_length, spec_masks)
         x, layout, rows = self.embed_chunks(mel, plan_chunks(n_samples, self.span, self.fold))
         for block in self.blocks: x = block(x, layout)
         return self.norm(x.index_select(0, rows.to(x.device)))

@@ -130,20 +130,23 @@ class AudioInputs:
     def encode_audio(self,
         input_values:torch.Tensor, # [clips, samples] floats in [-1, 1], or int16
         audio_length:torch.Tensor=None, # [clips] samples of each clip; None: whole rows
+        spec_masks:torch.Tensor=None, # [clips, 4, 2] what is masked of each log-mel; None: nothing
     )->torch.Tensor: # [audio tokens of all clips, hidden]
         "Embeddings of the audio tokens, clip after clip"
         device = self.audio_encoder.time_pos_embed.device
-        return self.audio_projector(self.audio_encoder(*prepare_waveforms(input_values, audio_length, device)))
+        waveforms, lengths = prepare_waveforms(input_values, audio_length, device)
+        return self.audio_projector(self.audio_encoder(waveforms, lengths, spec_masks))
 
     def embed(self,
         input_ids:torch.Tensor, # [rows, positions]
         input_values:torch.Tensor=None, # [clips, samples]
         audio_length:torch.Tensor=None, # [clips]
+        spec_masks:torch.Tensor=None, # [clips, 4, 2]
     )->torch.Tensor: # [rows, positions, hidden]
         "Token embeddings, with the audio vectors at the positions of `<|AUDIO|>`"
         embeds = self.get_input_embeddings()(input_ids)
         audio = embeds.new_zeros(0, embeds.shape[-1])
-        if input_values is not None and len(input_values): audio = self.encode_audio(input_values, audio_length)
+        if input_values is not None and len(input_values): audio = self.encode_audio(input_values, audio_length, spec_masks)
         at = (input_ids == self.config.audio_token_id).flatten().nonzero().squeeze(1)
         if len(at) != len(audio):
             token = self.config.audio_token_id
@@ -174,11 +177,11 @@ class MiDashengLMModel(AudioInputs, MiDashengLMPreTrainedModel, GenerationMixin)
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, input_values=None, audio_length=None, labels=None,
                 position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None,
-                num_items_in_batch=None, loss_weights=None, loss_pieces=None, **kwargs):
+                num_items_in_batch=None, loss_weights=None, loss_pieces=None, spec_masks=None, **kwargs):
         "Loss or logits of rows [rows, positions] with clips [clips, samples]; `labelled_loss` explains the last line"
         if inputs_embeds is None:
             if past_key_values is not None and input_values is None: inputs_embeds = self.get_input_embeddings()(input_ids)
-            else: inputs_embeds = self.embed(input_ids, input_values, audio_length)
+            else: inputs_embeds = self.embed(input_ids, input_values, audio_length, spec_masks)
         if position_ids is None and torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1]:]
         if labels is not None: use_cache = False

@@ -79,9 +79,9 @@ class MiDashengLMFamily(Family):
         values = np.zeros((len(clips), lengths.max()), clips[0].dtype)
         for row,clip in zip(values, clips): row[:len(clip)] = clip
         return dict(input_values=values, audio_length=lengths)
+    def mask_clips(self, tensors, lengths, masks): return tensors | dict(spec_masks=masks) # its network makes the spectrogram
 
     def chat_template(self, tok): return super().chat_template(tok) or ROLE_MARKERS
-
     def register(self): import mdl_nbdev.model.midashenglm # noqa: F401 (registers its classes)
 
     def load_tokenizer(self, path):

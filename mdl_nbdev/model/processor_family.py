@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..data.audio import from_int16
-from .family import Family
+from .family import Family, masked_parts
 
 # %% ../../nbs/2_model/08_processor_family.ipynb #32cce026
 class ProcessorFamily(Family):
@@ -51,6 +51,18 @@ def waveforms(self:ProcessorFamily,
     "Clips as the feature extractor takes them"
     floats = [c if c.dtype==np.float32 else from_int16(c) for c in clips]
     return [np.pad(c, (0, max(0, self.min_samples-len(c)))) for c in floats]
+
+@patch
+def mask_clips(self:ProcessorFamily, tensors, lengths, masks):
+    features, hop, end = tensors['input_features'].copy(), self.extractor.hop_length, 0
+    for n,own in zip(lengths, masks):
+        start, end = end, end + max(1, -(-n//self.extractor.n_samples)) # the windows of this clip
+        whole = np.concatenate(features[start:end], -1) # [mels, frames]
+        sound = whole[:, :-(-max(n, self.min_samples)//hop)]
+        masked = masked_parts(len(sound), own[:2])[:,None] | masked_parts(sound.shape[1], own[2:])
+        sound[masked] = sound.mean()
+        features[start:end] = np.stack(np.split(whole, end - start, -1))
+    return tensors | dict(input_features=features)
 
 # %% ../../nbs/2_model/08_processor_family.ipynb #b5c31da3
 @patch

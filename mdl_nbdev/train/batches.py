@@ -142,7 +142,7 @@ def __iter__(self:StepSampler)->Iterator[BatchRows]:
     for items in self.order(self.epoch):
         if not packed: items = items.tolist()
         for rows in self.deal(items)[self.rank::self.world_size]:
-            if rows: yield BatchRows(rows, packed)
+            if rows: yield BatchRows(rows, packed, epoch=self.epoch)
             else: yield BatchRows([items[0][-1:]] if packed else items[:1], packed, dummy=True)
 
 @patch

@@ -23,6 +23,7 @@ from ..base.status import phase
 
 # %% ../../nbs/3_train/20_fit.ipynb #c4
 from ..model.adapters import adapt, without_input_casts
+from ..model.augmented_rows import AugmentedRows, augment_facts, open_augmenter
 from ..model.chat import Chat, silent_example
 from ..model.collate import Collator
 from ..model.contents import content_digest, model_digest, model_files
@@ -93,6 +94,7 @@ def make_trainer(
     ranks:Ranks, # The processes of the run
 )->TaskTrainer: # Ready to train
     "The trainer of a run"
+    augmenter = open_augmenter(s, chat.family.sample_rate)
     model = load_adapted(s)
     check_vocabulary(model, chat)
     check_lengths(model, max(int(mix.n_tokens.max()) for mix in (training, evaluation) if mix))
@@ -106,6 +108,8 @@ def make_trainer(
     trainer.add_callback(Flow(trainer))
     trainer.remove_callback(PrinterCallback)
     if s.eval_metric: trainer.answering = AnswerMetric(s, chat, evaluation)
+    longest = s.seq_length or int(training.n_tokens.max())
+    if augmenter: trainer.heard_rows = AugmentedRows(training, chat, augmenter, s.seed, longest)
     trainer.size, trainer.stop_ids = Trainable(model), chat.stop_ids(model)
     return trainer
 
@@ -120,6 +124,7 @@ def training_identity(
     if trainer.coba: facts['evaluation rows'] = trainer.eval_dataset.fingerprint()
     if ds.audio_digest(): facts['training clips'] = ds.audio_digest()
     facts['contents of --model-name'] = trainer.ranks.on_main(model_digest, s.model_name, s.from_modelscope)
+    if trainer.heard_rows: facts |= augment_facts(trainer.heard_rows.augmenter)
     if s.adapter: facts['contents of --adapter'] = content_digest(model_files(s.adapter))
     return identity(s, processes=trainer.args.world_size, tokenizer=chat.fingerprint, **facts)
 

@@ -60,8 +60,7 @@ class OrderedRows(Trainer):
                            pin_memory=self.args.dataloader_pin_memory, generator=torch.Generator())
 
     def get_train_dataloader(self):
-        ds = self.train_dataset
-        return self.loader(ds, self.sampler(ds, self._train_batch_size))
+        return self.loader(self.heard_rows or self.train_dataset, self.sampler(self.train_dataset, self._train_batch_size))
     def sum_over_ranks(self, t:torch.Tensor)->torch.Tensor:
         "A tensor summed over all ranks, on the CPU"
         return self.accelerator.reduce(t.to(self.args.device)).cpu() if self.args.world_size > 1 else t
@@ -296,6 +295,7 @@ class TaskTrainer(SavedState, ValidationProbes, FlooredSchedule, RicherLog):
             self.probe_rows = self.probe_order()
         self.stopping = EarlyStopping(s.early_stopping_patience, *followed_metric(s))
         self.answering = None # with `--eval-metric`, an `AnswerMetric`
+        self.heard_rows = None # with `--augment`, the training rows as `AugmentedRows`
         self.identity = {} # of the run; every checkpoint records it
         self.prompts = None # of the training rows, on the main process: stored beside the model
         self.resumed_from = None # the checkpoint that the run resumes from

@@ -70,6 +70,7 @@ class BatchRows(NamedTuple):
     rows:list # Row numbers of a mix; for packed sequences tuples of row numbers
     packed:bool=False # Whether its sequences are packed
     dummy:bool=False # Whether the labels are left out, so that it has no effect on the loss
+    epoch:int=0 # Which pass over the data, for what becomes of clips
 
 # %% ../../nbs/3_train/02_mix.ipynb #c9
 @patch

@@ -23,6 +23,7 @@ from ..data.named_metrics import METRICS, check_metric_names, compared_texts, me
 from ..data.sources import find_tasks
 from ..model.chat import Chat
 from ..model.families import builtin_family, load_chat
+from ..model.augmented_rows import check_augment, check_augmentable
 from .checkpoints import check_checkpoint, check_run_inputs, last_checkpoint, newest_first
 from .mix import LengthReport, limit_length, open_mix, split, verify_mix
 from .stopping import FOLLOWING
@@ -97,6 +98,7 @@ def check_settings(
     "Raise `InputError` for what is wrong with settings before anything is read or loaded"
     check_schedule(s)
     check_eval_metric(s)
+    check_augment(s)
     if s.adapter:
         from mdl_nbdev.model.save import check_continued
         check_continued(s)
@@ -139,7 +141,8 @@ def open_run_folder(
     if not builtin_family(s.model_name):
         from mdl_nbdev.model.load import check_trainable
         check_trainable(s.model_name, s.from_modelscope)
-    check_run_inputs(s.output, [*s.train_dataset, *s.eval_dataset, s.model_name, s.adapter, s.chat_template])
+    folders = s.noise_folder, s.room_folder
+    check_run_inputs(s.output, [*s.train_dataset, *s.eval_dataset, s.model_name, s.adapter, s.chat_template, *folders])
     make_folder(s.output)
     stack.enter_context(file_lock(s.output/'.lock', s.output)) # inside: a container may mount nothing else
     checkpoint = find_checkpoint(s)
@@ -159,7 +162,9 @@ def open_chat(
     if s.adapter:
         from mdl_nbdev.model.save import template_of
         template = template_of(s.adapter, template)
-    return load_chat(s.model_name, s.from_modelscope, template)
+    chat = load_chat(s.model_name, s.from_modelscope, template)
+    check_augmentable(s, chat.family)
+    return chat
 
 # %% ../../nbs/3_train/12_prepare.ipynb #c18
 def open_mixes(

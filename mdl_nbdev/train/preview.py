@@ -64,8 +64,9 @@ def dry_run(
     "What this trainer would do"
     ds = trainer.train_dataset
     first_batch = next(iter(trainer.sampler(ds, trainer.s.batch_size)))
-    rows = np.hstack(first_batch.rows)
+    rows, heard = np.hstack(first_batch.rows)[:most], trainer.heard_rows
+    examples = [heard.example(row, 0) if heard else ds[row] for row in rows]
     batch = longest_batch(ds, trainer.s, trainer.data_collator)
     try: memory = estimate_memory(trainer.model, batch, trainer.s)
     except InputError as e: memory = spelt_here(str(e))
-    return DryRun(trainer.size, str(ds), [LabelView(ds[row], chat) for row in rows[:most]], batch, memory)
+    return DryRun(trainer.size, str(ds), [LabelView(e, chat) for e in examples], batch, memory)
