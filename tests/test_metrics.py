@@ -13,7 +13,7 @@ from mdl_nbdev.base.settings import NORMALIZERS, EvalSettings
 from mdl_nbdev.cli.commands import mdl_eval
 from mdl_nbdev.data.intervals import bootstrap_interval
 from mdl_nbdev.data.metrics import score
-from mdl_nbdev.data.named_metrics import Metric, Texts, find_choice, load_metrics, measure, row_share
+from mdl_nbdev.data.named_metrics import Metric, Texts, compared_texts, find_choice, load_metrics, measure, row_rouge_l, row_share
 from mdl_nbdev.data.normalizers import normalize_texts
 from mdl_nbdev.infer.evaluate import evaluate
 
@@ -145,6 +145,30 @@ def test_captions_as_sacrebleu():
     assert bleu.value == pytest.approx(sacrebleu.corpus_bleu(preds, [refs]).score)
     assert chrf.value == pytest.approx(sacrebleu.corpus_chrf(preds, [refs]).score)
     assert str(bleu) == "BLEU: 34.23"
+
+
+def test_rouge_as_rouge_score():
+    "The figures are those of rouge-score 0.1.2: RougeScorer(['rougeL']).score(reference, prediction)['rougeL'].fmeasure"
+    rows = [("a dog barks at a passing car", "a dog barks at a car", 12 / 13), ("rain falls on a tin roof", "rain is falling on a roof", 2 / 3),
+            ("A man's voice, then a door-bell (twice).", "a door bell; then a man s voice", 8 / 17), ("birds sing", "", 0), ("wind", "Wind!", 1),
+            ("a b c d", "d c b a", 1 / 4), ("a a a b", "a b a a", 3 / 4), ("!!", "x", 0)]
+    refs, preds, expected = zip(*rows)
+    assert row_rouge_l(compared_texts(refs, preds)) == pytest.approx(expected)
+    assert measure(["rouge-l"], compared_texts(refs, preds))[0].value == pytest.approx(np.mean(expected))
+    assert row_rouge_l(compared_texts(["狗在叫，下雨了", "Straße 5", "snake_case"], ["下雨 狗叫", "straße", "snake case"])) == pytest.approx([.4, 2 / 3, 1])
+
+
+@pytest.mark.parametrize("names, order, text", [
+    (["map"], [1, 2], "F1 of its labels 0%"), (["macro-f1", "wer"], [1, 2], "F1 of its labels 0%"), (["wer", "map"], [0, 1, 2], "WER 100%"),
+    (["cer"], [1, 0, 2], "CER 75%"), (["bleu"], [1, 0, 2], "BLEU 0.0"), (["rouge-l"], [1, 0, 2], "ROUGE-L 0%"), ([], [0, 1, 2], "WER 100%")])
+def test_worst_rows_by_the_first_metric(tmp_path, names, order, text):
+    "The first row has its labels in another order, the second another label, the third one of two"
+    rows = [("rain; wind", "wind; rain"), ("bird", "siren"), ("car; horn; dog", "car; horn"), ("dog", "dog")]
+    for i, name in enumerate(("in.csv", "out.csv")):
+        (tmp_path / name).write_text("audio,prediction\n" + "".join(f"{n}.wav,{r[i]}\n" for n, r in enumerate(rows)))
+    report = evaluate(EvalSettings(input=tmp_path / "out.csv", reference=tmp_path / "in.csv", metric=names, label_separator=";"))
+    assert (report.by_label, report.worst()) == (False, order)
+    assert text in str(report) and report.to_dict()["worst"][0]["line"] == order[0] + 2
 
 
 @pytest.mark.parametrize("text, letter", [("B", "B"), ("b", "B"), ("(b)", "B"), ("**B**", "B"), ("B: a horn", "B"), ("The answer is: (B)", "B"), ("the correct option is B, a horn.", "B"),

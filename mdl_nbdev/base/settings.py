@@ -306,7 +306,7 @@ class EvalSettings(Settings):
     # raw metrics are shown too
     normalizer:Literal[NORMALIZERS]='none'
     # Metrics to report, instead of exact match, word and character error rate: exact, accuracy, wer, cer, macro-f1,
-    # weighted-f1, map, choice, bleu, chrf, or module:function for one of your own; may be repeated
+    # weighted-f1, map, choice, rouge-l, bleu, chrf, or module:function for one of your own; may be repeated
     metric:list[str]=opt(list)
     # What separates the labels of an answer, for rows of several labels in macro-f1, weighted-f1 and map; null: one label
     label_separator:str|None=None

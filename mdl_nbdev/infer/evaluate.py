@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-import numpy as np
 from fastcore.basics import patch
 from rapidfuzz.distance import Levenshtein
 from ..base.errors import InputError
@@ -28,6 +27,7 @@ from ..data.rows import BadRow, bad_rows_error
 from ..data.intervals import bootstrap_interval, measure_parts
 from ..data.metrics import Scores, score
 from ..data.named_metrics import MetricValue, Texts, check_metric_names, measure
+from ..data.row_values import RowValues, row_values, row_word_errors
 from .calibration import Calibration, read_calibration
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c8
@@ -130,6 +130,9 @@ class EvalReport:
     by:str|None=None # A column
     parts:list[dict]|None=None # From `measure_parts`, for that column
     calibration:Calibration|None=None # If the answers say how sure the model was
+    rows:RowValues|None=None # What the worst rows are sorted by; None: word error rates
+
+    def __post_init__(self): self.rows = self.rows or row_word_errors(self.scores)
 
     @property
     def references(self)->list[str]: # [rows]
@@ -183,10 +186,8 @@ def score_lines(self:EvalReport
 @patch
 def worst(self:EvalReport
 )->list[int]: # Numbers of rows
-    "The rows with the highest word error rates, at most `most`; longer ones first among equals"
-    s = self.scores
-    order = np.lexsort([-s.word_edits, -s.row_wer])[:self.most]
-    return [int(i) for i in order if s.word_edits[i]]
+    "The rows that are most wrong, at most `most`; longer ones first among equals"
+    return self.rows.worst(self.scores)[:self.most].tolist()
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c18
 @patch
@@ -227,15 +228,17 @@ def label_lines(
         lines.append(f"  ({plural(len(more), 'more label')}, {exact:,} of {plural(rows, 'row')} match)")
     return lines
 
+# %% ../../nbs/4_infer/09_evaluate.ipynb #worstln1
 @patch
 def worst_lines(self:EvalReport
 )->list[str]: # Lines of text
     "The worst rows for a terminal"
     rows, s = self.worst(), self.scores
     if not rows: return []
-    lines = [f"the worst rows ({len(rows):,} of {int((s.word_edits > 0).sum()):,} that are wrong)"]
+    lines = [f"the worst rows ({len(rows):,} of {len(self.rows.worst(s)):,} that are wrong)"]
     for i in rows:
-        lines += [f"  line {self.lines[i]}: {s.row_wer[i]:.0%}, {s.word_edits[i]:,} of {plural(s.words[i], 'word')}",
+        words = f", {s.word_edits[i]:,} of {plural(s.words[i], 'word')}" if self.rows.title=='WER' else ''
+        lines += [f"  line {self.lines[i]}: {self.rows.title} {self.rows.text(i)}{words}",
                   f"    reference:  {excerpt(self.references[i], 200)}",
                   f"    prediction: {excerpt(self.predictions[i], 200)}"]
     return lines
@@ -305,11 +308,11 @@ def corrections_html(
 def worst_html(self:EvalReport
 )->Html: # A `<table>` element; empty if nothing is wrong
     "The worst rows with their corrections"
-    s, rows = self.scores, []
+    rows = []
     for i in self.worst():
         corrections = corrections_html(self.references[i], self.predictions[i])
-        rows.append((self.lines[i], f'{s.row_wer[i]:.0%}', corrections))
-    return html_table(rows, ['line', 'WER', 'corrections']) if rows else Html()
+        rows.append((self.lines[i], self.rows.text(i), corrections))
+    return html_table(rows, ['line', self.rows.title, 'corrections']) if rows else Html()
 
 @patch
 def _repr_html_(self:EvalReport):
@@ -334,9 +337,9 @@ def to_dict(self:EvalReport
     if self.calibration: out |= dict(calibration=self.calibration.to_dict())
     if self.values: out |= dict(metrics={v.metric.name:v.to_dict() for v in self.values})
     if self.by_label: return out | dict(labels=self.label_table())
-    worst = [dict(line=self.lines[i], wer=float(s.row_wer[i]), reference=self.references[i],
-                  prediction=self.predictions[i]) for i in self.worst()]
-    return out | dict(worst=worst)
+    def texts(i): return dict(reference=self.references[i], prediction=self.predictions[i])
+    name, values = self.rows.title.lower().replace(' ', '_'), self.rows.values
+    return out | dict(worst=[{'line':self.lines[i], name:float(values[i])} | texts(i) for i in self.worst()])
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c28
 def column_values(
@@ -371,6 +374,7 @@ def evaluate(
         source = open_rows(s.input)
         sure = read_calibration([source.values(r) for r in rows], texts[1], texts[0], scores.correct)
         report = EvalReport(str(s.input), str(s.reference), scores, [r.line for r in rows], s.max_labels,
-                            other_prompts(rows, refs), s.normalizer, raw, values, s.by, parts, sure)
+                            other_prompts(rows, refs), s.normalizer, raw, values, s.by, parts, sure,
+                            row_values(s.metric, given))
         if s.output: write_json(s.output, report.to_dict())
     return report
