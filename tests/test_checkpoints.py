@@ -671,7 +671,7 @@ def test_settings_that_matter():
     free = dict(output="p", train_dataset="b.csv", logging_steps=1, save_steps=7, save_total_limit=3, report_to="all", num_workers=1, resume_from_checkpoint=True, allow_changes=True, adapter="a",
                 gradient_checkpointing=False, early_stopping_patience=2, eval_steps=3)
     change = dict(lr=1.0, batch_size=1, seed=1, num_epochs=2, lora_rank=4, loss_mode="case1", packing=True, task_weights="a=2", warmup_steps=3, min_lr=0.1, model_name="tiny",
-                  tuning="full", lora_dropout=0.5, quantization="4bit", max_grad_norm=2, weight_decay=1, validation_split=0.5, seq_length=7, gradient_accumulation_steps=2, learn_answers="last")
+                  tuning="full", lora_dropout=0.5, quantization="4bit", max_grad_norm=2, weight_decay=1, validation_split=0.5, validation_group="a", seq_length=7, gradient_accumulation_steps=2, learn_answers="last")
     old = identity(TrainSettings(**base))
     for k, v in free.items(): assert differences(old, identity(TrainSettings(**base | {k: v}))) == [], k
     for k, v in change.items():

@@ -28,7 +28,7 @@ from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.train import dataset
 from mdl_nbdev.train.convert import conversion_key, convert, finished_shard, plan_shards, record_batch, row_schema
 from mdl_nbdev.train.dataset import AudioDataset, open_dataset
-from mdl_nbdev.train.mix import BatchRows, Mix, describe_conversions, limit_length, open_mix, split
+from mdl_nbdev.train.mix import BatchRows, Mix, describe_conversions, draw_groups, limit_length, open_mix, split
 from mdl_nbdev.train.prepare import open_datasets
 
 CHAT = load_chat("tiny")
@@ -425,6 +425,42 @@ def test_a_split_does_not_depend_on_other_tasks(mix):
     one = alone.take(np.array([4]))
     with pytest.raises(InputError, match="--validation-split: every task has one row"): split(one, 0.3)
     with pytest.raises(InputError, match="--validation-split: got 1"): split(alone, 1)
+
+
+@pytest.fixture(scope="module")
+def voices(tmp_path_factory):
+    "Two tasks, 60 and 40 rows, of 12 speakers who say between 3 and 14 words; three of them occur in both"
+    folder, sizes = tmp_path_factory.mktemp("voices"), {f"s{i}": 3 + i for i in range(12)}
+    rows = [dict(prompt=f"{who} {i}?", answer=f"w{i}", speaker=who) for who, n in sizes.items() for i in range(n)]
+    files = []
+    for name, part in dict(one=[*rows[:45], *rows[-15:]], two=rows[45:85]).items():
+        files.append(folder/f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in part))
+    return open_mix(files, load_chat("tiny-text"), folder/"cache", model_name="tiny-text")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_groups_are_held_out_whole(voices, share, seed):
+    groups = voices.groups("speaker")
+    assert [voices[i].conversation.messages[0]["content"][0]["text"].split()[0] for i in range(len(voices))] == groups.tolist()
+    held = draw_groups(voices, groups, share, seed)
+    assert not set(groups[held]) & set(groups[~held]) and held.any()
+    for task in range(2): assert (voices.task_ids[~held] == task).any()
+    assert abs(held.mean() - share) < 0.08
+    assert (held == draw_groups(voices, groups, share, seed)).all() and len({draw_groups(voices, groups, share, n).tobytes() for n in range(9)}) >= 3
+    part = voices.take(np.arange(len(voices))[::-1])
+    assert (part.groups("speaker") == groups[::-1]).all()
+
+
+def test_groups_that_cannot_be_held_out(voices, tmp_path):
+    one = voices.take(voices.groups("speaker") == "s11")
+    with pytest.raises(InputError, match="no rows left to train on"): draw_groups(one, one.groups("speaker"), 0.1)
+    two = voices.take(np.isin(voices.groups("speaker"), ["s0", "s2"]))
+    assert draw_groups(two, two.groups("speaker"), 0.1).sum() == 3, "the smallest group, though it is more than wanted"
+    with pytest.raises(InputError, match="one.jsonl:1: --validation-group site: no value in this row"): voices.groups("site")
+    folder = Mix([(None, AudioDataset(voices.datasets[0].path))])
+    with pytest.raises(InputError, match="was converted earlier, without this column; give the file"): folder.groups("speaker")
 
 
 def check_truncated(short, whole, limit):

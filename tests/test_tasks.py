@@ -57,6 +57,21 @@ def test_every_task_is_logged(tasks, tmp_path, mode):
         assert weights[:3] == [(.5, .5)]*3 and all(sum(w) == pytest.approx(1) for w in weights) and weights[-1] != (.5, .5)
 
 
+def test_held_out_speakers_are_named_and_kept_on_resume(tmp_path, capsys):
+    rows = tmp_path/"rows.jsonl"
+    def write_rows(speaker): rows.write_text("".join(json.dumps({"prompt": f"{n}?", "answer": str(n), "speaker": speaker(n)}) + "\n" for n in range(40)))
+    write_rows(lambda n: f"s{n % 10}")
+    s = settings(rows, tmp_path/"r", validation_split=.2, validation_group="speaker", max_steps=2, save_steps=1)
+    train(s)
+    found = re.search(r"For evaluation: 8 of 40 rows \(20.0%\), those of 2 of 10 values of speaker: (s\d), (s\d)\n", capsys.readouterr().out)
+    assert found
+    more = replace(s, max_steps=3, resume_from_checkpoint=True, allow_changes=True)
+    train(more)
+    assert found[0] in capsys.readouterr().out
+    write_rows(lambda n: f"s{n // 4}")
+    with pytest.raises(InputError, match="--allow-changes"): train(replace(s, resume_from_checkpoint=True))
+
+
 def test_a_task_of_weight_zero_is_not_learned_from(tasks, tmp_path):
     "The gradient is that of the other task alone"
     s = settings(tasks, tmp_path/"a", task_weights={"shout": 0}, max_steps=1, batch_size=32, validation_split=0)
@@ -188,6 +203,7 @@ BAD = {
     "no such task in the weights": (dict(task_weights={"sing": 2}), "--task-weights: no task is called .sing"),
     "no such task in the mix": (dict(task_sampling={"sing": 2}), "--task-sampling: no task is called .sing"),
     "coba without evaluation": (dict(loss_mode="coba", validation_split=0), "--loss-mode coba: needs evaluation data"),
+    "a group without a share": (dict(validation_group="speaker", validation_split=0), "--validation-group speaker: needs the share to hold out"),
     "patience without evaluation": (dict(early_stopping_patience=1, validation_split=0), "--early-stopping-patience: needs evaluation data"),
     "two evaluations": (dict(eval_dataset=["x"], validation_split=.1), "one of the two"),
     "no such evaluation": (dict(eval_dataset=["nowhere.csv"], validation_split=0), "nowhere.csv"),

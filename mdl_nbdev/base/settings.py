@@ -108,6 +108,9 @@ class TaskSettings(Settings):
     eval_dataset:list[Path]=opt(list, resume=True, location=True) # Evaluation data, in the same formats as --train-dataset
     # Share of the rows of each task that is kept for evaluation
     validation_split:float=opt(0., minimum=0, below=1)
+    # With validation_split: column or key, such as speaker or site, whose rows stay together, so that no value of it
+    # is in both the training and the evaluation data; audio keeps the segments of a recording together
+    validation_group:str|None=None
     # Times per epoch that each row of a task is used, as name=number; 1 for tasks not named
     task_sampling:dict[str,float]=opt(dict, minimum=0)
     # What the loss is averaged over: all tokens (case1), all samples (case2), tasks, each averaged over its tokens

@@ -26,7 +26,7 @@ from ..base.text import aligned_lines, comparable, plural, shorten
 from ..data.clips import resolve
 from ..data.pictures import start_player
 from ..data.rows import BadRow, bad_rows_error
-from ..data.sources import open_rows
+from ..data.sources import group_of, open_rows
 from ..data.tables import format_row
 
 # %% ../../nbs/4_infer/11_review.ipynb #0a48304b
@@ -56,11 +56,7 @@ class Review:
     def groups(self)->list[str]|None: # [rows]; None without `--group`
         "The group of each row"
         if self.s.group is None: return None
-        values = [self.source.values(r).get(self.s.group) for r in self.rows]
-        lacking = next((r for r,v in zip(self.rows, values) if v in (None, '')), None)
-        if lacking is None: return list(map(str, values))
-        remedy = "add one, or choose another column"
-        raise InputError(f"{lacking.where}: --group {self.s.group}: no value in this row; {remedy}")
+        return [group_of(self.source, r, self.s.group, '--group') for r in self.rows]
 
     def check_labels(self)->None:
         "Raise `InputError` for answers that cannot be labels"

@@ -142,6 +142,7 @@ class AudioDataset:
         self.source = self.manifest.get('source', str(self.path))
         self.sample_rate = self.manifest.get('sample_rate', 16_000)
         self.chat = None # The chat it was opened with, if any
+        self.file = None # The file that it was opened by, which has columns that are not converted
         self.in_use = None # for a folder in the cache: an open file, which keeps other runs from replacing the folder
         self.check(fingerprint)
     def __len__(self): return int(self.ends[-1]) if len(self.ends) else 0
@@ -326,7 +327,7 @@ def open_dataset(
     jobs, key_file = plan_shards(s, chat), earlier and earlier/'key'
     is_there = key_file and key_file.is_file() and key_file.read_text()==conversion_key(jobs)
     ds = AudioDataset(earlier if is_there else convert_once(s, chat, jobs), chat.fingerprint, path.stem)
-    ds.chat = chat
+    ds.chat, ds.file = chat, path
     if not is_there: ds.in_use = open_in_use(ds.path/MANIFEST)
     return ds
 

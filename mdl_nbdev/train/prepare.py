@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USUAL', 'ANSWER_OPTIONS', 'check_schedule', 'named_as_in_training', 'shards_weights', 'check_eval_metric',
            'check_trackers', 'check_settings', 'find_checkpoint', 'open_run_folder', 'open_chat', 'open_mixes',
-           'convert_datasets', 'limit_mixes', 'print_notes', 'open_datasets']
+           'convert_datasets', 'limit_mixes', 'hold_out_groups', 'print_notes', 'open_datasets']
 
 # %% ../../nbs/3_train/12_prepare.ipynb #c4
 import os, re, sys
@@ -18,6 +18,7 @@ from ..base.files import cache_dir, file_lock, make_folder
 from ..base.options import default_value, option, options_where
 from ..base.processes import Ranks, is_main_process
 from ..base.settings import TrainSettings
+from ..base.text import plural, shorten
 from ..data.clips import count_notes, note_lines
 from ..data.named_metrics import METRICS, check_metric_names, compared_texts, measure
 from ..data.sources import find_tasks
@@ -25,7 +26,7 @@ from ..model.chat import Chat
 from ..model.families import builtin_family, load_chat
 from ..model.augmented_rows import check_augment, check_augmentable
 from .checkpoints import check_checkpoint, check_run_inputs, last_checkpoint, newest_first
-from .mix import LengthReport, limit_length, open_mix, split, verify_mix
+from .mix import LengthReport, draw_groups, limit_length, open_mix, split, verify_mix
 from .stopping import FOLLOWING
 
 # %% ../../nbs/3_train/12_prepare.ipynb #c6
@@ -106,6 +107,8 @@ def check_settings(
     if s.min_lr > s.lr: raise InputError(f"--min-lr {s.min_lr:g}: above --lr, which is {s.lr:g}; lower --min-lr or raise --lr")
     if s.validation_split and s.eval_dataset:
         raise InputError("--validation-split: there is an --eval-dataset already; give one of the two")
+    if s.validation_group and not s.validation_split:
+        raise InputError(f"--validation-group {s.validation_group}: needs the share to hold out; add --validation-split 0.1")
     evaluates = s.eval_dataset or s.validation_split
     needs = {'--early-stopping-patience':s.early_stopping_patience, '--loss-mode coba':s.loss_mode=='coba',
              f'--eval-metric {s.eval_metric}':s.eval_metric,
@@ -202,6 +205,22 @@ def limit_mixes(
         print(f"{report}; they are listed in {s.output/'too_long.csv'}")
     return training, evaluation
 
+# %% ../../nbs/3_train/12_prepare.ipynb #24e08ba4
+def hold_out_groups(
+    s:TrainSettings, # The run's settings
+    rows, # A `Mix`
+    ranks:Ranks, # The processes of the run
+): # A `Mix` for training, and one for evaluation
+    "Hold out whole groups, and say which ones and how many rows that is"
+    groups = ranks.agree(rows.groups, s.validation_group, s.encoding)
+    held_out = draw_groups(rows, groups, s.validation_split, s.seed)
+    names, n = sorted(set(groups[held_out].tolist())), held_out.sum()
+    shown = ', '.join(shorten(name, 40) for name in names[:5]) + (', ...' if names[5:] else '')
+    if ranks.is_main:
+        print(f"For evaluation: {n:,} of {plural(len(rows), 'row')} ({n/len(rows):.1%}), those of {len(names):,} of "
+              f"{len(set(groups.tolist())):,} values of {s.validation_group}: {shown}", flush=True)
+    return rows.take(~held_out), rows.take(held_out)
+
 # %% ../../nbs/3_train/12_prepare.ipynb #c19
 def print_notes(
     mixes:list, # Each a `Mix`, or None
@@ -226,7 +245,8 @@ def open_datasets(
     for mix in [training, evaluation] if verifies else []: ranks.on_main(verify_mix, mix, bool(s.verify))
     if ranks.is_main: print_notes([training, evaluation])
     if choose: training = choose(training)
-    if s.validation_split: training, evaluation = split(training, s.validation_split, s.seed)
+    if s.validation_group: training, evaluation = hold_out_groups(s, training, ranks)
+    elif s.validation_split: training, evaluation = split(training, s.validation_split, s.seed)
     if s.loss_mode=='coba':
         lacking = [t for i,t in enumerate(training.task_names) if not (evaluation.task_ids==i).any()]
         if lacking:
