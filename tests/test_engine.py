@@ -84,3 +84,22 @@ def test_a_recorded_step_generates_the_same(parts, options, monkeypatch):
     assert everything() == recorded, "the second time, from the same graph"
     monkeypatch.setattr(E, "can_record", lambda model: False)
     assert everything() == recorded
+
+
+@pytest.mark.parametrize("most", range(9))
+def test_memory_for_some_rows_is_enough(most, monkeypatch):
+    "The batch is halved until it fits, and so are those that follow; a row that doesn't fit alone has a reason"
+    chat, model = load_chat("tiny-text"), tiny_text_model()
+    asked = list(requests(chat, False, limits=(2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2)))
+    expected = [(c.key, c.ids) for c in E.TransformersEngine(model, chat).generate(asked)]
+    tried, forward = [], model.forward
+    def limited(*args, **kwargs):
+        ids = kwargs["input_ids"]
+        if ids.shape[1] > 1: tried.append(len(ids)) # prompts
+        if len(ids) > most: raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+    monkeypatch.setattr(model, "forward", limited)
+    found = list(E.TransformersEngine(model, chat, batch_size=8).generate(asked))
+    if most: assert [(c.key, c.ids) for c in found] == expected and not any(c.reason for c in found)
+    else: assert [c.key for c in found] == list(range(11)) and all("out of memory with this row alone" in c.reason and not c.text for c in found)
+    assert sum(n > most for n in tried) <= 7 + (0 if most else 11), "one batch finds the size for those that follow"

@@ -28,8 +28,9 @@ from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.data.tables import CsvFile
 from mdl_nbdev.infer.identity import identity_changes, run_identity
 from mdl_nbdev.infer.output import InferOutput, LoggedShard, OutputPart
-from mdl_nbdev.infer.run import DEFAULT_NEW_TOKENS, infer, remaining_shards
+from mdl_nbdev.infer.run import DEFAULT_NEW_TOKENS, Prompter, infer, remaining_shards
 from mdl_nbdev.model.chat import Chat
+from mdl_nbdev.model.engine import TransformersEngine
 from mdl_nbdev.model.load import load_processor
 from mdl_nbdev.model.midashenglm_family import tiny_model
 from mdl_nbdev.model.text_family import tiny_text_model, tiny_text_tokenizer
@@ -258,6 +259,45 @@ def test_one_row_is_one_row():
     Path("rows.csv").write_text("audio\nlost.wav\n")
     first, last = str(answer("rows.csv", "out.csv")).splitlines()
     assert first.startswith("1 row in out.csv, ") and last.startswith("1 row without an answer, listed in out.csv.rejects.csv; the first is line 2: lost.wav: no such file")
+
+
+# --- Memory, and the flow of rows
+
+def test_a_row_too_large_for_the_memory_is_rejected(monkeypatch):
+    "All others are answered, as if there were enough memory"
+    write("in.jsonl", [dict(prompt="word "*(200 if i == 3 else i + 1)) for i in range(7)])
+    def run(name): return answer("in.jsonl", name, model_name="tiny-text", batch_size=4)
+    run("whole.jsonl")
+    complete = TransformersEngine.complete
+    def limited(self, batch):
+        if len(batch)*max(len(r.example.input_ids) for r in batch) > 400: raise torch.OutOfMemoryError("CUDA out of memory.")
+        return complete(self, batch)
+    monkeypatch.setattr(TransformersEngine, "complete", limited)
+    report = run("out.jsonl")
+    (row, line, _, reason, _), = table("out.jsonl.rejects.csv")[1:]
+    assert (row, line) == ("4", "4") and "out of memory with this row alone" in reason and "--max-new-tokens" in reason
+    assert len(report.rejected) == 1
+    whole, out = (lines(name) for name in ("whole.jsonl", "out.jsonl"))
+    assert out == [w | dict(prediction="") if i == 3 else w for i, w in enumerate(whole)]
+
+
+def test_the_engine_does_not_wait_between_shards(monkeypatch):
+    "While the last batch of a shard is generated, the first clips of the next are decoded"
+    make_sounds(".", 20)
+    decoded, seen, decode, complete = [], [], Prompter.decode, TransformersEngine.complete
+    def noted(self, pair):
+        decoded.append(pair[0].row.line)
+        return decode(self, pair)
+    def slow(self, batch):
+        deadline = time.monotonic() + 20
+        while len(decoded) < min(20, len(seen) + 3) and time.monotonic() < deadline: time.sleep(.01)
+        seen.extend(r.key for r in batch)
+        assert len(decoded) >= min(20, len(seen) + 2)
+        return complete(self, batch)
+    monkeypatch.setattr(Prompter, "decode", noted)
+    monkeypatch.setattr(TransformersEngine, "complete", slow)
+    report = answer("sounds.csv", "out.csv", batch_size=1, max_new_tokens=1)
+    assert report.rows == 20 and not report.rejected and sorted(seen) == list(range(2, 22))
 
 
 # --- What remains of an earlier run

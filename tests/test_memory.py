@@ -30,7 +30,7 @@ from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import TrainSettings
 from mdl_nbdev.model.adapters import adapt, without_input_casts
 from mdl_nbdev.model.collate import Batch
-from mdl_nbdev.model.load import load_model, unwrap_model
+from mdl_nbdev.model.load import is_out_of_memory, load_model, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import QWEN2_7B, MiDashengLMConfig, MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_model
@@ -392,8 +392,8 @@ other = [None, RuntimeError("The size of tensor a (3) must match"), ValueError("
 
 
 @pytest.mark.parametrize("e", out, ids=lambda e: str(e)[:30])
-def test_out_of_memory(e): assert M.is_out_of_memory(e)
+def test_out_of_memory(e): assert is_out_of_memory(e)
 
 
 @pytest.mark.parametrize("e", other, ids=lambda e: str(e)[:30])
-def test_something_else(e): assert not M.is_out_of_memory(e)
+def test_something_else(e): assert not is_out_of_memory(e)

@@ -90,6 +90,7 @@ def finish(self:Job,
     completion, # Its `Completion`
 )->None:
     "Hand over the reply, if somebody waits for it"
+    if completion.reason: return self.settle(MemoryError(completion.reason))
     self.show(self.text.update(completion.ids, complete=True))
     truncated = completion.truncated and not self.text.stopped
     tokens = len(completion.logprobs)

@@ -13,7 +13,7 @@ import os, socket, sys, time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 from fastcore.basics import chunked, patch
@@ -110,10 +110,11 @@ class Prompter:
 # %% ../../nbs/4_infer/02_run.ipynb #c9
 @patch
 def decode(self:Prompter,
-    pair:tuple, # From `tokenize`, not rejected
+    pair:tuple, # From `tokenize`
 )->tuple: # The `PromptedRow`, and its `Example` or None
     "Decode the clips of a row; one that cannot be decoded gets a reason"
     prompted, tokenized = pair
+    if tokenized is None: return pair
     try:
         with collected_notes(prompted.row.where) as prompted.notes:
             clips = self.chat.load_clips(prompted.conversation, self.s.max_audio_seconds)
@@ -137,19 +138,20 @@ class Pipeline:
         self.shard_rows = BATCHES_PER_SHARD*s.batch_size
 
     def generate(self,
-        shard:list[tuple], # From `Prompter.tokenize`
-        pool:DaemonPool, # Decodes clips
-    )->None:
+        shard:Iterable[tuple], # From `Prompter.decode`; read as the engine needs it
+    )->list[PromptedRow]: # The rows of the shard, in the order of the input
         "Fill in the predictions of a shard"
-        by_length = sorted((pair for pair in shard if pair[1] is not None), key=lambda pair: -pair[0].prompt_tokens)
-        decoded = pool.map(self.prompter.decode, by_length, ahead=2*self.s.batch_size)
         from mdl_nbdev.model.engine import Request
-        requests = (Request(p.row.line, example, p.max_new_tokens) for p,example in decoded if example is not None)
-        rows = {p.row.line:p for p,_ in by_length}
-        for completion in self.engine.generate(requests):
+        rows = {}
+        def requests():
+            for prompted,example in shard:
+                rows[prompted.row.line] = prompted
+                if example is not None: yield Request(prompted.row.line, example, prompted.max_new_tokens)
+        for completion in self.engine.generate(requests()):
             row = rows[completion.key]
             row.prediction, row.truncated = completion.text.replace('\0', '\ufffd'), completion.truncated # no text file can hold NUL
-            row.scores = completion_scores(completion, score_columns(self.s))
+            row.scores, row.reason = completion_scores(completion, score_columns(self.s)), completion.reason
+        return [rows[line] for line in sorted(rows)]
 
     def run(self,
         shards:Iterable[list], # The `PromptedRow`s of each shard
@@ -158,9 +160,10 @@ class Pipeline:
         rows = (row for shard in shards for row in shard)
         with DaemonPool(self.s.num_workers) as headers, DaemonPool(self.s.num_workers) as clips:
             tokenized = headers.map(self.prompter.tokenize, rows, ahead=self.shard_rows)
-            for shard in chunked(tokenized, self.shard_rows):
-                self.generate(shard, clips)
-                yield [prompted for prompted,_ in shard]
+            by_length = (pair for shard in chunked(tokenized, self.shard_rows)
+                         for pair in sorted(shard, key=lambda pair: -pair[0].prompt_tokens))
+            decoded = clips.map(self.prompter.decode, by_length, ahead=2*self.s.batch_size)
+            for first in decoded: yield self.generate(chain([first], islice(decoded, self.shard_rows - 1)))
 
 # %% ../../nbs/4_infer/02_run.ipynb #c13
 @dataclass

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GenerationOptions', 'Request', 'Completion', 'Engine', 'can_record', 'cache_bytes', 'free_memory', 'RecordedStep',
-           'TransformersEngine', 'ChosenLogprobs', 'WatchedTokens', 'load_engine', 'generate_tokens']
+           'TransformersEngine', 'ChosenLogprobs', 'no_memory', 'WatchedTokens', 'load_engine', 'generate_tokens']
 
-# %% ../../nbs/2_model/40_engine.ipynb #c4
-import sys, zlib
+# %% ../../nbs/2_model/40_engine.ipynb #00ccc50b
+import gc, sys, zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ from ..base.settings import InferSettings
 from .chat import Chat, Example
 from .collate import Collator
 from .families import load_chat
-from .load import device_note, load_model, pick_dtype
+from .load import device_note, is_out_of_memory, load_model, pick_dtype
 from .probe import check_vocabulary, position_limit
 from .save import load_adapter, merge, template_of
 from .tokenizers import chat_of
@@ -57,6 +57,7 @@ class Completion:
     truncated:bool # The limit or `watch` ended it, not the model
     logprobs:list[float]|None=None # Of each token and of the end token, if there is one; None: not asked for
     scores:object=None # The `LabelScores` of the closed set that the answer is chosen from
+    reason:str|None=None # Why there is no answer; None: there is one
 
     @property
     def confidence(self)->float|None: # 0 or less; None if log-probabilities were not asked for
@@ -161,11 +162,12 @@ class TransformersEngine(Engine):
         self.model, self.chat, self.options, self.batch_size = model, chat, options, batch_size
         self.collate, self.stops = Collator(chat.pad_id, chat.family, 'left'), chat.stop_ids(model)
         self.step = None # a `RecordedStep`, once there is one
+        self.budget = sys.maxsize # positions of a batch: its rows, times its longest prompt and completion together
         limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or position_limit(model)
         if limit: self.max_tokens = limit
 
     def generate(self, requests):
-        for batch in self.batches(requests): yield from self.complete(batch)
+        for batch in self.batches(requests): yield from self.complete_in_parts(batch)
 
 # %% ../../nbs/2_model/40_engine.ipynb #1e946323
 class ChosenLogprobs(LogitsProcessor):
@@ -190,21 +192,47 @@ class ChosenLogprobs(LogitsProcessor):
         if len(self.steps) < ids.shape[1]: self.note(ids[:,-1])
         return torch.stack(self.steps, 1)[:,:ids.shape[1]].tolist()
 
-# %% ../../nbs/2_model/40_engine.ipynb #c20
+# %% ../../nbs/2_model/40_engine.ipynb #1965f98a
 @patch
 def batches(self:TransformersEngine,
     requests:Iterable[Request], # In the order in which they are to be generated
 )->Iterator[list[Request]]: # At most `batch_size` of them
-    "Group requests so that no completion goes beyond the model's length"
+    "Group requests so that no completion goes beyond the model's length, and no batch beyond the budget"
     batch, prompt, limit = [], 0, 0
     for r in requests:
         longest, most = max(prompt, len(r.example.input_ids)), max(limit, r.max_new_tokens)
-        if batch and (len(batch)==self.batch_size or longest + most > self.max_tokens):
+        if batch and (longest + most > self.max_tokens or (len(batch) + 1)*(longest + most) > self.budget):
             yield batch
             batch, longest, most = [], len(r.example.input_ids), r.max_new_tokens
         batch.append(r)
         prompt, limit = longest, most
+        if len(batch)==self.batch_size:
+            yield batch
+            batch, prompt, limit = [], 0, 0
     if batch: yield batch
+
+@patch
+def complete_in_parts(self:TransformersEngine,
+    batch:list[Request], # At most `batch_size`
+)->list[Completion]: # In the same order
+    "Generate one batch, in halves if it does not fit in memory"
+    try: return self.complete(batch)
+    except Exception as e: # the tensors that it refers to are free once this block is left
+        if not is_out_of_memory(e): raise
+    self.step = None
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    longest = max(len(r.example.input_ids) for r in batch) + max(r.max_new_tokens for r in batch)
+    if len(batch)==1: return [Completion(batch[0].key, [], '', False, reason=no_memory(longest))]
+    self.budget, half = min(self.budget, len(batch)*longest//2), -(-len(batch)//2)
+    return [c for part in (batch[:half], batch[half:]) for c in self.complete_in_parts(part)]
+
+def no_memory(
+    positions:int, # Of the prompt and the longest completion of a row
+)->str: # A reason to reject it
+    "Why a row without any other in its batch has no answer"
+    return (f"out of memory with this row alone: its prompt and its answer may have {positions:,} tokens together; "
+            "lower --max-new-tokens, shorten the clip, or use --quantization 4bit")
 
 # %% ../../nbs/2_model/40_engine.ipynb #c21
 @patch

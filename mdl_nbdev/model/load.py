@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'device_note', 'quantization_config', 'stored_quantization', 'load_config',
-           'check_trainable', 'no_safetensors', 'check_weights', 'check_end_tokens', 'explain_weights', 'read_weights',
-           'load_built_in', 'load_model', 'load_processor', 'unwrap_model', 'recompute_activations', 'eval_mode']
+           'check_trainable', 'no_safetensors', 'check_weights', 'check_end_tokens', 'is_out_of_memory',
+           'explain_weights', 'read_weights', 'load_built_in', 'load_model', 'load_processor', 'unwrap_model',
+           'recompute_activations', 'eval_mode']
 
 # %% ../../nbs/2_model/30_load.ipynb #c4
-import os, pickle
+import errno, os, pickle
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,7 +133,18 @@ def check_end_tokens(
         if token is not None and (type(token) is not int or token < 0):
             raise ValueError(f"generation_config.json: eos_token_id is {eos!r}; it must be the number of a token, or several")
 
-# %% ../../nbs/2_model/30_load.ipynb #c17
+# %% ../../nbs/2_model/30_load.ipynb #6c7acda3
+def is_out_of_memory(
+    e:BaseException|None, # Whatever was raised
+)->bool: # Also if it is the cause of another
+    "Whether memory ran out"
+    if e is None: return False
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, OSError) and e.errno==errno.ENOMEM:
+        return True
+    said = isinstance(e, RuntimeError) and any(w in str(e).lower() for w in ('out of memory', "can't allocate memory", 'alloc_failed'))
+    return said or is_out_of_memory(e.__cause__ or e.__context__)
+
+# %% ../../nbs/2_model/30_load.ipynb #d59f9d5a
 def explain_weights(
     source:str|Path|None, # A folder or a hub id
     error:Exception, # What `from_pretrained` raised
@@ -141,7 +153,7 @@ def explain_weights(
 )->InputError: # To be raised; None: the error does not come from reading weights
     "What is wrong with the weights of a model"
     where, why = f"--model-name {source}", one_line(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         remedy = "use --quantization 4bit or a smaller model"
         return InputError(f"{where}: does not fit in the memory of {device}; {remedy} ({why[:120]})")
     method = stored_quantization(config)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StopSignals', 'is_lost_connection', 'explain_error']
 
-# %% ../../nbs/3_train/15_failures.ipynb #c4
+# %% ../../nbs/3_train/15_failures.ipynb #e5193d70
 import signal, sys, threading, time
 from typing import Callable
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -13,7 +13,8 @@ from ..base.errors import InputError, WriteError, shared_memory_fault
 from ..base.processes import LostRank
 from ..base.text import one_line, plural
 from .loop import TaskTrainer
-from .memory import is_out_of_memory, memory_advice
+from ..model.load import is_out_of_memory
+from .memory import memory_advice
 
 # %% ../../nbs/3_train/15_failures.ipynb #c6
 class StopSignals:

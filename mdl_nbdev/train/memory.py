@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BITS', 'PART_COLOURS', 'DatalessTensor', 'MemoryCounter', 'grouped_product', 'model_without_data',
            'with_bitsandbytes', 'quantized', 'CudaRules', 'MemoryEstimate', 'run_without_data', 'estimate_memory',
-           'smaller_steps', 'memory_advice', 'longest_batch', 'is_out_of_memory']
+           'smaller_steps', 'memory_advice', 'longest_batch']
 
-# %% ../../nbs/3_train/10_memory.ipynb #c4
-import copy, errno, weakref
+# %% ../../nbs/3_train/10_memory.ipynb #3348f5c3
+import copy, weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -378,14 +378,3 @@ def longest_batch(
     packs = StepSampler(dataset.n_tokens[rows], size, settings.seed, pack=limit).packs(0)
     fullest = sorted(packs, key=lambda pack: -cost[list(pack)].sum())[:size]
     return collate([[dataset[int(rows[i])] for i in pack] for pack in fullest])
-
-# %% ../../nbs/3_train/10_memory.ipynb #c42
-def is_out_of_memory(
-    e:BaseException|None, # Whatever was raised
-)->bool: # Also if it is the cause of another
-    "Whether memory ran out"
-    if e is None: return False
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, OSError) and e.errno==errno.ENOMEM:
-        return True
-    said = isinstance(e, RuntimeError) and any(w in str(e).lower() for w in ('out of memory', "can't allocate memory", 'alloc_failed'))
-    return said or is_out_of_memory(e.__cause__ or e.__context__)
