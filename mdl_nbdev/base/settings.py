@@ -196,9 +196,9 @@ class AugmentSettings(Settings):
     # NAME=LOW..HIGH@PROBABILITY, such as speed=0.9..1.1@0.5,noise=10..30
     augment:list[str]=opt(list)
     # Folder of recordings that noise is taken from; null: it is generated
-    noise_folder:Path|None=opt(None, resume=True, location=True)
+    noise_folder:Path|None=opt(None, resume=True)
     # Folder of impulse responses of rooms; null: they are generated
-    room_folder:Path|None=opt(None, resume=True, location=True)
+    room_folder:Path|None=opt(None, resume=True)
 
 # %% ../../nbs/0_base/06_settings.ipynb #c14
 @dataclass(kw_only=True)
