@@ -16,7 +16,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mdl_nbdev import watch
+from mdl_nbdev import make_sounds, watch
+from mdl_nbdev.cli.view import small_player
 
 root = Path(__file__).parent.parent
 chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
@@ -357,3 +358,29 @@ def test_form(browser, lab):
     page.locator(".jp-CodeCell").last.locator(".cm-content").click()
     page.keyboard.press("Control+Enter")
     until(lambda: "rank 16 4" in nb.text())
+
+
+def test_a_player_goes_on_while_its_table_is_redrawn(browser, tmp_path):
+    "In the HTML of a widget, which is replaced as a whole: the player takes the place of its copy, and stays when its row is gone"
+    make_sounds(tmp_path, 2, seed=1)
+    clips = sorted(tmp_path.rglob("*.wav"))[:2]
+    cells = [small_player(str(clip)) for clip in clips]
+    page = browser.new_page()
+    page.set_content('<div class="widget-html-content"></div>')
+    box = page.locator(".widget-html-content")
+    draw = lambda html: box.evaluate("(e, html) => { e.innerHTML = html }", html)
+    draw(f"<table><tr><td id=a>{cells[0]}</td></tr></table>")
+    page.mouse.click(1, 1) # a page may play sound once the user has clicked
+    box.locator("audio").evaluate("a => { window.heard = a; a.loop = true; return a.play() }")
+    time.sleep(.3)
+    for html, where in ((f"<p id=b>{cells[1]}</p><p id=a>{cells[0]}</p>", "#a"), (f"<p>{cells[1]}</p>", ".widget-html-content"), (f"<p id=a>{cells[0]}</p>", "#a")):
+        draw(html)
+        time.sleep(.3)
+        before = page.evaluate("[!heard.paused, heard.isConnected, heard.currentTime]")
+        time.sleep(.3)
+        assert before[:2] == [True, True] and page.evaluate("heard.currentTime") != before[2]
+        assert page.evaluate("where => heard.parentNode.matches(where)", where) and page.locator("audio").count() == len(re.findall("<audio", html)) + (where[0] == ".")
+    page.evaluate("heard.pause()")
+    draw("nothing left")
+    time.sleep(.2)
+    assert page.locator("audio").count() == 0

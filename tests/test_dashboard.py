@@ -312,6 +312,15 @@ def test_a_form_reads_command_lines(tmp_path):
     assert form.values["lr"] == .01, "a command line that cannot be read changes nothing"
 
 
+def test_a_form_spells_values_as_python_does():
+    f = SettingsForm(TrainSettings, merge_lora="false")
+    page = f._repr_html_()
+    assert ">None</td>" in page and "<b>False</b>" in page and "None: no limit" in page and not re.search(r"\bnull\b", page)
+    assert [label for label, _ in f.menu("bf16")] == ["None", "True", "False"]
+    f.set("seq_length", "None")
+    assert not f.faults and "seq_length" not in f.values
+
+
 def test_a_form_warns(sounds, tmp_path, monkeypatch):
     "Of valid values that cannot be meant; the command may be for another machine, so it is shown all the same"
     monkeypatch.chdir(tmp_path)

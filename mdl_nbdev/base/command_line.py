@@ -67,15 +67,18 @@ class SettingsParser(argparse.ArgumentParser):
             if not action.option_strings: action.nargs = '+' if action.nargs=='*' else None
         return super().format_help()
 
-EPILOG = "Booleans take true or false. Options that take several values may be repeated. --lora_rank is the same as --lora-rank."
+EPILOG = "Booleans take true or false. Options that take several values may be repeated."
 
 def parser(
     cls:type, # A settings dataclass
     prog:str, # Name of the command
 )->argparse.ArgumentParser: # One option for each field, with values as text
     "The parser of a command"
-    p = SettingsParser(prog=prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=EPILOG)
-    fields, p.required = {f.name:f for f in dataclasses.fields(cls)}, required_options(cls)
+    fields = {f.name:f for f in dataclasses.fields(cls)}
+    spelt = [f" --{name} is the same as {option(name)}." for name,f in fields.items() if '_' in name and not option_facts(f).positional]
+    p = SettingsParser(prog=prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                       epilog=EPILOG + ''.join(spelt[:1]))
+    p.required = required_options(cls)
     for title, options in option_groups(cls).items():
         group = p.add_argument_group(title if title != cls.__doc__ else 'Main options')
         for name, text in options.items():

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from fastcore.basics import patch
@@ -154,21 +155,20 @@ class EvalReport:
         "Whether answers repeat, as labels do"
         return 2*len(set(self.references)) <= len(self.references)
 
-# %% ../../nbs/4_infer/09_evaluate.ipynb #c16
-@patch
-def confusion(self:EvalReport
-)->dict[str, Counter]: # Reference -> {prediction: rows}
-    "How often each reference got which prediction"
-    out = {label:Counter() for label in self.labels}
-    for r,p in zip(self.references, self.predictions): out[r][p] += 1
-    return out
+    @cached_property
+    def confusion(self)->dict[str, Counter]: # Reference -> {prediction: rows}, the most frequent reference first
+        "How often each reference got which prediction"
+        out = {label:Counter() for label in self.labels}
+        for r,p in zip(self.references, self.predictions): out[r][p] += 1
+        return out
 
+# %% ../../nbs/4_infer/09_evaluate.ipynb #c16
 @patch
 def label_table(self:EvalReport
 )->list[dict]: # `label`, `rows`, `exact` (rows), `wrong`: the most frequent wrong prediction or None, `wrong_rows`
     "A record for each label, the most frequent first"
     out = []
-    for label,predicted in self.confusion().items():
+    for label,predicted in self.confusion.items():
         wrong = [(p, n) for p,n in predicted.most_common(2) if p != label]
         prediction, n = wrong[0] if wrong else (None, 0)
         out.append(dict(label=label, rows=predicted.total(), exact=predicted[label], wrong=prediction, wrong_rows=n))
@@ -265,7 +265,7 @@ def count_cell(
 def confusion_html(self:EvalReport
 )->Html: # A `<table>` element
     "The confusion matrix: a row for each reference, a column for each prediction"
-    table, rows = self.confusion(), []
+    table, rows = self.confusion, []
     labels = sorted(table)
     names = [excerpt(label, 30) for label in labels]
     for name,label in zip(names, labels):
