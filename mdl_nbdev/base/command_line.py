@@ -75,9 +75,10 @@ def parser(
 )->argparse.ArgumentParser: # One option for each field, with values as text
     "The parser of a command"
     fields = {f.name:f for f in dataclasses.fields(cls)}
-    spelt = [f" --{name} is the same as {option(name)}." for name,f in fields.items() if '_' in name and not option_facts(f).positional]
+    long = [name for name,f in fields.items() if '_' in name and not option_facts(f).positional]
+    spelt = [f" --{name} is the same as {option(name)}." for name in long[:1]]
     p = SettingsParser(prog=prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                       epilog=EPILOG + ''.join(spelt[:1]))
+                       epilog=EPILOG + ''.join(spelt))
     p.required = required_options(cls)
     for title, options in option_groups(cls).items():
         group = p.add_argument_group(title if title != cls.__doc__ else 'Main options')

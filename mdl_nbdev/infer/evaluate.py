@@ -145,16 +145,6 @@ class EvalReport:
         "The predictions as they are compared"
         return self.scores.predictions
 
-    @property
-    def labels(self)->list[str]:
-        "The different references, the most frequent first"
-        return [label for label,_ in sorted(Counter(self.references).items(), key=lambda x: (-x[1], x[0]))]
-
-    @property
-    def by_label(self)->bool:
-        "Whether answers repeat, as labels do"
-        return 2*len(set(self.references)) <= len(self.references)
-
     @cached_property
     def confusion(self)->dict[str, Counter]: # Reference -> {prediction: rows}, the most frequent reference first
         "How often each reference got which prediction"
@@ -163,6 +153,18 @@ class EvalReport:
         return out
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c16
+@patch(as_prop=True)
+def labels(self:EvalReport
+)->list[str]:
+    "The different references, the most frequent first"
+    return [label for label,_ in sorted(Counter(self.references).items(), key=lambda x: (-x[1], x[0]))]
+
+@patch(as_prop=True)
+def by_label(self:EvalReport
+)->bool:
+    "Whether answers repeat, as labels do"
+    return 2*len(set(self.references)) <= len(self.references)
+
 @patch
 def label_table(self:EvalReport
 )->list[dict]: # `label`, `rows`, `exact` (rows), `wrong`: the most frequent wrong prediction or None, `wrong_rows`
