@@ -201,6 +201,10 @@ def test_batches_do_not_depend_on_workers(mix, chat):
     rows = AugmentedRows(mix, chat, Augmenter(read_augment(ALL)), 42, int(mix.n_tokens.max()))
     here = {epoch: loaded(rows, chat, 0, epoch) for epoch in (0, 1)}
     assert any("spec_masks" in b for b in here[0])
+    sampler = StepSampler(mix.lengths, 4, seed=42)
+    sampler.set_epoch(1)
+    first = Collator(chat.pad_id, chat.family)([rows.example(row, 1) for row in next(iter(sampler)).rows])
+    assert all(torch.equal(here[1][0][k], first[k]) for k in first)
     for workers in (1, 2):
         for ours, theirs in zip(here[1], loaded(rows, chat, workers, 1), strict=True):
             assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
