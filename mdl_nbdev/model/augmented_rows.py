@@ -63,9 +63,9 @@ class AugmentedRows:
         clips:list[np.ndarray], # Its clips at other speeds
     )->Example: # With these clips, or the same row if it would be too long
         "A row at another speed"
-        faster, family = with_clips(e, clips, self.chat), self.chat.family
+        changed, family = with_clips(e, clips, self.chat), self.chat.family
         longest = max(map(len, clips))/family.sample_rate
-        return faster if len(faster.input_ids) <= self.most and longest <= family.max_clip_seconds else e
+        return changed if len(changed.input_ids) <= self.most and longest <= family.max_clip_seconds else e
 
     def __getitems__(self,
         batch, # `BatchRows`: what to read
