@@ -125,10 +125,17 @@ def shorten_demo():
 @pytest.mark.parametrize("command", ["mdl_infer sounds.csv --model-name tiny --max-new-tokens 2 --batch-size 1 --output out.csv",
     "mdl_convert sounds.csv --model-name tiny --num-workers 1 --output out",
     "mdl_train --train-dataset sounds.csv --output out --model-name tiny --max-steps 4 --batch-size 4 --gradient-checkpointing false",
-    "mdl_merge ADAPTER --output out", "mdl_demo --output out"])
+    "mdl_merge ADAPTER --output out", "mdl_demo --output out",
+    "mdl_review labels.csv --model-name tiny --folds 0 --output out",
+    "mdl_review labels.csv --model-name tiny --folds 2 --max-steps 1 --gradient-checkpointing false --output out",
+    "mdl_check sounds.csv --output out", "mdl_eval sounds.csv --reference labels.csv --output out",
+    "mdl_compare sounds.csv labels.csv --reference answers.csv --output out"])
 def test_twenty_double_starts(made, command, monkeypatch):
     "Exactly one of two runs, whichever of them is first"
     name, *argv = command.replace("ADAPTER", str(made/"adapted"/"final")).split()
+    header, *rows = Path("sounds.csv").read_text().splitlines()
+    Path("labels.csv").write_text("\n".join([header, *(f"{row.split(',')[0]},{'AB'[i % 2]}" for i, row in enumerate(rows))]) + "\n")
+    shutil.copy("sounds.csv", "answers.csv")
     for _n in range(20):
         both = [training_runs.start(argv, f"log{i}", name, prepare=shorten_demo) for i in range(2)]
         for p in both: p.join(300)
@@ -138,9 +145,48 @@ def test_twenty_double_starts(made, command, monkeypatch):
         if "demo" in command: assert sorted(p.exitcode for p in both) in ([0, 0], [0, 2]) # one after the other
         else: assert sorted(p.exitcode for p in both) == [0, 2], printed
         assert not any("Traceback" in text for text in printed), printed
-        left = {p.name for p in Path().iterdir()} - {"sounds", "sounds.csv", "out", "out.csv"}
+        left = {p.name for p in Path().iterdir()} - {"sounds", "sounds.csv", "labels.csv", "answers.csv", "out", "out.csv"}
         assert not left
         for p in Path().glob("out*"): shutil.rmtree(p) if p.is_dir() else p.unlink()
+
+
+UNFINISHED = { # A command but for its output; what shows that it is under way
+    "mdl_infer sounds.csv --model-name tiny --max-new-tokens 2 --batch-size 1 --num-workers 1": "out.part.log",
+    "mdl_convert many.csv --model-name tiny --num-workers 2": "out.part/*.arrow",
+    "mdl_train --train-dataset sounds.csv --model-name tiny --max-steps 6 --save-steps 1 --batch-size 4 --num-workers 1 --gradient-checkpointing false "
+        "--resume-from-checkpoint true": "out/checkpoint-*",
+    "mdl_review labels.csv --model-name tiny --folds 2 --max-steps 2 --gradient-checkpointing false": "out.folds/scores-1.csv*"}
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", UNFINISHED)
+def test_twenty_double_starts_of_an_unfinished_run(command):
+    "Killed once, then started twice at once: one of the two finishes it, as an undisturbed run would"
+    name, *argv = command.split()
+    header, *rows = Path("sounds.csv").read_text().splitlines()
+    Path("labels.csv").write_text("\n".join([header, *(f"{row.split(',')[0]},{'AB'[i % 2]}" for i, row in enumerate(rows))]) + "\n")
+    Path("many.csv").write_text("\n".join([header, *rows*100]) + "\n")
+    def result(): return training_runs.weights(Path("out")) if "train" in name else everything("out") or Path("out").read_bytes()
+    def clean():
+        for p in [*Path().glob("out*"), *Path().glob("log*"), *Path().glob(".out*")]: shutil.rmtree(p) if p.is_dir() else p.unlink()
+    argv += ["--output", "out"]
+    first = training_runs.start(argv, "log", name)
+    first.join(300)
+    whole, killed = result(), 0
+    for _ in range(20):
+        clean()
+        first = training_runs.start(argv, "log", name)
+        training_runs.wait_until(lambda: any(p.stat().st_size for p in Path().glob(UNFINISHED[command])), first)
+        first.kill()
+        first.join()
+        killed += first.exitcode == -signal.SIGKILL
+        both = [training_runs.start(argv, f"log{i}", name) for i in range(2)]
+        for p in both: p.join(300)
+        printed = [Path(f"log{i}").read_text() for i in range(2)]
+        assert sorted(p.exitcode for p in both) in ([0, 2], [0, 0] if "train" in name else []), printed # after the end there is nothing to do
+        assert not any("Traceback" in text for text in printed), printed
+        assert result() == whole
+        assert not [p.name for p in [*Path().glob("out.*"), *Path().glob(".out*")]]
+    assert killed == 20
 
 
 # Inputs stay

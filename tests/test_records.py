@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import pickle
 import re
 import subprocess
@@ -629,6 +630,36 @@ def test_bad_folders(tmp_path, name):
     files, paths, message = bad_trees[name]
     plant(tmp_path, files)
     with pytest.raises(InputError, match=message): find_tasks([tmp_path/p for p in paths])
+
+
+RECORD = '{"audio": "a.wav", "prediction": "x"}'
+UNREAD = {"one.json": RECORD, "lines.json": f"{RECORD} \n{RECORD}\n", "inside.json": json.dumps(dict(data=[dict(messages=[])]), indent=1), "list.json": '[{"a": 1}]',
+    "utf16.json": f"[{RECORD}]".encode("utf-16"), "a.txt": "id\taudio\ttext\n1\ta.wav\tx", "b.txt": "audio,prediction\na.wav,x\n", "c.txt": f"{RECORD}\n", "train": f"{RECORD}\n",
+    **dict.fromkeys(["a.ndjson", "a.jsonlines", "a.jl", "a.manifest", "a.arrow", "a.feather", "a.xlsx", "a.ods", "a.jsonl.gz", "a.csv.zst", "a.jsonl.lz4", "a.json.zip"], "")}
+READ_OR_NO_ROWS = {"labels.json": '{"dog": 0, "text": 1}', "config.json": json.dumps(dict(model_name="tiny", lr=1e-4), indent=1), "dataset_info.json": '{"features": {"audio": {}}}',
+    "README.txt": "Columns: audio, prediction\n", "trans.txt": "1 hello\n", "text": "utt1 hello\n", "latin.txt": b"\xe9", "LICENSE": "MIT", "sounds.tar.gz": "", "empty.json": "", "a.jsonl.bak": RECORD}
+
+@pytest.mark.parametrize("name, content", [*UNREAD.items(), *READ_OR_NO_ROWS.items()])
+def test_no_file_with_rows_is_left_out_of_a_task(tmp_path, name, content):
+    (tmp_path/"t").mkdir()
+    (tmp_path/"t"/"a.csv").write_text("audio,prediction\na.wav,x\n")
+    (tmp_path/"t"/name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if name in READ_OR_NO_ROWS: assert [s.path.name for s in find_tasks([tmp_path])] == ["a.csv"]
+    else:
+        with pytest.raises(InputError, match=f"{name} would not be read; rows are read from files that end in .*: unpack or convert it, or move it"): find_tasks([tmp_path])
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    (tmp_path/"t").mkdir()
+    (tmp_path/"t"/"a.csv").write_text("audio,prediction\na.wav,x\n")
+    (tmp_path/"t"/"a.wav").symlink_to("/lost/a.wav") # a bad row, if a row names it
+    assert len(find_tasks([tmp_path])) == 1
+    for link in (tmp_path/"t"/"b.csv", tmp_path/"u"):
+        link.symlink_to("/lost/b")
+        with pytest.raises(InputError, match=f"{link}: a link to /lost/b, which does not exist; mend or remove it"): find_tasks([tmp_path])
+        link.unlink()
+    os.mkfifo(tmp_path/"t"/"c.csv")
+    with pytest.raises(InputError, match="c.csv: is not a regular file"): open_rows(find_tasks([tmp_path])[1].path)
 
 
 # The check
