@@ -1,4 +1,11 @@
 "The style of code and notebooks: `python tests/style.py --places` shows where a limit is exceeded"
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+from nbformat import read
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, writes
 from style import measure
 
@@ -41,3 +48,28 @@ def test_counts(tmp_path):
     assert [m.value for m in measures.values()][:13] == [72, 72, 80, 9, 2, 2, 1, 0, 1, 0, 1, 0, 4]
     assert measures["private names of several modules"].places == [(2, "_a: b.py, base/a.py")]
     assert measures[r"wording \btold\b(?! apart)"].places == [(1, "0_base/0_a.ipynb cell 6")]
+
+
+root = Path(__file__).parent.parent
+pages = [*sorted(p for p in (root/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts), *sorted((root/"docs").glob("*.md")),
+         *(root/p for p in ("CHANGELOG.md", "benchmarks/README.md", "examples/README.md"))]
+BRITISH = re.compile(r"\b(\w*colour\w*|behaviour\w*|\w*labell(ed|ing)|(cancel|travel|signal|model)l(ed|ing)|centr(e|es|ed)|grey\w*|spelt|learnt|towards"
+    r"|neighbour\w*|favour\w*|honour\w*|licen[c]e[sd]?|catalogues?|artefacts?|judgements?|whilst|analys(e|es|ed|ing)"
+    r"|(normal|initial|token|optim|recogn|serial|summar|organ|general|special|quant|util|synchron|parallel|random|minim|maxim|visual|memor|character|emphas)is(e|es|ed|ing|ation)\w*)\b", re.I)
+
+
+def prose(cell):
+    "What a cell says in words: Markdown, comments and docstrings, without code and the names in backticks"
+    if cell.cell_type == "code":
+        try: tokens = list(tokenize.generate_tokens(io.StringIO(cell.source).readline))
+        except (tokenize.TokenError, IndentationError): return "" # a shell command
+        starts = (tokenize.INDENT, tokenize.NEWLINE, tokenize.NL)
+        return "\n".join(t.string for last, t in zip(tokens, tokens[1:]) if t.type == tokenize.COMMENT or t.type == tokenize.STRING and last.type in starts)
+    return re.sub(r"^(    |```).*$|\]\([^)]*\)", "", cell.source, flags=re.M)
+
+
+@pytest.mark.parametrize("path", pages, ids=[str(p.relative_to(root)) for p in pages])
+def test_spelling_is_american(path):
+    texts = map(prose, read(path, 4).cells) if path.suffix == ".ipynb" else [path.read_text(encoding="utf-8")]
+    found = [m[0] for text in texts for m in BRITISH.finditer(re.sub(r"`[^`\n]*`", "", text))]
+    assert not found

@@ -96,7 +96,7 @@ class Axes:
 
 # %% ../../nbs/5_cli/00_charts.ipynb #c12
 class Colour(NamedTuple):
-    "A colour for light pages and its equivalent for dark ones"
+    "A color for light pages and its equivalent for dark ones"
     light:str
     dark:str
 
@@ -167,7 +167,7 @@ def as_lines(
     curves:dict[str,Curve], # By name; empty ones are left out
     smoothing:float=0, # Average training curves over this share of the steps; 0: do not
 )->list[Line]: # In order
-    "Curves with their colours, and the smooth ones beside them"
+    "Curves with their colors, and the smooth ones beside them"
     shown, out = {name:c for name,c in curves.items() if c.buckets}, []
     if shown: length = max(c.buckets[-1].last for c in shown.values()) - min(c.buckets[0].first for c in shown.values())
     for i,(name,c) in enumerate(shown.items()):

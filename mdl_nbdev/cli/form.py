@@ -124,13 +124,13 @@ def form_groups(
         if rest: found[title] = rest
     return found
 
-MARKS = dict(Wrong='#dc2626', Check='#d97706') # What a remark begins with, and the colour of its edge
+MARKS = dict(Wrong='#dc2626', Check='#d97706') # What a remark begins with, and the color of its edge
 
 def remark(
     kind:str, # One of `MARKS`
     text:str, # What is wrong
 )->Html: # A `<div>` element
-    "What is wrong with a value; only the edge is coloured, so that the text is legible on light and dark"
+    "What is wrong with a value; only the edge is colored, so that the text is legible on light and dark"
     style = f'border-left:3px solid {MARKS[kind]};padding-left:8px;margin:3px 0'
     return Html(f'<div style="{style}"><b>{kind}:</b> {as_html(text)}</div>')
 

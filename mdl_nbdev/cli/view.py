@@ -100,7 +100,7 @@ class Pace:
 # %% ../../nbs/5_cli/01_view.ipynb #c16
 BUSY = ('running', 'converting', 'importing', 'loading', 'training', 'evaluating', 'saving')
 PHASES = dict.fromkeys(BUSY, BLUE) | {'starting':INK, 'stopping':ORANGE, 'stopped':ORANGE, 'finished':GREEN,
-          'failed':RED, 'no longer running':RED} # What a run may be doing, and its colour
+          'failed':RED, 'no longer running':RED} # What a run may be doing, and its color
 
 class View:
     "What a dashboard knows about a run, and how it looks"

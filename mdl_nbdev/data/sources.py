@@ -30,7 +30,7 @@ OTHER_CONTENTS = {b"\x1f\x8b":("packed with gzip", "rename it to FILE.gz and unp
 def content_fault(
     path:str|Path, # A file that is named as a text
 )->str|None: # What is wrong, and what to do
-    "Recognise a file that is no text by its first bytes"
+    "Recognize a file that is no text by its first bytes"
     with open(path, "rb") as f: head = f.read(8)
     start = next((start for start in OTHER_CONTENTS if head.startswith(start)), None)
     if start: return "the content is {}; {}".format(*OTHER_CONTENTS[start])

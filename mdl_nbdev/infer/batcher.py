@@ -100,7 +100,7 @@ def finish(self:Job,
 def settle(self:Job,
     result, # A `Reply`, or the error that there is instead
 )->None:
-    "End the wait for a job, unless it was cancelled in the meantime"
+    "End the wait for a job, unless it was canceled in the meantime"
     try: (self.future.set_exception if isinstance(result, BaseException) else self.future.set_result)(result)
     except InvalidStateError: pass
 

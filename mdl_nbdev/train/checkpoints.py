@@ -207,7 +207,7 @@ def disk_message(
 
 # %% ../../nbs/3_train/08_checkpoints.ipynb #c20
 class Attempt:
-    "The steps of one process towards a checkpoint; after a disk error the others are skipped"
+    "The steps of one process toward a checkpoint; after a disk error the others are skipped"
     def __init__(self,
         final:Path, # The checkpoint
     ):

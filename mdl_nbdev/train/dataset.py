@@ -268,7 +268,7 @@ def show_batch(self:AudioDataset,
     seed:int=0, # Determines which ones
     chat:Chat|None=None, # It was converted for; None: the one it was opened with, or that of its manifest
 )->Html: # Shows itself in a notebook
-    "Some rows, with players, and tokens with those that are learned in colour"
+    "Some rows, with players, and tokens with those that are learned in color"
     return drawn_html(self, n, seed, self.usable_chat(chat))
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c27

@@ -148,7 +148,7 @@ class StoppedEvaluation(ExactLoss):
 class EvaluationLosses(StoppedEvaluation):
     "The part of the trainer that computes the losses of an evaluation"
     def evaluation_losses(self, loader:EpochLoader, prefix:str, at:Callable)->dict[str, float]:
-        "Loss per labelled token over a dataset, and that of each task; empty if the evaluation was left"
+        "Loss per labeled token over a dataset, and that of each task; empty if the evaluation was left"
         every = self.args.eval_accumulation_steps
         on_device = done = torch.zeros(2, len(self.tasks), dtype=torch.float64)
         for i,batch in enumerate(loader, 1):

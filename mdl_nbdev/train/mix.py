@@ -157,7 +157,7 @@ def show_batch(self:Mix,
     seed:int=0, # Determines which ones
     chat:Chat|None=None, # They were converted for; None: the one they were opened with
 )->Html: # Shows itself in a notebook
-    "Some rows, with players, and tokens with those that are learned in colour"
+    "Some rows, with players, and tokens with those that are learned in color"
     return drawn_html(self, n, seed, self.datasets[0].usable_chat(chat))
 
 # %% ../../nbs/3_train/02_mix.ipynb #c21
