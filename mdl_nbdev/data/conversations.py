@@ -84,6 +84,11 @@ class Conversation(Located):
         return [clip for m in self.messages for clip in message_clips(m)]
 
     @property
+    def first_clip(self)->str|None:
+        "The clip that stands for the conversation in a report; `None` without clips"
+        return next(iter(self.clips), None)
+
+    @property
     def system(self)->str|None:
         "The system prompt; `None` without one"
         first = self.messages[0]

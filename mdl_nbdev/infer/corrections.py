@@ -36,7 +36,7 @@ class ReviewRow:
     @property
     def clip(self)->str|None: # As the row names it; None for a text
         "The first clip"
-        return next(iter(Conversation(self.row.messages).clips), None)
+        return Conversation(self.row.messages).first_clip
 
 class Decision(NamedTuple):
     "What somebody decided about a row"

@@ -134,7 +134,7 @@ def different_rows(
     size = np.abs(a.char_edits - b.char_edits)
     for i in np.lexsort([-size, right==0]):
         if not rank[i]: continue
-        clip = next(iter(Conversation(refs[i].messages).clips), None)
+        clip = Conversation(refs[i].messages).first_clip
         texts = a.references[i], a.predictions[i], b.predictions[i]
         row = DifferentRow(refs[i].line, clip, *texts, {1:'B', -1:'A', 0:''}[int(right[i])], int(size[i]))
         better['B' if rank[i] > 0 else 'A'].append(row)

@@ -101,7 +101,7 @@ def convert_rows(
             with collected_notes(c.where) as found: clips.append(chat.load_clips(c, max_seconds, audio_dtype))
             notes.append(found)
             good.append(c)
-        except InputError as e: bad.append(bad_row(c, e, next(iter(c.clips), None)))
+        except InputError as e: bad.append(bad_row(c, e, c.first_clip))
     return [dict(to_columns(t.example(c)), notes=n) for t,c,n in zip(chat.tokenize(good), clips, notes)], bad
 
 # %% ../../nbs/3_train/00_convert.ipynb #c10
