@@ -103,3 +103,32 @@ def test_memory_for_some_rows_is_enough(most, monkeypatch):
     if most: assert [(c.key, c.ids) for c in found] == expected and not any(c.reason for c in found)
     else: assert [c.key for c in found] == list(range(11)) and all("out of memory with this row alone" in c.reason and not c.text for c in found)
     assert sum(n > most for n in tried) <= 7 + (0 if most else 11), "one batch finds the size for those that follow"
+
+
+def test_budgets_and_batches_change_no_completion(parts, monkeypatch):
+    "Rows are grouped by their positions; tokens and log-probabilities are the same as alone"
+    model, chat, asked = parts
+    options = E.GenerationOptions(logprobs=True)
+    alone = [c for r in asked for c in E.TransformersEngine(model, chat, options).generate([r])]
+    longest = max(len(r.example.input_ids) + r.max_new_tokens for r in asked)
+    sizes = []
+    for budget in (1, 2*longest + 20, 9*longest):
+        monkeypatch.setattr(E, "CPU_BUDGET", budget)
+        engine = E.TransformersEngine(model, chat, options, "auto")
+        sizes.append([len(b) for b in engine.batches(asked)])
+        together = list(engine.generate(asked))
+        assert [c.ids for c in together] == [c.ids for c in alone]
+        np.testing.assert_allclose(np.concatenate([c.logprobs for c in together]), np.concatenate([c.logprobs for c in alone]), atol=1e-4)
+    assert sizes == [[1, 1, 1], [2, 1], [3]]
+
+
+def test_a_gpu_gets_what_half_of_its_memory_holds(monkeypatch):
+    "Beams take the memory of as many rows"
+    model, chat = tiny_text_model(), load_chat("tiny-text")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(E, "free_memory", lambda device: 2**30)
+    c = model.config
+    keys_and_values = 2*c.num_hidden_layers*c.hidden_size*4
+    budget = E.TransformersEngine(model, chat, batch_size="auto").budget
+    assert budget*keys_and_values < 2**29 < 20*budget*keys_and_values
+    assert E.TransformersEngine(model, chat, E.GenerationOptions(num_beams=4), "auto").budget == budget//4

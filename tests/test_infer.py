@@ -281,6 +281,15 @@ def test_a_row_too_large_for_the_memory_is_rejected(monkeypatch):
     assert out == [w | dict(prediction="") if i == 3 else w for i, w in enumerate(whole)]
 
 
+def test_batches_as_large_as_memory_allows():
+    "The answers are those of batches of two"
+    make_sounds(".", 9)
+    answer("sounds.csv", "two.csv")
+    answer("sounds.csv", "auto.csv", batch_size="auto")
+    assert Path("auto.csv").read_bytes() == Path("two.csv").read_bytes()
+    with pytest.raises(InputError, match="--batch-size: got 'all'"): settings("sounds.csv", "x.csv", batch_size="all")
+
+
 def test_the_engine_does_not_wait_between_shards(monkeypatch):
     "While the last batch of a shard is generated, the first clips of the next are decoded"
     make_sounds(".", 20)

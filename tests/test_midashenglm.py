@@ -424,6 +424,26 @@ def test_frozen_encoder_keeps_no_graph(rows):
     assert not model.encode_audio(batch["input_values"], batch["audio_length"]).requires_grad
 
 
+def test_clips_are_encoded_some_at_a_time(model2, monkeypatch):
+    "Without gradients, the encoder never sees more samples than it may; its vectors are the same"
+    clips = [make_clip(21, i)[:n] for i, n in enumerate([16000, 170000, 3200, 40000, 90000])]
+    batch, sizes = make_batch([(make_row(c), [c]) for c in clips]), []
+    values, lengths = batch["input_values"], batch["audio_length"]
+    forward = model2.audio_encoder.forward
+    def noted(waveform, *rest):
+        sizes.append(waveform.numel())
+        return forward(waveform, *rest)
+    monkeypatch.setattr(model2.audio_encoder, "forward", noted)
+    with torch.no_grad():
+        expected = model2.encode_audio(values, lengths)
+        monkeypatch.setattr(mdl, "ENCODED_AT_ONCE", 2*values.shape[1] + 1)
+        torch.testing.assert_close(model2.encode_audio(values, lengths), expected, atol=1e-5, rtol=0)
+    assert len(sizes) == 1 + -(-len(values)//2) and max(sizes[1:]) <= 2*values.shape[1]
+    model2.encode_audio(values, lengths)
+    assert sizes[-1] == sizes[0], "training counts on one call in each rank"
+
+
+
 # Generation
 
 def greedy(model, ids, clips, n):

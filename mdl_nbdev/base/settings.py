@@ -234,7 +234,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     report_to:list[str]=opt(list, result=False)
     seed:int=opt(42, minimum=0, below=2**32) # Seed of the initial adapters, the order of rows, dropout, and changes to clips
 
-# %% ../../nbs/0_base/06_settings.ipynb #074b9796
+# %% ../../nbs/0_base/06_settings.ipynb #54c75d03
 @dataclass(kw_only=True)
 class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     "Answer every row of a file with a model"
@@ -256,7 +256,8 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     confidence:bool=False
     # With labels: also write the column `log_probabilities`, with the log-probability of every label as JSON
     label_scores:bool=False
-    batch_size:int=opt(32, minimum=1) # Rows generated together
+    # Rows generated together; auto: as many as fit into half of the free memory of the GPU, at most 256
+    batch_size:int|Literal['auto']=opt(32, minimum=1)
     # Maximum tokens of an answer; null: 256, or what max_length leaves
     max_new_tokens:int|None=opt(None, minimum=1)
     # Maximum tokens of prompt and answer together, audio tokens included; null: no limit besides the model's

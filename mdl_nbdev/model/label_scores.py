@@ -146,14 +146,14 @@ def token_logprobs(
     logits = logits.float()
     return logits.gather(-1, ids[...,None])[...,0] - logits.logsumexp(-1)
 
-# %% ../../nbs/2_model/41_label_scores.ipynb #c14
+# %% ../../nbs/2_model/41_label_scores.ipynb #42af5c7c
 class LabelEngine(TransformersEngine):
     "Answers each request with the best label of a closed set"
     def __init__(self,
         model, # A transformers model in eval mode, with adapters or without
         chat:Chat, # Its tokenizer and family
         labels:list[str], # The closed set
-        batch_size:int=32, # Requests scored together
+        batch_size:int|str=32, # Requests scored together; auto: as many as fit in memory
     ):
         super().__init__(model, chat, batch_size=batch_size)
         self.labels, self.label_set = labels, LabelSet(chat, labels)
