@@ -17,7 +17,7 @@ from mdl_nbdev.data.augment import (
     add_noise,
     change_gain,
     change_speed,
-    coloured_noise,
+    colored_noise,
     draw_masks,
     in_room,
     noise_from,
@@ -80,7 +80,7 @@ def test_noise_has_the_ratio(ratio, n, seed):
 
 @pytest.mark.parametrize("exponent", [0, 1, 2])
 def test_generated_noise_falls_with_the_frequency(exponent):
-    spectrum = np.abs(np.fft.rfft(coloured_noise(1 << 17, exponent, rng())))**2
+    spectrum = np.abs(np.fft.rfft(colored_noise(1 << 17, exponent, rng())))**2
     octaves = [decibels(spectrum[1 << k:2 << k].mean()) for k in range(8, 16)]
     assert np.diff(octaves) == pytest.approx([-exponent*3.01]*7, abs=.5)
 
