@@ -14,12 +14,12 @@ for _name in ("backends.cpu.ops", "autograd._functions"): logging.getLogger(f"bi
 
 # What notebooks and scripts use; `check`, `train`, `infer`, `evaluate` and `demo` are modules that can be called like their main function
 __all__ = """
-    InputError CheckSettings ConvertSettings TrainSettings InferSettings MergeSettings EvalSettings ReviewSettings CompareSettings DemoSettings save_config
+    InputError CheckSettings ConvertSettings TrainSettings InferSettings MergeSettings EvalSettings ReviewSettings CompareSettings ServeSettings DemoSettings save_config
     load_audio audio_info AudioError SOUND_LABELS make_sound make_sounds check CheckReport show_clips show_batch
     Conversation to_conversation read_rows open_rows
     load_model load_processor load_adapter merge_adapter save_model
     convert ConvertReport AudioDataset open_dataset open_mix train dry_run read_metrics TrainReport
-    infer InferReport evaluate score Scores EvalReport review ReviewReport compare ask
+    infer InferReport evaluate score Scores EvalReport review ReviewReport compare ask serve
     watch start_training start_inference SettingsForm ReviewBoard demo""".split()
 # Those that need torch: they are imported when they are called, so that `from mdl_nbdev.all import *` is quick
 _CALLED_LATER = "load_model load_processor load_adapter merge_adapter save_model dry_run".split()

@@ -404,10 +404,11 @@ def ready():
     return {"mdl_check": ["sounds.csv"], "mdl_convert": ["sounds.csv", "--output", "out", "--model-name", "tiny"],
             "mdl_train": ["--train-dataset", "sounds.csv", "--output", "out", "--model-name", "tiny"], "mdl_infer": ["sounds.csv", "--output", "out.csv", "--model-name", "tiny"],
             "mdl_merge": ["adapter", "--output", "out"], "mdl_eval": ["sounds.csv", "--reference", "other.csv"],
-            "mdl_review": ["sounds.csv", "--output", "out.csv", "--model-name", "tiny"], "mdl_compare": ["a.csv", "b.csv", "--reference", "sounds.csv"], "mdl_demo": []}
+            "mdl_review": ["sounds.csv", "--output", "out.csv", "--model-name", "tiny"], "mdl_compare": ["a.csv", "b.csv", "--reference", "sounds.csv"],
+            "mdl_serve": ["--model-name", "tiny"], "mdl_demo": []}
 
 
-@pytest.mark.parametrize("command", ["mdl_check", "mdl_convert", "mdl_train", "mdl_infer", "mdl_merge", "mdl_eval", "mdl_review", "mdl_compare", "mdl_demo"])
+@pytest.mark.parametrize("command", ["mdl_check", "mdl_convert", "mdl_train", "mdl_infer", "mdl_merge", "mdl_eval", "mdl_review", "mdl_compare", "mdl_serve", "mdl_demo"])
 def test_options(capfd, command):
     args = ready()[command]
     assert "unknown option --frobnicate" in refused(capfd, command, *args, "--frobnicate", "1")

@@ -48,7 +48,7 @@ def test_help_spells_an_option_of_its_own_in_both_ways(prog):
     else: assert found[1].replace("_", "-") == "--" + found[2][2:] and f"{found[2]} " in text.replace(found[0], "")
 
 
-@pytest.mark.parametrize("prog", ["mdl_train", "mdl_convert", "mdl_infer", "mdl_merge", "mdl_check", "mdl_eval", "mdl_review", "mdl_compare", "mdl_demo"])
+@pytest.mark.parametrize("prog", ["mdl_train", "mdl_convert", "mdl_infer", "mdl_merge", "mdl_check", "mdl_eval", "mdl_review", "mdl_compare", "mdl_serve", "mdl_demo"])
 def test_every_option_is_explained(prog):
     text = help_of(prog)
     cls = {p: getattr(settings, p[4:].capitalize() + "Settings") for p in [prog]}[prog]

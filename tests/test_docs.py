@@ -58,7 +58,7 @@ def test_text_means_what_it_says(value, shown): assert reference.escape(value) =
 
 def test_every_option_of_every_command_is_on_the_page(package):
     settings, page = package["base.settings"], reference.commands_page()
-    assert len(reference.commands) == 9
+    assert len(reference.commands) == 10
     for command in reference.commands:
         section = page[page.index(f"\n## {command}\n"):].split("\n## ")[1]
         actions = reference.command_parser(command)._actions

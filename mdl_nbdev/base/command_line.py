@@ -233,7 +233,7 @@ def _joined(value, tp): # Text, or the list of texts of a repeated option
     return ','.join(value) if get_origin(tp) is dict else value[-1]
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c23
-COMMAND = re.compile('mdl_(check|convert|train|infer|merge|eval|review|compare|demo)$') # A command, at the end of its path
+COMMAND = re.compile('mdl_(check|convert|train|infer|merge|eval|review|compare|serve|demo)$') # A command, at the end of its path
 
 def pasted_args(
     text:str, # Such as `mdl_train --lr 1e-4`; the name of the command may be left out

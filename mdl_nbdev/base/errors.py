@@ -11,7 +11,7 @@ import errno, os, re, shutil
 
 # %% ../../nbs/0_base/00_errors.ipynb #c6
 FUNCTIONS = dict(check='check', convert='convert', train='train', infer='infer', merge='merge_adapter', eval='evaluate',
-                 review='review', compare='compare', demo='demo') # What `mdl_check` and the other commands are called in Python
+                 review='review', compare='compare', serve='serve', demo='demo') # What the commands are called in Python
 
 def python_spelling(
     text:str, # A message with commands and options for a shell, such as `--overwrite true` and `--lr 2`

@@ -6,7 +6,8 @@
 __all__ = ['DEFAULT_MODEL', 'TARGETS', 'LOSS_MODES', 'NORMALIZERS', 'GENERATION_OPTIONS', 'half_the_cores', 'DataSettings',
            'ModelSettings', 'TokenizeSettings', 'LearnSettings', 'LoadSettings', 'TuneSettings', 'TaskSettings',
            'EvaluationSettings', 'CheckSettings', 'ConvertSettings', 'AugmentSettings', 'TrainSettings',
-           'InferSettings', 'MergeSettings', 'EvalSettings', 'DemoSettings', 'CompareSettings', 'ReviewSettings']
+           'InferSettings', 'MergeSettings', 'EvalSettings', 'DemoSettings', 'ServeSettings', 'CompareSettings',
+           'ReviewSettings']
 
 # %% ../../nbs/0_base/06_settings.ipynb #c4
 from dataclasses import dataclass, fields
@@ -325,6 +326,24 @@ class DemoSettings(Settings):
     output:Path=opt(Path('runs/demo'), location=True) # Folder for the sounds, the run and the answers
     overwrite:bool=opt(True, result=False) # Replace the output of an earlier demo
     seed:int=opt(42, minimum=0, below=2**32) # Seed of the sounds and of the training
+
+# %% ../../nbs/0_base/06_settings.ipynb #70f35d54
+@dataclass(kw_only=True)
+class ServeSettings(LoadSettings):
+    "Answer requests in the form of OpenAI's API with a model that stays loaded, and a web page to try it"
+    model_name:str=opt(location=True) # Hub id, folder, or a built-in model: `tiny` (audio), `tiny-text`
+    adapter:Path|None=opt(None, location=True) # Folder of a LoRA adapter to apply to the model
+    chat_template:Path|None=opt(None, location=True) # Jinja file with a chat template, instead of the model's own
+    host:str='127.0.0.1' # Address to listen on; 0.0.0.0: all of this machine. Whoever reaches it can use the model
+    port:int=opt(8000, minimum=0, maximum=65535) # Port to listen on; 0: a free one
+    system_prompt:str|None=None # System prompt of requests without one; null and an empty text as for mdl_infer
+    user_prompt:str|None=None # Prompt of requests that are only clips; null and an empty text as for mdl_infer
+    batch_size:int=opt(32, minimum=1) # Requests generated together
+    max_new_tokens:int|None=opt(None, minimum=1) # Maximum tokens of an answer, where a request names none; null: 256
+    max_audio_seconds:float=opt(600., minimum=0.1) # Maximum length of a clip in seconds
+    max_request_mb:int=opt(64, minimum=1) # Maximum size of a request in MiB, with its clips
+    timeout:float=opt(300., minimum=1) # Maximum seconds for a request to arrive, and then to be answered
+    num_workers:int=opt(half_the_cores, minimum=1, below=1000) # Parallel readers of audio; half the available cores, at most 32
 
 # %% ../../nbs/0_base/06_settings.ipynb #a261fdd4
 @dataclass(kw_only=True)

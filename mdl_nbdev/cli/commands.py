@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIBRARY_SETTINGS', 'mdl_check', 'mdl_convert', 'mdl_train', 'mdl_merge', 'mdl_infer', 'mdl_eval', 'mdl_review',
-           'mdl_compare', 'mdl_demo', 'report_exit_code', 'exit_with_message', 'print_report', 'run_command',
-           'console_script']
+           'mdl_compare', 'mdl_serve', 'mdl_demo', 'report_exit_code', 'exit_with_message', 'print_report',
+           'run_command', 'console_script']
 
 # %% ../../nbs/5_cli/09_commands.ipynb #c4
 import os, sys
@@ -98,4 +98,5 @@ mdl_infer = console_script('mdl_infer', 'infer', settings.InferSettings)
 mdl_eval = console_script('mdl_eval', 'evaluate', settings.EvalSettings)
 mdl_review = console_script('mdl_review', 'review', settings.ReviewSettings)
 mdl_compare = console_script('mdl_compare', 'compare', settings.CompareSettings)
+mdl_serve = console_script('mdl_serve', 'serve', settings.ServeSettings)
 mdl_demo = console_script('mdl_demo', 'demo', settings.DemoSettings)

@@ -47,7 +47,8 @@ def update(self:GrowingText,
     found = [text.index(stop) for stop in self.stop if stop in text]
     if found: text, self.stopped = text[:min(found)], True
     elif not complete: text = text[:len(text) - open_end(text, self.marks)]
-    new, self.text = text[len(self.text):], text
+    new = text[len(self.text):] # empty while a batch that did not fit in memory is generated again
+    self.text += new
     return new
 
 # %% ../../nbs/4_infer/15_batcher.ipynb #995036f0
