@@ -97,6 +97,7 @@ BAD = {
     "underscore": ("--train-dataset t --output o --max-steps 1_000", "--max-steps: got '1_000', expected a whole number or null; write it as 1000"),
     "other digits": ("--train-dataset t --output o --eval-steps ٥٠", "--eval-steps: got '٥٠', expected a whole number or a number; write it as 50"),
     "a long number": (f"--train-dataset t --output o --max-steps {'9'*6000}", "999..., expected a whole number or null"),
+    "a batch that no memory holds": (f"--train-dataset t --output o --batch-size {10**20}", "--batch-size: got 100000000000000000000, expected at most 1000000"),
     "no learning": ("--train-dataset t --output o --lr 0", "--lr: got 0.0, expected more than 0"),
     "no epoch": ("--train-dataset t --output o --num-epochs 0", "--num-epochs: got 0.0, expected more than 0"),
     "no learning of B": ("--train-dataset t --output o --loraplus-lr-ratio 0", "--loraplus-lr-ratio: got 0.0, expected more than 0"),

@@ -72,6 +72,11 @@ def test_held_out_speakers_are_named_and_kept_on_resume(tmp_path, capsys):
     with pytest.raises(InputError, match="--allow-changes"): train(replace(s, resume_from_checkpoint=True))
 
 
+def test_weights_that_leave_nothing_to_learn_from(tasks, tmp_path):
+    with pytest.raises(InputError, match="--task-weights leaves no task to learn from; give some task more than 0"):
+        train(settings(tasks, tmp_path/"r", task_weights="copy=0,shout=0", max_steps=1))
+
+
 def test_a_task_of_weight_zero_is_not_learned_from(tasks, tmp_path):
     "The gradient is that of the other task alone"
     s = settings(tasks, tmp_path/"a", task_weights={"shout": 0}, max_steps=1, batch_size=32, validation_split=0)

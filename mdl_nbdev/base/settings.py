@@ -143,7 +143,7 @@ class EvaluationSettings(Settings):
     eval_strategy:list[Literal['steps', 'epoch']]=opt(lambda: ['steps'], result=False)
     # Steps between evaluations; below 1: a fraction of all steps
     eval_steps:int|float=opt(500, steps=True, result=False)
-    eval_batch_size:int|None=opt(None, minimum=1, result=False) # Rows per evaluation batch; null: batch_size
+    eval_batch_size:int|None=opt(None, minimum=1, maximum=10**6, result=False) # Rows per evaluation batch; null: batch_size
     # Evaluation batches between transfers of results to the CPU
     eval_accumulation_steps:int|None=opt(None, minimum=1, result=False)
     # Metric of the model's answers to evaluation rows: any of mdl_eval, or module:function for one of your own. It chooses
@@ -219,7 +219,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     scheduler_args:dict[str,float]=opt(dict)
     weight_decay:float=opt(0., minimum=0) # Weight decay of AdamW
     max_grad_norm:float=opt(1., minimum=0) # Clip gradients to this norm; 0: no clipping
-    batch_size:int=opt(8, minimum=1) # Rows per batch, on each device
+    batch_size:int=opt(8, minimum=1, maximum=10**6) # Rows per batch, on each device
     gradient_accumulation_steps:int=opt(1, minimum=1) # Batches per optimizer step
     # Recompute activations in the backward pass: less memory, more time
     gradient_checkpointing:bool=opt(True, result=False)

@@ -16,6 +16,7 @@ from typing import Callable
 import numpy as np, torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from ..base.errors import InputError
 from ..base.processes import Ranks, end_with_parent
 from ..base.settings import TrainSettings
 from ..base.status import phase
@@ -289,6 +290,7 @@ class TaskTrainer(SavedState, ValidationProbes, FlooredSchedule, RicherLog):
         self.tasks = self.train_dataset.task_names
         given = self.train_dataset.by_task(s.task_weights, '--task-weights')
         self.task_weights = self.weights = np.array([given.get(k, 1.) for k in range(len(self.tasks))])
+        if not self.weights.any(): raise InputError("--task-weights leaves no task to learn from; give some task more than 0")
         self.coba, self.probe_rows = None, []
         if s.loss_mode=='coba':
             self.coba = CoBa(len(self.tasks), -(-s.coba_warmup_steps//s.coba_interval), s.coba_window, s.coba_tau)
