@@ -65,10 +65,10 @@ def row_ratio(
     return lambda weights: weights@part / np.maximum(weights@whole, 1)
 
 def row_share(
-    right:list[bool], # Whether each row is right
+    correct:list[bool], # Whether each row is correct
 )->Callable: # For `Metric`
-    "The share of right rows"
-    return row_ratio(right, np.ones(len(right)))
+    "The share of correct rows"
+    return row_ratio(correct, np.ones(len(correct)))
 
 # %% ../../nbs/1_data/22_named_metrics.ipynb #c11
 def split_labels(
@@ -97,7 +97,7 @@ def sum_by_label(
 def label_counts(
     t:Texts, # References and predictions
 )->Callable: # Weights of rows -> float [..., different labels], three times: with the label, predicted, both
-    "How often each label of the references occurs, is predicted, and is right"
+    "How often each label of the references occurs, is predicted, and is predicted correctly"
     rows, labels = split_labels(t.references, t.separator, t.normalizer)
     numbers = {label:i for i,label in enumerate(sorted(set(labels)))}
     references = set(zip(rows.tolist(), map(numbers.get, labels)))
@@ -121,8 +121,8 @@ def macro_f1(
     "Mean F1 of the labels"
     counts = label_counts(t)
     def value(weights):
-        present, predicted, right = counts(weights)
-        f1 = 2*right/np.maximum(present + predicted, 1)
+        present, predicted, correct = counts(weights)
+        f1 = 2*correct/np.maximum(present + predicted, 1)
         return mean_over_labels(f1, present if weighted else present > 0)
     return value
 
@@ -135,8 +135,8 @@ def mean_average_precision(t:Texts)->Callable: # For `Metric`
     if not t.separator: raise InputError("--metric map is for rows of several labels: give --label-separator, such as ';'")
     counts = label_counts(t)
     def value(weights):
-        present, predicted, right = counts(weights)
-        recall, precision = right/np.maximum(present, 1), right/np.maximum(predicted, 1)
+        present, predicted, correct = counts(weights)
+        recall, precision = correct/np.maximum(present, 1), correct/np.maximum(predicted, 1)
         prevalence = present/weights.sum(-1, keepdims=True)
         return mean_over_labels(recall*precision + (1-recall)*prevalence, present > 0)
     return value
@@ -158,10 +158,10 @@ def find_choice(
     return found[1].upper() if found else '', ' '.join(re.findall(r'\w+', words.casefold()))
 
 def same_choice(
-    reference:str, # What is right
+    reference:str, # The correct answer
     prediction:str, # What the model answered
 )->bool: # Whether they name the same letter, or have the same words if one has no letter
-    "Whether an answer names the right choice"
+    "Whether an answer names the correct choice"
     (a, words), (b, found) = find_choice(reference), find_choice(prediction)
     return a==b if a and b else words==found != ''
 

@@ -14,7 +14,7 @@ from .processor_family import ProcessorFamily
 class WindowedFamily(ProcessorFamily):
     "An audio model that hears a clip in windows of the feature extractor's length"
     published = dict(feature_size=128)
-    whole_windows = True # Whether the last window may hold too little for a token
+    whole_windows = True # Whether a last window too short for a token stays; False: it is padded until it has one
 
     @property
     def window(self): return self.extractor.n_samples
