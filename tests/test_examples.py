@@ -209,3 +209,14 @@ def test_answering_under_slurm(job, tmp_path):
     with pytest.raises(SystemExit) as e: mdl_infer([str(a) for a in [csv, "--output", tmp_path/"one.csv", "--model-name", "tiny", *options]])
     assert not e.value.code
     assert (tmp_path/"slurm.csv").read_bytes() == (tmp_path/"one.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_answering_in_an_array(job, tmp_path):
+    csv = make_sounds(tmp_path, 24)
+    options = [csv, tmp_path/"out.csv", "tiny", "--base-dir", tmp_path, "--batch-size", "1", "--max-new-tokens", "4"]
+    runs = [job("slurm_infer_array.sh", *options) for _ in range(2)]
+    for run in runs: assert run.wait(timeout=200) == 0, run.communicate()[0]
+    assert len((tmp_path/"out.csv").read_text().splitlines()) == 25
+    late = job("slurm_infer_array.sh", *options)
+    assert "the others have answered all rows" in late.communicate(timeout=60)[0] and late.returncode == 0

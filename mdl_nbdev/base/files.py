@@ -87,11 +87,13 @@ def write_json(
 
 # %% ../../nbs/0_base/03_files.ipynb #c12
 def append_text(
-    path:str|Path, # The file to append to; created when missing
+    path:str|Path, # The file to append to
     text:str, # What to append
+    create:bool=True, # Whether to create a missing file, rather than fail
 )->None:
     "Append to a file and wait until it is on the disk; `InputError` if that fails"
-    with writing(path), open(path, 'a', encoding='utf-8', newline='') as f:
+    def opened(path, flags): return os.open(path, flags if create else flags & ~os.O_CREAT, 0o666)
+    with writing(path), open(path, 'a', encoding='utf-8', newline='', opener=opened) as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

@@ -7,7 +7,7 @@ __all__ = ['LOST', 'process_rank', 'world_size', 'is_main_process', 'available_c
            'Ranks', 'silence_libraries']
 
 # %% ../../nbs/0_base/02_processes.ipynb #c4
-import multiprocessing, multiprocessing.connection, os, sys, threading, time
+import multiprocessing, multiprocessing.connection, os, sys, threading
 from collections import deque
 from concurrent.futures import Future, wait
 from datetime import timedelta
@@ -107,8 +107,11 @@ class LostRank(InputError):
 
 class Ranks:
     "The processes of a run; a context manager that leaves `torch.distributed` as it found it"
-    def __init__(self):
-        self.rank, self.world, self.group, self.started = process_rank(), world_size(), None, False
+    def __init__(self,
+        alone:bool=False, # Whether this process has nothing to do with the others of its launcher
+    ):
+        self.rank, self.world = (0, 1) if alone else (process_rank(), world_size())
+        self.group, self.started = None, False
 
     def __enter__(self):
         if self.world > 1:
@@ -165,22 +168,6 @@ def on_main(self:Ranks,
 )->Any: # What `f` returned there, on every rank
     "Call `f` on the main process and share its result"
     return self.exchange(self.agree(lambda: f(*args) if self.is_main else None))[0]
-
-# %% ../../nbs/0_base/02_processes.ipynb #c22
-@patch
-def wait(self:Ranks,
-    tick:Callable, # Called about five times a second
-)->None:
-    "Wait until every rank has reached this point"
-    if self.world==1: return
-    import torch.distributed as dist
-    try:
-        work = dist.barrier(self.group, async_op=True)
-        while not work.is_completed():
-            tick()
-            time.sleep(.2)
-        work.wait()
-    except RuntimeError: raise LostRank(LOST) from None
 
 # %% ../../nbs/0_base/02_processes.ipynb #c24
 def silence_libraries()->None:

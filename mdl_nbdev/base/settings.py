@@ -274,6 +274,9 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     on_error:Literal['reject', 'raise']=opt('reject', result=False)
     # Ask only the rows of <output>.rejects.csv again, after they or their clips were mended; the other answers are kept
     retry_rejects:bool=opt(False, result=False)
+    # Share the rows with all processes that are started with the same command, on any machine and at any time, and work
+    # until all rows are answered; false: another process that writes this output is an error
+    join:bool=opt(False, result=False)
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
 # %% ../../nbs/0_base/06_settings.ipynb #fe80e322
@@ -289,6 +292,9 @@ def __post_init__(self:InferSettings):
     if self.confidence and self.num_beams > 1:
         raise InputError("--confidence: is not known for a beam search; leave out one of --confidence and --num-beams")
     if self.label_scores and not self.labels: raise InputError("--label-scores: give the labels with --labels")
+    if self.join and (self.overwrite or self.retry_rejects):
+        wrong = '--overwrite' if self.overwrite else '--retry-rejects'
+        raise InputError(f"--join: {wrong} is for one process, which starts anew; leave out one of the two")
 
 # %% ../../nbs/0_base/06_settings.ipynb #c19
 @dataclass(kw_only=True)

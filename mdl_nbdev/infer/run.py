@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BATCHES_PER_SHARD', 'AUTO_SHARD', 'DEFAULT_NEW_TOKENS', 'completion_limit', 'PromptedRow', 'Prompter', 'Pipeline',
-           'InferReport', 'prompt_html', 'reference_mark', 'open_output', 'check_output', 'lock_output',
-           'load_pipeline', 'join_output', 'remaining_shards', 'stop_at_reject', 'rows_of_shards', 'prepare_output',
-           'InferProgressBar', 'infer']
+           'InferReport', 'prompt_html', 'reference_mark', 'open_output', 'load_pipeline', 'stop_at_reject',
+           'rows_of_shards', 'prepare_output', 'InferProgressBar', 'answered_shards', 'finish_output', 'infer']
 
 # %% ../../nbs/4_infer/02_run.ipynb #aba49828
-import os, socket, sys, time
+import os, sys, time
+from collections import deque
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +17,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 from fastcore.basics import chunked, patch
+from ..base.claims import Claims
 from ..base.errors import InputError
-from ..base.files import make_folder, new_output
+from ..base.files import make_folder
 from ..base.html import Html, as_html, html_table
+from ..base.parts import LoggedProgress
 from ..base.processes import DaemonPool, Ranks, silence_libraries
 from ..base.progress import in_kernel, library_bars_hidden, progress_bar, spelt_here
 from ..base.settings import InferSettings
@@ -33,7 +35,7 @@ from ..data.pictures import clip_html
 from ..data.rows import RowFile, to_conversation
 from .identity import (
     completion_scores, count_prompts, read_labels, run_identity, score_columns, use_training_prompts)
-from .output import InferOutput, LoggedProgress, OutputPart
+from .output import InferOutput, join_output, lock_output
 from ..model.prompts import TrainingPrompts
 
 # %% ../../nbs/4_infer/02_run.ipynb #c9baf238
@@ -233,31 +235,6 @@ def open_output(
     out.check_input(s.chat_template, None if s.labels=='auto' else s.labels)
     return out
 
-def check_output(
-    out:InferOutput, # The output
-    s:InferSettings, # Settings of the run
-)->None:
-    "Raise `InputError` if there is an output that this run may not replace"
-    out.finish_clearing()
-    if s.retry_rejects and s.overwrite: raise InputError("--retry-rejects keeps the answers that there are; leave out --overwrite")
-    if s.overwrite or not (s.retry_rejects or out.is_joined()): new_output(s.output, s.overwrite)
-
-# %% ../../nbs/4_infer/02_run.ipynb #c18
-def lock_output(
-    out:InferOutput, # The output
-    s:InferSettings, # Settings of the run
-    ranks:Ranks, # The processes of the run
-    stack:ExitStack, # Holds the locks until the end of the run
-)->None:
-    "Lock the output for the whole run; an earlier run may have finished it in the meantime"
-    def lock_mine(): stack.enter_context(out.lock(ranks.rank))
-    def lock_main():
-        lock_mine()
-        out.check_other_locks()
-        check_output(out, s)
-    ranks.on_main(lock_main)
-    ranks.agree(lambda: None if ranks.is_main else lock_mine())
-
 # %% ../../nbs/4_infer/02_run.ipynb #c19
 def load_pipeline(
     s:InferSettings, # As they were given
@@ -274,29 +251,6 @@ def load_pipeline(
     for line in notes if ranks.is_main else []: show(line)
     return Pipeline(engine, used), notes
 
-def join_output(
-    out:InferOutput, # The output, which the main process has prepared
-    rank:int, # Rank of this process
-)->OutputPart: # Its part
-    "Create the part of a rank"
-    if not out.state.exists():
-        raise InputError(f"{out.state}: {socket.gethostname()} does not see this file of rank 0; "
-                         "choose an --output in a folder that all machines share")
-    part = out.part(rank)
-    part.create(out.header)
-    return part
-
-# %% ../../nbs/4_infer/02_run.ipynb #c22
-def remaining_shards(
-    shards:int, # Number of shards of the input
-    finished:list[int], # Numbers of the finished ones
-    rank:int=0, # Rank of this process
-    world:int=1, # Number of processes
-)->list[int]: # Numbers, ascending
-    "The shards that a rank has to compute"
-    known = set(finished)
-    return [n for n in range(shards) if n not in known][rank::world]
-
 # %% ../../nbs/4_infer/02_run.ipynb #c25
 def stop_at_reject(
     rows:list[PromptedRow], # Finished rows
@@ -311,33 +265,40 @@ def stop_at_reject(
 def rows_of_shards(
     out:InferOutput, # Knows the input
     shard_rows:int, # Rows of a shard
-    numbers:list[int], # Numbers of shards, ascending
+    take:Callable, # Number of a shard -> whether it is wanted; called when the shard is about to be used
     rejected:set[int]|None=None, # Numbers of the rows to answer, from 1; the others keep the answers that they have. None: all
 )->Iterator[list]: # The `PromptedRow`s of each
     "Read some shards of the input"
-    wanted, rows = set(numbers), map(PromptedRow, out.source.rows())
+    rows = map(PromptedRow, out.source.rows())
     if rejected is not None:
         answers = zip(out.source.rows(), out.earlier_answers(rejected))
         def kept(row, answer): return PromptedRow(row, prediction=answer[0], scores=answer[1], kept=True)
         rows = (kept(row, answer) if answer else PromptedRow(row) for row,answer in answers)
-    shards = islice(chunked(rows, shard_rows), max(numbers, default=-1) + 1)
-    return (rows for number,rows in enumerate(shards) if number in wanted)
+    return (rows for number,rows in enumerate(chunked(rows, shard_rows)) if take(number))
 
 # %% ../../nbs/4_infer/02_run.ipynb #c26
 def prepare_output(
     out:InferOutput, # The output
     pipeline:Pipeline, # Knows the settings of the run, with its prompts
+    name:str|int, # Of this process
 )->tuple[list[int], set[int]|None]: # Numbers of the finished shards, and of the only rows to answer
-    "Start or continue an output, on the main process"
+    "Start or continue an output, on the main process; join the processes that have"
     s, identity = pipeline.s, run_identity(pipeline.s, pipeline.engine.labels)
+    if s.join and out.path.exists() and not out.is_running(): return [], None # finished while the model was loaded
+    if s.join and out.is_running() and out.others_alive(name):
+        out.check_identity(identity)
+        progress = LoggedProgress(out)
+        progress.update()
+        return sorted(progress.finished), None
     if s.refresh_cache: prepare_clips(s, out.clips(out.source.rows()))
     rejected = out.rejected_rows(identity) if s.retry_rejects else None
     for _ in out.earlier_answers(rejected) if s.retry_rejects else []: pass # which checks them
     out.begin(identity, s.overwrite, s.retry_rejects)
     return out.resume(pipeline.shard_rows), rejected
 
+# %% ../../nbs/4_infer/02_run.ipynb #barcell
 class InferProgressBar:
-    "A bar over the rows that all ranks have logged; a context manager"
+    "A bar over the rows that all processes have logged; a context manager"
     def __init__(self,
         progress:LoggedProgress, # Reads the logs
         report:InferReport, # Knows the number of rows
@@ -353,9 +314,50 @@ class InferProgressBar:
         return self.progress.rows
 
     def __enter__(self): return self
-    def __exit__(self, *_):
-        self.bar.close()
-        self.progress.close()
+    def __exit__(self, *_): self.bar.close()
+
+# %% ../../nbs/4_infer/02_run.ipynb #claimcell
+def answered_shards(
+    out:InferOutput, # The output, which has been prepared
+    pipeline:Pipeline, # Answers the shards
+    claims:Claims, # Of this process
+    bar:InferProgressBar, # Knows what is finished
+    rejected:set[int]|None=None, # As in `rows_of_shards`
+)->Iterator[tuple[int, list]]: # Number and rows of a shard
+    "Answer the shards that this process can claim, until all are finished"
+    claimed, finished = deque(), bar.progress.finished
+    def take(number):
+        if number in finished or not claims.take(number): return False
+        bar.update()
+        if number in finished: claims.drop(number) # by another process, just before it gave up its claim
+        return number not in finished
+    def take_noted(number):
+        if take(number): claimed.append(number)
+        return number in claims.mine
+    total = -(-bar.bar.total//pipeline.shard_rows)
+    bar.update()
+    while out.is_running() and len(finished) < total:
+        if any(take(n) for n in range(total)):
+            rows = rows_of_shards(out, pipeline.shard_rows, take_noted, rejected)
+            with closing(pipeline.run(rows)) as shards:
+                for shard in shards: yield claimed.popleft(), shard
+        else: time.sleep(.5) # others have claimed all that are left
+        bar.update()
+
+# %% ../../nbs/4_infer/02_run.ipynb #fincell
+def finish_output(
+    out:InferOutput, # The output, all shards of which are finished
+    s:InferSettings, # Settings of the run
+    name:str|int, # Of this process
+    shard_rows:int, # Rows of a shard
+    report:InferReport, # Receives what the shards say
+)->None:
+    "Put the output together, unless another process that joined has done it"
+    with out.gate(s.join):
+        out.finish_clearing()
+        if s.join and not out.is_running(): return
+        report.rejected, report.truncated, report.notes = out.finish(shard_rows, report.rows)
+        if s.join: out.others_alive(name) # which removes the locks of processes that were killed
 
 # %% ../../nbs/4_infer/02_run.ipynb #c28
 def infer(
@@ -365,34 +367,35 @@ def infer(
     "Answer every row of a table or of records; a rerun after an interruption continues where it stopped"
     os.environ.pop('ACCELERATE_USE_FSDP', None) # concerns training; here each process has a whole model
     set_host_policy(s.allow_private_hosts)
-    with Ranks() as ranks, ExitStack() as stack:
+    with Ranks(alone=s.join) as ranks, ExitStack() as stack:
         if not ranks.is_main: silence_libraries()
         if in_kernel(): stack.enter_context(library_bars_hidden())
         out = ranks.agree(open_output, s)
         ranks.agree(make_folder, s.output.parent)
-        lock_output(out, s, ranks, stack)
+        name = lock_output(out, s, ranks, stack)
         if ranks.is_main: note_misnamed(out.source)
         total, own = ranks.on_main(count_prompts, out.source)
         pipeline, prompts = load_pipeline(s, out.source, own, ranks, callbacks)
         shard_rows = pipeline.shard_rows
-        finished, rejected = ranks.on_main(prepare_output, out, pipeline)
-        part = ranks.agree(join_output, out, ranks.rank)
-        resumed = sum(min(shard_rows, total - n*shard_rows) for n in finished)
+        with out.gate(s.join):
+            finished, rejected = ranks.on_main(prepare_output, out, pipeline, name)
+            part = ranks.agree(join_output, out, name, s.join)
+        resumed = sum(min(shard_rows, total - n*shard_rows) for n in finished) if part else total
         report = InferReport(s.output, total, resumed, prompts=prompts)
-        numbers = remaining_shards(-(-total//shard_rows), finished, ranks.rank, ranks.world)
-        shards = stack.enter_context(closing(pipeline.run(rows_of_shards(out, shard_rows, numbers, rejected))))
         hidden = not ranks.is_main or any(getattr(c, 'shows_progress', False) for c in callbacks)
-        bar = stack.enter_context(InferProgressBar(LoggedProgress(out.parts()), report, hidden))
+        bar = stack.enter_context(InferProgressBar(LoggedProgress(out), report, hidden))
+        claims = stack.enter_context(Claims(out.claims))
         start = time.perf_counter()
-        for number,rows in zip(numbers, shards):
+        for number,rows in stack.enter_context(closing(answered_shards(out, pipeline, claims, bar, rejected))):
             stop_at_reject(rows, s)
-            out.write(part, number, number*shard_rows, rows)
+            bar.update()
+            taken_over = number in bar.progress.finished or not out.is_running() # this process was suspended, or slow
+            if not taken_over: out.write(part, number, number*shard_rows, rows)
+            claims.drop(number)
             report.sample = (report.sample + rows)[:5]
             done = bar.update()
             for callback in callbacks: callback(rows, done, total)
-        ranks.wait(bar.update)
-        bar.update() # what was written since the last call
-        if ranks.is_main: report.rejected, report.truncated, report.notes = out.finish(shard_rows, total)
+        if ranks.is_main: finish_output(out, s, name, shard_rows, report)
         if rejected is not None: report.resumed = total - sum((n - 1)//shard_rows not in finished for n in rejected)
         report.seconds = time.perf_counter() - start
     return report
