@@ -274,8 +274,7 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     on_error:Literal['reject', 'raise']=opt('reject', result=False)
     # Ask only the rows of <output>.rejects.csv again, after they or their clips were mended; the other answers are kept
     retry_rejects:bool=opt(False, result=False)
-    # Share the rows with all processes that are started with the same command, on any machine and at any time, and work
-    # until all rows are answered; false: another process that writes this output is an error
+    # Share the rows with all processes that run the same command, on any machine; false: a second process is refused
     join:bool=opt(False, result=False)
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
