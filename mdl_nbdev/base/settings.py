@@ -274,8 +274,7 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     on_error:Literal['reject', 'raise']=opt('reject', result=False)
     # Ask only the rows of <output>.rejects.csv again, after they or their clips were mended; the other answers are kept
     retry_rejects:bool=opt(False, result=False)
-    # Share the rows with all processes that run the same command, on any machine; false: a second process is refused
-    join:bool=opt(False, result=False)
+    join:bool=opt(False, result=False) # Share the rows with all processes that run this command; false: refuse them
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
 # %% ../../nbs/0_base/06_settings.ipynb #fe80e322

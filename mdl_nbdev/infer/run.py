@@ -331,9 +331,7 @@ def answered_shards(
         bar.update()
         if number in finished: claims.drop(number) # by another process, just before it gave up its claim
         return number not in finished
-    def take_noted(number):
-        if take(number): claimed.append(number)
-        return number in claims.mine
+    def take_noted(number): return take(number) and not claimed.append(number)
     total = -(-bar.bar.total//pipeline.shard_rows)
     bar.update()
     while out.is_running() and len(finished) < total:
