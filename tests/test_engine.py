@@ -5,11 +5,14 @@ import torch
 from transformers.generation import CompileConfig
 
 import mdl_nbdev.model.engine as E
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import InferSettings
 from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.midashenglm import MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_config, tiny_model
 from mdl_nbdev.model.text_family import tiny_text_model
+from mdl_nbdev.model.vllm import load_vllm
 
 
 def qwen3_model():
@@ -132,3 +135,10 @@ def test_a_gpu_gets_what_half_of_its_memory_holds(monkeypatch):
     budget = E.TransformersEngine(model, chat, batch_size="auto").budget
     assert budget*keys_and_values < 2**29 < 20*budget*keys_and_values
     assert E.TransformersEngine(model, chat, E.GenerationOptions(num_beams=4), "auto").budget == budget//4
+
+
+@pytest.mark.parametrize("option, value", [("num_beams", 2), ("repetition_penalty", 1.2), ("labels", "auto"), ("quantization", "4bit")])
+def test_what_vllm_does_not_have(option, value):
+    s = InferSettings(input="a.csv", output="b.csv", model_name="tiny", engine="vllm", **{option: value})
+    with pytest.raises(InputError, match=f"--engine vllm: does not have --{option.replace('_', '-')}; leave out one or the other"):
+        load_vllm(s)

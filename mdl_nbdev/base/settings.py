@@ -255,12 +255,12 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     # Also write the mean log-probability of each answer's tokens as the column `confidence`: that of the model itself,
     # before temperature, top_p and repetition_penalty, and with the token that ends the answer
     confidence:bool=False
+    engine:Literal['transformers', 'vllm']='transformers' # What generates; vllm needs the extra of that name
     # With labels: also write the column `log_probabilities`, with the log-probability of every label as JSON
     label_scores:bool=False
     # Rows generated together; auto: as many as fit into half of the free memory of the GPU, at most 256
     batch_size:int|Literal['auto']=opt(32, minimum=1)
-    # Maximum tokens of an answer; null: 256, or what max_length leaves
-    max_new_tokens:int|None=opt(None, minimum=1)
+    max_new_tokens:int|None=opt(None, minimum=1) # Maximum tokens of an answer; null: 256, or what max_length leaves
     # Maximum tokens of prompt and answer together, audio tokens included; null: no limit besides the model's
     max_length:int|None=opt(None, minimum=1)
     do_sample:bool=False # Sample; false: choose the most likely token at every step

@@ -244,8 +244,8 @@ def load_pipeline(
     callbacks:Iterable[Callable], # The first with a method `note` shows the notes; otherwise stderr does
 )->tuple[Pipeline, list[str]]: # Its settings name the prompts to use; notes on them
     "Load the model, and find the prompts that it was trained with"
-    from mdl_nbdev.model.label_scores import load_engine_for
-    engine = ranks.agree(load_engine_for, s, ranks.on_main(read_labels, s, source))
+    from mdl_nbdev.model.vllm import choose_engine
+    engine = ranks.agree(choose_engine, s, ranks.on_main(read_labels, s, source))
     used, notes = ranks.on_main(use_training_prompts, s, own)
     show = next((c.note for c in callbacks if hasattr(c, 'note')), partial(print, file=sys.stderr, flush=True))
     for line in notes if ranks.is_main else []: show(line)

@@ -255,7 +255,8 @@ def recompute_activations(
 )->bool: # False: this architecture cannot, and keeps them
     "Compute activations again in the backward pass"
     inner = unwrap_model(model)
-    if inner.supports_gradient_checkpointing: inner.activation_checkpointing_enable({'use_reentrant':False})
+    enable = getattr(inner, 'activation_checkpointing_enable', None) or inner.gradient_checkpointing_enable # its older name
+    if inner.supports_gradient_checkpointing: enable({'use_reentrant':False})
     return inner.supports_gradient_checkpointing
 
 @contextmanager

@@ -58,7 +58,8 @@ def decoder_config(
         text = QWEN2_7B | theta | text
     if tied is not None: text.setdefault("tie_word_embeddings", tied)
     config = (Qwen3Config if kind == "qwen3" else Qwen2Config)(**text)
-    config.rope_theta = config.rope_parameters["rope_theta"]  # older readers of config.json look for it here
+    # older readers of config.json look for it under these names, vLLM under the second one
+    config.rope_theta = config.rotary_emb_base = config.rope_parameters["rope_theta"]
     return config
 
 # %% ../../nbs/2_model/12_midashenglm.ipynb #c7
