@@ -40,14 +40,6 @@ def test_options_have_their_defaults_and_stand_in_the_help(prog):
         assert re.search(rf"^ *--{name.replace('_', '-')} .*\[{re.escape(shown)}\]$", text, re.M), (name, shown)
 
 
-@pytest.mark.parametrize("prog", ["mdl_eval", "mdl_check", "mdl_demo"])
-def test_help_spells_an_option_of_its_own_in_both_ways(prog):
-    text = help_of(prog)
-    found = re.search(r"(--\w+) is the same as (--[\w-]+)\.", text)
-    if prog == "mdl_demo": assert not found
-    else: assert found[1].replace("_", "-") == "--" + found[2][2:] and f"{found[2]} " in text.replace(found[0], "")
-
-
 @pytest.mark.parametrize("prog", ["mdl_train", "mdl_convert", "mdl_infer", "mdl_merge", "mdl_check", "mdl_eval", "mdl_review", "mdl_compare", "mdl_serve", "mdl_demo"])
 def test_every_option_is_explained(prog):
     text = help_of(prog)

@@ -67,7 +67,8 @@ class SettingsParser(argparse.ArgumentParser):
             if not action.option_strings: action.nargs = '+' if action.nargs=='*' else None
         return super().format_help()
 
-EPILOG = "Booleans take true or false. Options that take several values may be repeated."
+EPILOG = ("Defaults are in brackets; null and none: not set. Booleans take true or false. "
+          "Options that take several values may be repeated. Names may be written with _ instead of -.")
 
 def parser(
     cls:type, # A settings dataclass
@@ -75,10 +76,7 @@ def parser(
 )->argparse.ArgumentParser: # One option for each field, with values as text
     "The parser of a command"
     fields = {f.name:f for f in dataclasses.fields(cls)}
-    long = [name for name,f in fields.items() if '_' in name and not option_facts(f).positional]
-    spelt = [f" --{name} is the same as {option(name)}." for name in long[:1]]
-    p = SettingsParser(prog=prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                       epilog=EPILOG + ''.join(spelt))
+    p = SettingsParser(prog=prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=EPILOG)
     p.required = required_options(cls)
     for title, options in option_groups(cls).items():
         group = p.add_argument_group(title if title != cls.__doc__ else 'Main options')

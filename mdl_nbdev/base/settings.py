@@ -35,11 +35,11 @@ class DataSettings(Settings):
     encoding:str=opt('utf-8', resume=True, convert=True) # Encoding of CSV, TSV and JSONL files, by its name in Python
     # Maximum length of a clip in seconds; longer clips are rejected without being decoded
     max_audio_seconds:float=opt(600., minimum=0.1, convert=True)
-    # Download clips also from hosts in private networks and from this machine; false for tables from strangers
+    # Download clips also from hosts in private networks and from this machine; false for tables that you do not trust
     allow_private_hosts:bool=opt(True, resume=True, convert=True)
     # First ask the servers of clips in the download cache which of them have changed, and download those again
     refresh_cache:bool=opt(False, result=False, convert=True)
-    # Parallel readers of audio; half the available cores, at most 32
+    # Parallel readers of audio; the default is half the available cores, at most 32
     num_workers:int=opt(half_the_cores, minimum=1, below=1000, result=False, convert=True)
 
 # %% ../../nbs/0_base/06_settings.ipynb #c7
@@ -63,7 +63,7 @@ class TokenizeSettings(Settings):
 
 @dataclass(kw_only=True)
 class LearnSettings(Settings):
-    "What of a conversation is learned"
+    "Which answers are learned"
     # Learn all answers of a conversation, or the last one only
     learn_answers:Literal['all', 'last']=opt('all', convert=True)
 
@@ -146,8 +146,8 @@ class EvaluationSettings(Settings):
     eval_batch_size:int|None=opt(None, minimum=1, maximum=10**6, result=False) # Rows per evaluation batch; null: batch_size
     # Evaluation batches between transfers of results to the CPU
     eval_accumulation_steps:int|None=opt(None, minimum=1, result=False)
-    # Metric of the model's answers to evaluation rows: any of mdl_eval, or module:function for one of your own. It chooses
-    # the best checkpoint, and early stopping follows it; null: the loss does
+    # Metric of the model's answers to evaluation rows, such as accuracy, wer or macro-f1: any of mdl_eval, or
+    # module:function for one of your own. It chooses the best checkpoint and stops early; null: the loss does
     eval_metric:str|None=None
     # Evaluation rows that are answered for eval_metric, the same ones each time
     eval_metric_rows:int=opt(200, minimum=1)
@@ -176,7 +176,7 @@ class CheckSettings(DataSettings):
     predictions:bool=True # Require a prediction in every row, as training does
     # Decode every clip, which finds truncated files, faults of recordings, and copies; false: read the headers only
     decode:bool=True
-    # Column, such as speaker: no value of it should be in several files, and no clip under several values
+    # Column, such as speaker: also report its values that are in several files, and clips that have several of its values
     group:str|None=None
     output:Path|None=opt(None, result=False, location=True) # Also write all findings to this CSV file
     overwrite:bool=opt(False, result=False) # Replace an existing output
@@ -214,7 +214,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     # Steps over which the learning rate rises to its peak; below 1: a fraction of all steps
     warmup_steps:int|float=opt(0, minimum=0)
     min_lr:float=opt(0., minimum=0) # Floor of the learning rate after warm-up
-    lr_scheduler_type:str='linear' # Learning rate schedule, by its name in transformers
+    lr_scheduler_type:str='linear' # Learning rate schedule of transformers, such as linear, cosine or constant_with_warmup
     # Arguments of the schedule, as name=number, such as num_decay_steps=100 of warmup_stable_decay
     scheduler_args:dict[str,float]=opt(dict)
     weight_decay:float=opt(0., minimum=0) # Weight decay of AdamW
@@ -269,12 +269,12 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     num_beams:int=opt(1, minimum=1) # Beams of a beam search
     repetition_penalty:float=opt(1., above=0) # Above 1: tokens that already occurred become less likely
     seed:int=opt(42, minimum=0) # Seed of sampling
-    # A bad row gets an empty answer and a line in <output>.rejects.csv, or stops the run; rows without an answer end
-    # in exit code 2, with the output complete
+    # reject: a bad row gets an empty answer and a line in <output>.rejects.csv, and the exit code is 2; raise: the
+    # first bad row stops the run
     on_error:Literal['reject', 'raise']=opt('reject', result=False)
-    # Ask only the rows of <output>.rejects.csv again, after they or their clips were mended; the other answers are kept
+    # Answer only the rows of <output>.rejects.csv, once they or their clips are mended; the other answers are kept
     retry_rejects:bool=opt(False, result=False)
-    join:bool=opt(False, result=False) # Share the rows with all processes that run this command; false: refuse them
+    join:bool=opt(False, result=False) # Share the rows with other processes that run this same command; false: they are refused
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
 # %% ../../nbs/0_base/06_settings.ipynb #fe80e322
@@ -338,7 +338,7 @@ class ServeSettings(LoadSettings):
     model_name:str=opt(location=True) # Hub id, folder, or a built-in model: `tiny` (audio), `tiny-text`
     adapter:Path|None=opt(None, location=True) # Folder of a LoRA adapter to apply to the model
     chat_template:Path|None=opt(None, location=True) # Jinja file with a chat template, instead of the model's own
-    host:str='127.0.0.1' # Address to listen on; 0.0.0.0: all of this machine. Whoever reaches it can use the model
+    host:str='127.0.0.1' # Address to listen on; 0.0.0.0: all of this machine. Anyone who reaches it can use the model
     port:int=opt(8000, minimum=0, maximum=65535) # Port to listen on; 0: a free one
     system_prompt:str|None=None # System prompt of requests without one; null and an empty text as for mdl_infer
     user_prompt:str|None=None # Prompt of requests that are only clips; null and an empty text as for mdl_infer
@@ -346,8 +346,8 @@ class ServeSettings(LoadSettings):
     max_new_tokens:int|None=opt(None, minimum=1) # Maximum tokens of an answer, where a request names none; null: 256
     max_audio_seconds:float=opt(600., minimum=0.1) # Maximum length of a clip in seconds
     max_request_mb:int=opt(64, minimum=1) # Maximum size of a request in MiB, with its clips
-    timeout:float=opt(300., minimum=1) # Maximum seconds for a request to arrive, and then to be answered
-    num_workers:int=opt(half_the_cores, minimum=1, below=1000) # Parallel readers of audio; half the available cores, at most 32
+    timeout:float=opt(300., minimum=1) # Maximum seconds for a request to arrive, and again for its answer
+    num_workers:int=opt(half_the_cores, minimum=1, below=1000) # Parallel readers of audio, by default half the cores, at most 32
 
 # %% ../../nbs/0_base/06_settings.ipynb #a261fdd4
 @dataclass(kw_only=True)
@@ -371,13 +371,13 @@ class CompareSettings(Settings):
 # %% ../../nbs/0_base/06_settings.ipynb #dcfa51f8
 @dataclass(kw_only=True)
 class ReviewSettings(TrainSettings):
-    "Find labels that are probably wrong, by models that were not trained on their rows"
+    "Find labels that are probably wrong: each row is scored by a model that was not trained on it"
     # CSV, TSV, Parquet or JSONL file to review; its answers are labels, which repeat
     input:Path=opt(positional=True, location=True)
     # CSV file to write: every row with the probability of its label, the most doubtful first; meanwhile
     # <output>.folds holds what is finished
     output:Path=opt(result=False, location=True)
-    # Train this many models, each to score the rows that the others are trained on; 0: the model itself scores all
+    # Train this many models, each to score the rows that the others are trained on; 0: --model-name itself scores all
     folds:int=opt(5, minimum=0)
     group:str|None=None # Column or key, such as speaker, whose rows are all scored by the same model
     # Further rows to train every model on, in the same formats as the input; may be repeated
