@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mdl_nbdev import InferSettings
 from mdl_nbdev.data.conversations import Conversation, text_message
 from mdl_nbdev.infer.ask import request_of
-from mdl_nbdev.infer.batcher import Batcher, GrowingText, Job
+from mdl_nbdev.infer.batcher import Batcher, GrowingText, Job, open_end
 from mdl_nbdev.model.engine import load_engine
 from mdl_nbdev.model.families import load_chat
 
@@ -122,3 +122,15 @@ def test_the_end_finishes_what_waits(engine, batcher):
     futures += [batcher.submit(job(engine, t)) for t in ("Spell cat", "Spell cow")]
     batcher.close()
     assert [f.result(0).tokens for f in futures] == [12]*3
+
+
+def test_a_canceled_job_leaves_the_queue(engine, batcher):
+    "At once, so that its clips do not stay in memory until the next batch"
+    kept, gone = [job(engine, "Spell dog") for _ in range(2)]
+    for j in (kept, gone): batcher.submit(j)
+    gone.future.cancel()
+    assert batcher.jobs == [kept]
+
+
+def test_a_long_stop_text_costs_no_more_than_the_answer():
+    assert open_end("ab", ["b" + "a"*10**7]) == 1

@@ -132,6 +132,8 @@ REFUSED = [
     (dict(response_format={"type": "json_object"}), "response_format", "in the prompt"), (dict(presence_penalty=.5), "presence_penalty", "leave it out"), (dict(best_of=2), "best_of", "unknown field"),
     (dict(max_token=2), "max_token", "did you mean max_tokens"), (dict(temperature=3), "temperature", "from 0 to 2"), (dict(temperature="hot"), "temperature", "expected a number"), (dict(temperature=True), "temperature", "expected"),
     (dict(top_p=0), "top_p", "expected a number"), (dict(max_tokens=0), "max_tokens", "from 1 on"), (dict(max_tokens=1.5), "max_tokens", "whole number"), (dict(max_tokens=1, max_completion_tokens=2), "max_tokens", "keep one"),
+    (dict(max_tokens=math.inf), "max_tokens", "whole number"), (dict(temperature=math.nan), "temperature", "expected a number"), (dict(temperature=10**400), "temperature", "expected a number"),
+    (dict(messages=[{"role": [], "content": "x"}]), "messages[0].role", "system, user and assistant"), (dict(stop="a"*1000), "stop", "longer than 256"),
     (dict(seed=.5), "seed", "whole number"), (dict(stop=[""]), "stop", "not empty"), (dict(stop=list("abcde")), "stop", "up to 4"), (dict(stream="yes"), "stream", "true or false"), (dict(stream_options=[1]), "stream_options", "a list"),
     (dict(messages=[]), "messages", "is empty"), (dict(messages="Hello"), "messages", "is text"), (dict(messages=None), "messages", "null"), (dict(messages=[1]), "messages[0]", "a number"),
     (dict(messages=[{"role": "tool", "content": "x"}]), "messages[0].role", "system, user and assistant"), (dict(messages=[*hello, *hello]), "messages", "messages[1] is from the user"),
@@ -161,6 +163,14 @@ def test_no_request_is_a_fault_of_the_server(tmp_path_factory, body):
     s = InferSettings(input="requests", output="none", model_name="tiny")
     try: read_chat(body, s, tmp_path_factory.getbasetemp())
     except InputError as e: assert str(e)
+
+
+def test_greedy_requests_share_a_batch(tmp_path):
+    "Whatever they say of what is not drawn; a temperature that would overflow draws nothing"
+    s = InferSettings(input="requests", output="none", model_name="tiny")
+    def settings(**fields): return read_chat({"messages": hello, **fields}, s, tmp_path).s
+    assert settings(temperature=0, seed=7, top_p=.9) == settings(temperature=1e-40) == settings(seed=3) == settings()
+    assert settings(temperature=1, seed=7) != settings()
 
 
 def test_fields_that_ask_for_nothing(client, sounds):

@@ -140,6 +140,8 @@ class LoggedProgress:
             with suppress(FileNotFoundError), open(log, 'rb') as f:
                 f.seek(self.known[log])
                 *lines, _ = f.read().split(b'\n')
-                self.known[log] += sum(map(len, lines)) + len(lines)
-                for shard in map(LoggedShard.parse, lines): self.finished[shard.number] = shard.rows, len(shard.rejects)
+                for line in lines:
+                    shard = LoggedShard.parse(line)
+                    self.finished[shard.number] = shard.rows, len(shard.rejects)
+                    self.known[log] += len(line) + 1
         return self.rows

@@ -305,6 +305,7 @@ def start(self:ModelServer,
     self.batcher.thread.start()
     self.thread.start()
     while self.thread.is_alive() and not self.uvicorn.started: time.sleep(.01)
+    if not self.uvicorn.started: raise RuntimeError("the server ended before it listened; the log above says why")
     return self
 
 @patch

@@ -30,7 +30,7 @@ class RowValues:
     def worst(self,
         scores:Scores, # Of the same rows
     )->np.ndarray: # int, numbers of rows
-        "The rows in which something is wrong, the worst first; longer ones first among equals"
+        "The rows in which something is wrong, the worst first; among equals, those with more word edits first"
         distance = np.abs(self.values - self.best)
         order = np.lexsort([-scores.word_edits, -distance])
         return order[distance[order] > 1e-9]
@@ -46,7 +46,8 @@ def row_f1(t:Texts)->np.ndarray: # float [rows]
     "F1 of the labels of each row"
     pairs = [set(zip(*split_labels(texts, t.separator, t.normalizer))) for texts in (t.references, t.predictions)]
     def count(pairs): return np.bincount(np.array([row for row,_ in pairs], int), minlength=len(t.references))
-    return 2*count(pairs[0] & pairs[1])/np.maximum(count(pairs[0]) + count(pairs[1]), 1)
+    labels = count(pairs[0]) + count(pairs[1])
+    return np.where(labels==0, 1, 2*count(pairs[0] & pairs[1])/np.maximum(labels, 1)) # without a label on either side, a row is correct
 
 def row_character_errors(t:Texts)->np.ndarray: # float [rows]
     "Character error rate of each row"

@@ -14,7 +14,7 @@ from ..base.errors import InputError
 from ..base.html import Html, as_html, audio_player, html_bar, html_box
 from ..base.settings import InferSettings
 from ..base.text import shorten
-from ..data.audio import SAMPLE_RATE, load_audio
+from ..data.audio import SAMPLE_RATE, audio_info, load_audio
 from ..data.conversations import Conversation, text_message
 from ..data.pictures import spectrogram_html, waveform_html
 from .identity import prompts_of_training, with_training_prompts
@@ -45,6 +45,9 @@ def request_of(
     "Decode and tokenize a conversation; `InputError` if the model cannot be prompted with it"
     from mdl_nbdev.model.engine import Request
     tokenized, = engine.chat.tokenize([conversation])
+    rate = engine.chat.family.sample_rate
+    lengths = [audio_info(clip, s.max_audio_seconds).samples_at(rate) for clip in conversation.clips]
+    completion_limit(s, tokenized.n_tokens(lengths), engine.max_tokens) # before clips are decoded that do not fit
     example = tokenized.example(engine.chat.load_clips(conversation, s.max_audio_seconds))
     return Request(0, example, completion_limit(s, len(example.input_ids), engine.max_tokens))
 

@@ -21,7 +21,7 @@ def open_end(
 )->int: # Number of characters at its end
     "How much of the end of a text may still change"
     whole = text.rstrip('\ufffd') # which stands for a part of a character
-    begun = [n for mark in marks for n in range(1, len(mark)) if whole.endswith(mark[:n])]
+    begun = [n for mark in marks for n in range(1, min(len(mark), len(whole) + 1)) if whole.endswith(mark[:n])]
     return len(text) - len(whole) + max(begun, default=0)
 
 class GrowingText:
@@ -116,20 +116,22 @@ class Batcher:
         self.thread = threading.Thread(target=self.run, daemon=True, name='batcher')
 
     def submit(self, job:Job)->Future: # Of its `Reply`
-        "Put a job into the queue"
+        "Put a job into the queue; one that is canceled leaves it"
         with self.changed:
             if self.closed: raise RuntimeError("this batcher is closed")
             self.jobs.append(job)
             self.changed.notify()
+        job.future.add_done_callback(lambda future: future.cancelled() and self.forget(job))
         return job.future
+
+    def forget(self, job:Job)->None:
+        "Take a job out of the queue, so that its clips do not stay in memory while others are answered"
+        with self.changed: self.jobs = [other for other in self.jobs if other is not job]
 
     def take(self)->list[Job]: # Empty: there will be no more
         "Wait for jobs, and take those that share the next batch"
-        def somebody_waits():
-            self.jobs = [job for job in self.jobs if not job.future.cancelled()]
-            return self.jobs or self.closed
         with self.changed:
-            self.changed.wait_for(somebody_waits)
+            self.changed.wait_for(lambda: self.jobs or self.closed)
             batch = [job for job in self.jobs if job.fits(self.jobs[0])][:self.engine.batch_size]
             self.jobs = [job for job in self.jobs if job not in batch]
         return batch

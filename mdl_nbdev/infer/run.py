@@ -324,21 +324,23 @@ def answered_shards(
     bar:InferProgressBar, # Knows what is finished
     rejected:set[int]|None=None, # As in `rows_of_shards`
 )->Iterator[tuple[int, list]]: # Number and rows of a shard
-    "Answer the shards that this process can claim, until all are finished"
-    claimed, finished = deque(), bar.progress.finished
+    "Answer the shards that this process can claim, until all are finished; none twice, even if its rows are lost"
+    claimed, finished, own = deque(), bar.progress.finished, set()
     def take(number):
-        if number in finished or not claims.take(number): return False
+        if number in finished or number in own or not claims.take(number): return False
         bar.update()
         if number in finished: claims.drop(number) # by another process, just before it gave up its claim
         return number not in finished
     def take_noted(number): return take(number) and not claimed.append(number)
     total = -(-bar.bar.total//pipeline.shard_rows)
     bar.update()
-    while out.is_running() and len(finished) < total:
+    while out.is_running() and len(own.union(finished)) < total:
         if any(take(n) for n in range(total)):
             rows = rows_of_shards(out, pipeline.shard_rows, take_noted, rejected)
             with closing(pipeline.run(rows)) as shards:
-                for shard in shards: yield claimed.popleft(), shard
+                for shard in shards:
+                    own.add(claimed[0])
+                    yield claimed.popleft(), shard
         else: time.sleep(.5) # others have claimed all that are left
         bar.update()
 
@@ -386,9 +388,8 @@ def infer(
         start = time.perf_counter()
         for number,rows in stack.enter_context(closing(answered_shards(out, pipeline, claims, bar, rejected))):
             stop_at_reject(rows, s)
-            bar.update()
-            taken_over = number in bar.progress.finished or not out.is_running() # this process was suspended, or slow
-            if not taken_over: out.write(part, number, number*shard_rows, rows)
+            bar.update() # others may have answered these rows while this process was suspended, or slow
+            if number not in bar.progress.finished and out.is_running(): out.write(part, number, number*shard_rows, rows)
             claims.drop(number)
             report.sample = (report.sample + rows)[:5]
             done = bar.update()

@@ -166,7 +166,7 @@ def register_model()->None:
 
 # %% ../../nbs/2_model/43_vllm.ipynb #a3d1b049
 def set_environment()->torch.device: # The device
-    "What vLLM reads when it is imported; variables that are set stay"
+    "Set what vLLM reads when it is imported; variables that are set stay, but under a launcher not CUDA_VISIBLE_DEVICES"
     device, own = pick_device(), dict(VLLM_LOGGING_LEVEL='ERROR', VLLM_NO_USAGE_STATS='1')
     if world_size()==1: own['VLLM_ENABLE_V1_MULTIPROCESSING'] = '0'
     else: # a process of its own keeps vLLM apart from the launcher's group of processes
@@ -195,6 +195,7 @@ def start_engine(
     chat:Chat, # Of the model
 )->VllmEngine: # Ready to generate
     "Start vLLM"
+    dtype = pick_dtype(s.bf16) # before vLLM is shown one device only
     device, model = set_environment(), outline(source)
     check_vocabulary(model, chat)
     import vllm
@@ -206,7 +207,7 @@ def start_engine(
                 seed=s.seed, use_tqdm_on_load=False)
     if device.type=='cpu': args |= dict(enforce_eager=True)
     if s.adapter: args |= dict(enable_lora=True, max_lora_rank=1 << max(3, (adapter_config(s.adapter)['r'] - 1).bit_length()))
-    llm = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(source, dtype=str(pick_dtype(s.bf16)).removeprefix('torch.'), **args))
+    llm = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(source, dtype=str(dtype).removeprefix('torch.'), **args))
     options = GenerationOptions(s.do_sample, s.temperature, s.top_p, seed=s.seed, logprobs=s.confidence)
     adapter = LoRARequest('adapter', 1, str(s.adapter)) if s.adapter else None
     engine = VllmEngine(llm, chat, chat.stop_ids(model), options, rows, adapter)
