@@ -78,13 +78,14 @@ def test_answers(files, capsys):
     exact, wer, cer = found.values
     assert (exact.a, exact.b, exact.test, exact.p) == (.7, .9, "McNemar", mcnemar(1, 9))
     assert wer.test == cer.test == "bootstrap" and wer.b - wer.a < 0 and wer.interval[0] < wer.b - wer.a < wer.interval[1]
+    assert found.summary()[-1] == f"40 rows in {files['reference']}: A is right and B wrong in 1, B is right and A wrong in 9"
     assert [r.line for r in found.better["A"]] == [32] and sorted(r.line for r in found.better["B"]) == list(range(5, 14))
     assert all(r.right == side for side, rows in found.better.items() for r in rows)
     shown = found._repr_html_()
     assert shown.count("<audio") == 10 and "<b>noise" not in shown and "&lt;b&gt;noise" in shown
     with pytest.raises(SystemExit) as e: mdl_compare(["a.csv", "b.csv", "--reference", files["reference"], "--metric", "accuracy,macro-f1", "--output", "c.json"])
     out = capsys.readouterr().out
-    assert not e.value.code and re.search(r"accuracy +70.00% +90.00% +\+20.00 points +\+\S+ to \+\S+ +p = 0.021 \(McNemar\)", out) and "macro F1" in out and "better in B" in out
+    assert not e.value.code and re.search(r"accuracy +70.00% +90.00% +\+20.00 points +\+\S+ to \+\S+ +0.021 \(McNemar\)", out) and "macro F1" in out and "better in B" in out
     saved = json.loads(open("c.json").read())
     assert saved["metrics"]["accuracy"]["difference"] == pytest.approx(.2) and len(saved["better"]["B"]) == 9
 
@@ -97,6 +98,7 @@ def test_texts_are_compared_by_their_errors(tmp_path):
     refs = ["the cat sat on the mat", "a dog", "One two."]
     found = compare(write("a.csv", ["the cat sat", "a dig", "one two"]), write("b.csv", ["the cat sat on a mat", "a fox", "One two."]), reference=write("r.csv", refs))
     assert [(r.line, r.right) for r in found.better["B"]] == [(4, "B"), (2, "")] and [(r.line, r.right) for r in found.better["A"]] == [(3, "")]
+    assert found.summary()[-1] == "where both are wrong, A is closer in 1 row and B in 1"
     alike = compare(tmp_path/"a.csv", tmp_path/"b.csv", reference=tmp_path/"r.csv", normalizer="casefold")
     assert "normalizer: casefold" in str(alike) and [r.line for r in alike.better["B"]] == [4, 2]
 

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..base.html import Html, as_html, html_box, html_table, player_seconds
 from ..base.settings import CompareSettings
-from ..base.text import aligned_lines, shorten
+from ..base.text import aligned_lines, plural, shorten
 from ..data.clips import resolve
 from ..data.conversations import Conversation
 from ..data.intervals import draw_rows
@@ -57,7 +57,7 @@ class PairedValue:
     a:float # Its value
     b:float # That of the second
     interval:tuple[float, float]|None=None # 95 % of the differences b - a that the bootstrap gives
-    p:float|None=None # How probable a difference of this size would be if it were chance
+    p:float|None=None # Probability of a difference at least this large if both were equally good
     test:str='' # Where p comes from
 
     def difference(self,
@@ -69,7 +69,7 @@ class PairedValue:
     def cells(self)->list[str]: # As `HEAD` names them
         "The line of a table"
         between = ' to '.join(map(self.difference, self.interval or ()))
-        p = '' if self.p is None else 'p < 0.001' if self.p < .001 else f'p = {self.p:.3f}'
+        p = '' if self.p is None else '< 0.001' if self.p < .001 else f'{self.p:.3f}'
         unit = ' points' if self.metric.percent else ''
         values = self.metric.text(self.a), self.metric.text(self.b)
         difference = self.difference(self.b - self.a) + unit
@@ -81,7 +81,7 @@ class PairedValue:
         return values | dict(interval=self.interval and list(self.interval), p=self.p, test=self.test or None)
 
 # %% ../../nbs/4_infer/12_pairs.ipynb #heada1b2
-HEAD = ['', 'A', 'B', 'B - A', '95% interval', 'chance'] # Of a table of `PairedValue.cells`
+HEAD = ['', 'A', 'B', 'B - A', '95% interval', 'p-value'] # Of a table of `PairedValue.cells`
 
 def compare_metrics(
     names:list[str], # Of metrics
@@ -145,10 +145,15 @@ def different_rows(
 def summary(self:Comparison)->list[str]: # Lines
     "What is compared, and how often one is better"
     counts = {side:(sum(r.right==side for r in rows), len(rows)) for side,rows in self.better.items()}
-    words = [f"only {side} is right in {right:,}, and better in {n:,}" for side,(right,n) in counts.items()]
-    normalizer = [f'normalizer: {self.s.normalizer}'] if self.s.normalizer != 'none' else []
-    counted = f"of {self.lines:,} rows in {self.s.reference}, {'; '.join(words)}"
-    return [f'A: {self.s.a}', f'B: {self.s.b}', *normalizer, counted]
+    (right_a, better_a), (right_b, better_b) = counts.values()
+    closer_a, closer_b = better_a - right_a, better_b - right_b
+    lines = [f'A: {self.s.a}', f'B: {self.s.b}']
+    if self.s.normalizer != 'none': lines.append(f'normalizer: {self.s.normalizer}')
+    lines.append(f'{self.lines:,} rows in {self.s.reference}: A is right and B wrong in {right_a:,}, '
+                 f'B is right and A wrong in {right_b:,}')
+    if closer_a or closer_b:
+        lines.append(f'where both are wrong, A is closer in {plural(closer_a, "row")} and B in {closer_b:,}')
+    return lines
 
 @patch
 def __repr__(self:Comparison):
