@@ -458,9 +458,9 @@ def test_a_retrained_model_does_not_continue(whole):
     stopped(2, whole/"sounds.csv", **args)
     Path("model").rename("first")
     save("model", 1)
-    before = {p.name: p.read_bytes() for p in Path().glob("out.csv*")}
+    before = {p.name: p.read_bytes() for p in Path().glob("out.csv*") if p.is_file()}
     with pytest.raises(InputError, match="out.csv.part: .*unfinished run.*: the contents of --model-name have changed.*--overwrite true"): answer(whole/"sounds.csv", "out.csv", **args)
-    assert {p.name: p.read_bytes() for p in Path().glob("out.csv*")} == before
+    assert {p.name: p.read_bytes() for p in Path().glob("out.csv*") if p.is_file()} == before
     Path("first/README.md").write_text("trained for a while")
     assert answer(whole/"sounds.csv", "out.csv", **args | dict(model_name="first")).resumed == 32
     assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
@@ -489,9 +489,9 @@ def test_unfinished_run_of_version_0_1(whole):
     "It did not record which model gave its answers, so it is refused, with the remedy, and nothing of it is lost"
     part, log = stopped(3, whole/"sounds.csv", base_dir=whole)
     Path("out.csv.part.json").write_text(json.dumps(dict(input=str(whole/"sounds.csv"), model_name="tiny", batch_size=2, base_dir=str(whole), max_new_tokens=4)))
-    before = {p.name: p.read_bytes() for p in Path().glob("out.csv*")}
+    before = {p.name: p.read_bytes() for p in Path().glob("out.csv*") if p.is_file()}
     with pytest.raises(InputError, match="started by another version.*--overwrite true"): answer(whole/"sounds.csv", "out.csv", base_dir=whole)
-    assert {p.name: p.read_bytes() for p in Path().glob("out.csv*")} == before
+    assert {p.name: p.read_bytes() for p in Path().glob("out.csv*") if p.is_file()} == before
     assert answer(whole/"sounds.csv", "out.csv", base_dir=whole, overwrite=True).resumed == 0
     assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
 

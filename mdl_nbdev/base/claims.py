@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
+from .errors import WriteError
+from .files import writing
 
 # %% ../../nbs/0_base/11_claims.ipynb #8ddfe42a
 BEAT = 5 # Seconds between two signs of life
@@ -76,8 +78,10 @@ def take(self:Claims,
     while (file := self.folder/f'{number}.{turn}').exists(): turn += 1
     if turn and not self.is_abandoned(self.folder/f'{number}.{turn-1}'): return False
     try:
-        with open(file, 'x') as f: f.write(f'process {os.getpid()} on {socket.gethostname()}, {time.time_ns()}')
-    except (FileExistsError, FileNotFoundError): return False # somebody was faster, or has finished everything
+        with writing(file), open(file, 'x') as f: f.write(f'process {os.getpid()} on {socket.gethostname()}, {time.time_ns()}')
+    except WriteError as e:
+        if isinstance(e.__cause__, (FileExistsError, FileNotFoundError)): return False # somebody was faster, or has finished everything
+        raise
     self.mine[number] = file, time.monotonic()
     return True
 
