@@ -1,6 +1,6 @@
 #!/bin/bash
 # Inference on a file of any size, on one machine or several that share a file system. Finished answers are kept when the job ends for any reason.
-#   sbatch --nodes 4 examples/slurm_infer.sh data/test.csv runs/answers.csv runs/lora_audio/final
+#   sbatch --nodes 4 examples/slurm_infer.sh data/test.csv runs/answers.csv runs/lora_audio/final --base-dir data
 #SBATCH --job-name=mdl_infer
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

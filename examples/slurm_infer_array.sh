@@ -1,6 +1,6 @@
 #!/bin/bash
 # Inference by independent jobs, each with one GPU: they start whenever there is a GPU for them, share the rows, and may end at any time.
-#   sbatch --array 1-64 examples/slurm_infer_array.sh data/test.csv runs/answers.csv runs/lora_audio/final
+#   sbatch --array 1-64 examples/slurm_infer_array.sh data/test.csv runs/answers.csv runs/lora_audio/final --base-dir data
 #SBATCH --job-name=mdl_infer
 #SBATCH --gpus=1
 #SBATCH --cpus-per-task=8

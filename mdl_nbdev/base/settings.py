@@ -206,7 +206,8 @@ class AugmentSettings(Settings):
 class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, LearnSettings, TaskSettings, EvaluationSettings,
                     AugmentSettings):
     "Fine-tune a model"
-    # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/
+    # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/. final/ is the model after the last step, or the
+    # best one if early stopping ended the run
     output:Path=opt(result=False, location=True)
     lr:float=opt(1e-4, above=0) # Peak learning rate
     num_epochs:float=opt(1., above=0) # Passes over the training data; fractions are allowed
