@@ -217,6 +217,6 @@ def test_answering_in_an_array(job, tmp_path):
     options = [csv, tmp_path/"out.csv", "tiny", "--base-dir", tmp_path, "--batch-size", "1", "--max-new-tokens", "4"]
     runs = [job("slurm_infer_array.sh", *options) for _ in range(2)]
     for run in runs: assert run.wait(timeout=200) == 0, run.communicate()[0]
-    assert len((tmp_path/"out.csv").read_text().splitlines()) == 25
+    assert (tmp_path/"out.csv").read_text().count("\n") == 25
     late = job("slurm_infer_array.sh", *options)
     assert "the others have answered all rows" in late.communicate(timeout=60)[0] and late.returncode == 0
