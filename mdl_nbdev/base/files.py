@@ -123,8 +123,9 @@ def open_locked(
     try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
     except BlockingIOError: return f.close()
     except OSError: return f # a file system without locks
-    if not (os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(f.fileno()))):
-        return f.close() # removed by the process that held it
+    try: stays = os.path.samestat(os.stat(path), os.fstat(f.fileno()))
+    except FileNotFoundError: stays = False
+    if not stays: return f.close() # removed by the process that held it
     f.seek(0)
     if f.read(8) not in (b'', b'process '): # such as poetry.lock, where the output is called poetry
         f.close()
