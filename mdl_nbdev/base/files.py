@@ -126,8 +126,7 @@ def open_locked(
     try: stays = os.path.samestat(os.stat(path), os.fstat(f.fileno()))
     except FileNotFoundError: stays = False
     if not stays: return f.close() # removed by the process that held it
-    f.seek(0)
-    if f.read(8) not in (b'', b'process '): # such as poetry.lock, where the output is called poetry
+    if f.seek(0) or f.read(8) not in (b'', b'process '): # such as poetry.lock, where the output is called poetry
         f.close()
         raise InputError(f"{path}: not a lock file of this package; move it, or choose another --output")
     with suppress(OSError): # the lock holds on a full disk too
