@@ -24,7 +24,8 @@ from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.cli import protocol, serve
 from mdl_nbdev.cli.protocol import RequestError, read_chat
 from mdl_nbdev.data.sounds import make_sounds
-from mdl_nbdev.infer.ask import options_of, request_of
+from mdl_nbdev.infer.ask import request_of
+from mdl_nbdev.model.engine import GenerationOptions
 
 openai = pytest.importorskip("openai", reason='no client: pip install "mdl_nbdev[dev]"')
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,7 +261,7 @@ def test_prompts_of_the_server(sounds, server):
     assert [m["role"] for m in clip.messages] == ["system", "user"] and clip.prompt_text() == "Which sound?"
     own = protocol.conversation_of([{"role": "system", "content": ""}, *asked(sounds[0])], s, sounds[0].parent)
     assert [m["role"] for m in own.messages] == ["user"] and own.prompt_text() == "What is it?", "an empty system prompt is for none"
-    assert len(request_of(server.batcher.engine, clip, s).example.clips) == 1 and options_of(s).logprobs
+    assert len(request_of(server.batcher.engine, clip, s).example.clips) == 1 and GenerationOptions.of(s).logprobs
 
 
 def test_an_address_that_is_taken(server):

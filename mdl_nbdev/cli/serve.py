@@ -22,7 +22,7 @@ from ..base.text import format_bytes, format_duration, plural, shorten
 from .protocol import (
     ChatAnswer, ModelRequest, RequestError, clip_error, read_chat, read_transcription, served_name)
 from .serve_page import PAGE
-from ..infer.ask import options_of, request_of
+from ..infer.ask import request_of
 from ..infer.batcher import Batcher, GrowingText, Job, Reply
 from ..infer.identity import prompts_of_training, with_training_prompts
 from ..model.families import builtin_family
@@ -211,8 +211,9 @@ def submit(self:ModelServer,
     on_text:Callable|None=None, # Called with each piece of the answer
 )->Job:
     "Put a request into the queue"
+    from mdl_nbdev.model.engine import GenerationOptions
     text = GrowingText(self.batcher.engine.chat, asked.stop)
-    job = Job(request, options_of(asked.s), text, on_text, alone=asked.seeded and asked.s.do_sample)
+    job = Job(request, GenerationOptions.of(asked.s), text, on_text, alone=asked.seeded and asked.s.do_sample)
     self.batcher.submit(job)
     return job
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTO_ROWS', 'CPU_BUDGET', 'GenerationOptions', 'Request', 'Completion', 'Engine', 'can_record', 'cache_bytes',
-           'free_memory', 'position_bytes', 'auto_budget', 'RecordedStep', 'TransformersEngine', 'ChosenLogprobs',
-           'no_memory', 'WatchedTokens', 'load_engine', 'generate_tokens']
+           'free_memory', 'position_bytes', 'auto_budget', 'RecordedStep', 'token_limit', 'TransformersEngine',
+           'ChosenLogprobs', 'no_memory', 'WatchedTokens', 'load_engine', 'generate_tokens']
 
 # %% ../../nbs/2_model/40_engine.ipynb #00ccc50b
 import gc, sys, zlib
@@ -41,6 +41,14 @@ class GenerationOptions:
     seed:int=42 # Seed of sampling
     logprobs:bool=False # Also give the log-probability of each generated token; not for a beam search
 
+    @classmethod
+    def of(cls,
+        s:InferSettings, # Of a run, or of one request
+    )->'GenerationOptions':
+        "What settings say of it"
+        return cls(s.do_sample, s.temperature, s.top_p, s.num_beams, s.repetition_penalty, s.seed, s.confidence)
+
+# %% ../../nbs/2_model/40_engine.ipynb #22b57c80
 @dataclass(slots=True)
 class Request:
     "A prompt to complete"
@@ -171,6 +179,12 @@ def decoding(self:RecordedStep):
     finally: del self.model.get_compiled_call
 
 # %% ../../nbs/2_model/40_engine.ipynb #a5c9a82d
+def token_limit(
+    model, # A transformers model
+)->int: # `sys.maxsize` if it names none
+    "How many tokens a prompt and its completion may have together"
+    return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or position_limit(model) or sys.maxsize
+
 class TransformersEngine(Engine):
     "Batches of requests through transformers' `generate`"
     def __init__(self,
@@ -185,8 +199,7 @@ class TransformersEngine(Engine):
         self.batch_size = AUTO_ROWS if batch_size=='auto' else batch_size
         # positions of a batch: its rows, times its longest prompt and completion together
         self.budget = auto_budget(model)//options.num_beams if batch_size=='auto' else sys.maxsize
-        limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or position_limit(model)
-        if limit: self.max_tokens = limit
+        self.max_tokens = token_limit(model)
 
     def generate(self, requests):
         for batch in self.batches(requests): yield from self.complete_in_parts(batch)
@@ -355,9 +368,7 @@ def load_engine(
     if note and is_main_process(): print(note, file=sys.stderr, flush=True)
     if s.adapter: model = load_adapter(model, s.adapter)
     if s.adapter and not s.quantization: model = merge(model) # the same numbers, and faster
-    options = GenerationOptions(s.do_sample, s.temperature, s.top_p, s.num_beams, s.repetition_penalty, s.seed,
-                                s.confidence)
-    return TransformersEngine(model.eval(), chat, options, s.batch_size)
+    return TransformersEngine(model.eval(), chat, GenerationOptions.of(s), s.batch_size)
 
 # %% ../../nbs/2_model/40_engine.ipynb #c32
 @torch.no_grad()

@@ -22,13 +22,13 @@ from ..base.processes import world_size
 from ..base.settings import InferSettings
 from ..data.audio import from_int16
 from .chat import Chat, Example
-from .engine import AUTO_ROWS, Completion, Engine, GenerationOptions, Request
+from .engine import AUTO_ROWS, Completion, Engine, GenerationOptions, Request, token_limit
 from .families import builtin_family, load_chat
 from .hub import from_hub
 from .label_scores import load_engine_for
 from .load import load_config, load_model, pick_device, pick_dtype
 from .midashenglm_family import MiDashengLMFamily
-from .probe import check_vocabulary, position_limit
+from .probe import check_vocabulary
 from .save import adapter_config, no_safetensors, save_model, template_of
 
 # %% ../../nbs/2_model/43_vllm.ipynb #8c1e4598
@@ -208,10 +208,9 @@ def start_engine(
     if device.type=='cpu': args |= dict(enforce_eager=True)
     if s.adapter: args |= dict(enable_lora=True, max_lora_rank=1 << max(3, (adapter_config(s.adapter)['r'] - 1).bit_length()))
     llm = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(source, dtype=str(dtype).removeprefix('torch.'), **args))
-    options = GenerationOptions(s.do_sample, s.temperature, s.top_p, seed=s.seed, logprobs=s.confidence)
     adapter = LoRARequest('adapter', 1, str(s.adapter)) if s.adapter else None
-    engine = VllmEngine(llm, chat, chat.stop_ids(model), options, rows, adapter)
-    engine.max_tokens = getattr(model.config.get_text_config(), 'max_position_embeddings', None) or position_limit(model)
+    engine = VllmEngine(llm, chat, chat.stop_ids(model), GenerationOptions.of(s), rows, adapter)
+    engine.max_tokens = token_limit(model)
     return engine
 
 # %% ../../nbs/2_model/43_vllm.ipynb #10ae381a
