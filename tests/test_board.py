@@ -5,14 +5,14 @@ import re
 import time
 
 import pytest
-from test_browser import Notebook, browser, errors, lab, last_look, notebook, shots, until  # fixtures among them
+from test_browser import Notebook, errors, lab, last_look, notebook, shots, until  # fixtures among them
 
 from mdl_nbdev import ReviewBoard
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.infer.corrections import Corrections
 
-assert browser and lab and last_look
+assert lab and last_look
 EVIL = "<script>document.body.remove()</script>"
 many = f"""import csv, os
 from mdl_nbdev.all import *

@@ -20,12 +20,8 @@ from mdl_nbdev import make_sounds, watch
 from mdl_nbdev.cli.view import small_player
 
 root = Path(__file__).parent.parent
-chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-if not chromium: pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 pytest.importorskip("jupyterlab", reason="no JupyterLab: pip install jupyterlab")
 
-flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 shots = os.environ.get("SCREENSHOTS")  # a folder for pictures of what the tests see
 errors = '[data-mime-type="application/vnd.jupyter.error"]'
 setup = """import os
@@ -77,14 +73,6 @@ def lab(tmp_path_factory):
         server.terminate()
         try: server.wait(20)
         except subprocess.TimeoutExpired: server.kill()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=flags)
-        yield b
-        b.close()
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@ import base64
 import io
 import os
 import re
-import shutil
 
 import pytest
 import soundfile as sf
@@ -12,27 +11,13 @@ from mdl_nbdev import ServeSettings, ask
 from mdl_nbdev.cli.serve import ModelServer
 from mdl_nbdev.data.sounds import make_sounds
 
-chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-if not chromium: pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
 pytest.importorskip("starlette", reason='no Starlette: pip install "mdl_nbdev[serve]"')
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-
-flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 
 
 @pytest.fixture(scope="module")
 def server():
     with ModelServer(ServeSettings(model_name="tiny", port=0, max_new_tokens=24)) as server: yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=chromium, args=flags)
-        yield b
-        b.close()
 
 
 @pytest.fixture
