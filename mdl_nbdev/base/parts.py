@@ -126,13 +126,9 @@ class LoggedProgress:
         out, # Its `parts()` are read, those too that are created later
     ):
         self.out = out
-        self.finished = {} # Number of a shard -> its rows, and how many have no answer
+        self.finished = set() # Numbers of shards
+        self.rows = self.rejects = 0 # Rows in them, and those of them without an answer
         self.known = Counter() # Log -> bytes that were read
-
-    @property
-    def rows(self)->int: return sum(rows for rows,_ in self.finished.values())
-    @property
-    def rejects(self)->int: return sum(rejects for _,rejects in self.finished.values())
 
     def update(self)->int: # Rows finished so far
         "Read what was appended to the logs since the last call"
@@ -142,6 +138,9 @@ class LoggedProgress:
                 *lines, _ = f.read().split(b'\n')
                 for line in lines:
                     shard = LoggedShard.parse(line)
-                    self.finished[shard.number] = shard.rows, len(shard.rejects)
+                    if shard.number not in self.finished: # two processes may have answered it
+                        self.finished.add(shard.number)
+                        self.rows += shard.rows
+                        self.rejects += len(shard.rejects)
                     self.known[log] += len(line) + 1
         return self.rows
