@@ -6,13 +6,14 @@
 __all__ = ['BEAT', 'SILENT', 'SLOW', 'Sighting', 'Claims']
 
 # %% ../../nbs/0_base/11_claims.ipynb #7e6edf04
-import os, socket, threading, time
+import os, threading, time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from .errors import WriteError
 from .files import writing
+from .processes import process_name
 
 # %% ../../nbs/0_base/11_claims.ipynb #8ddfe42a
 BEAT = 5 # Seconds between two signs of life
@@ -78,7 +79,7 @@ def take(self:Claims,
     while (file := self.folder/f'{number}.{turn}').exists(): turn += 1
     if turn and not self.is_abandoned(self.folder/f'{number}.{turn-1}'): return False
     try:
-        with writing(file), open(file, 'x') as f: f.write(f'process {os.getpid()} on {socket.gethostname()}, {time.time_ns()}')
+        with writing(file), open(file, 'x') as f: f.write(f'{process_name()}, {time.time_ns()}')
     except WriteError as e:
         if isinstance(e.__cause__, (FileExistsError, FileNotFoundError)): return False # somebody was faster, or has finished everything
         raise

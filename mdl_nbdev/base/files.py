@@ -9,13 +9,13 @@ __all__ = ['LOCK_SECONDS', 'cache_dir', 'write_error', 'writing', 'aside', 'repl
            'share_files', 'replacing_folder', 'remove_folder']
 
 # %% ../../nbs/0_base/03_files.ipynb #c4
-import errno, hashlib, json, os, shutil, socket, sys, time
+import errno, hashlib, json, os, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 from .errors import InputError, WriteError, disk_is_full, why_not_written
-from .processes import available_cpus
+from .processes import available_cpus, process_name
 
 # %% ../../nbs/0_base/03_files.ipynb #c6
 def cache_dir()->Path: # `$MDL_CACHE`, or `~/.cache/mdl_nbdev`
@@ -131,7 +131,7 @@ def open_locked(
         raise InputError(f"{path}: not a lock file of this package; move it, or choose another --output")
     with suppress(OSError): # the lock holds on a full disk too
         f.truncate(0)
-        f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%d %b %H:%M:%S')}".encode())
+        f.write(f"{process_name()}, since {time.strftime('%d %b %H:%M:%S')}".encode())
     return f
 
 def lock_file(

@@ -6,7 +6,7 @@
 __all__ = ['BEAT_SECONDS', 'STATUS_BYTES', 'OVER', 'SILENT_SECONDS', 'RunStatus', 'phase', 'read_status', 'Pulse', 'read_metrics']
 
 # %% ../../nbs/0_base/09_status.ipynb #c4
-import json, os, socket, threading, time
+import json, os, threading, time
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Iterator
 from fastcore.basics import patch
 from .errors import InputError
 from .files import read_json_lines
+from .processes import process_name
 
 # %% ../../nbs/0_base/09_status.ipynb #c6
 BEAT_SECONDS = 2 # Between two heartbeats
@@ -37,9 +38,8 @@ class RunStatus:
         **facts, # What else is known, such as `done` and `total`, or a `reason`
     )->None:
         "Set what the run is doing from now on"
-        process = f'process {os.getpid()} on {socket.gethostname()}'
         self.has_trained |= phase=='training'
-        self.values = dict(phase=phase, since=round(time.time(), 3), process=process, **facts)
+        self.values = dict(phase=phase, since=round(time.time(), 3), process=process_name(), **facts)
         self.news.set()
 
     def write(self)->None:
