@@ -607,6 +607,12 @@ def test_tasks(tmp_path, name):
     assert [(s.task, s.name, s.path.relative_to(tmp_path).as_posix()) for s in find_tasks([tmp_path/p for p in paths])] == expected
 
 
+def test_clips_in_folders_below_a_task_and_links_in_a_circle(tmp_path):
+    plant(tmp_path, ["t/a.csv", "t/clips/x/1.wav", "t/clips/x/1.json", "t/clips/.trash/b.csv"])
+    (tmp_path/"t"/"clips"/"x"/"back").symlink_to(tmp_path/"t"/"clips")
+    assert [s.path.name for s in find_tasks([tmp_path])] == ["a.csv"]
+
+
 def test_a_task_by_its_folder_when_that_is_here(tmp_path, monkeypatch):
     plant(tmp_path, ["t/a.csv"])
     monkeypatch.chdir(tmp_path/"t")
@@ -620,6 +626,9 @@ bad_trees = {
     "mixed": (["d/a.csv", "d/t/a.csv"], ["d"], r"d: holds data itself \(a.csv\) and in a folder \(t\)"),
     "mixed with a dataset": (["d/a.csv", "d/s/state.json"], ["d"], r"d: holds data itself \(a.csv\) and in a folder \(s\)"),
     "mixed further in": (["d/t/a.csv", "d/t/more/b.csv"], ["d"], r"d/t: holds data itself \(a.csv\) and in a folder \(more\)"),
+    "mixed far in": (["d/t/a.csv", "d/t/clips/1.wav", "d/t/clips/old/b.tsv"], ["d"], r"d/t: holds data itself \(a.csv\) and in a folder \(clips.old\)"),
+    "mixed with a dataset far in": (["d/a.csv", "d/x/y/z/state.json"], ["d"], r"d: holds data itself \(a.csv\) and in a folder \(x.y.z\)"),
+    "packed far in": (["d/t/a.csv", "d/t/x/y/b.jsonl.gz"], ["d"], r"d/t: holds data itself \(a.csv\) and in a folder \(x.y\)"),
     "twice": (["a.csv"], ["a.csv", "./a.csv"], "a.csv: given twice"),
     "twice by a folder": (["d/t/a.csv"], ["d", "d/t"], "d/t/a.csv: given twice"),
 }

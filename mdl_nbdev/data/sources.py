@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER_CONTENTS', 'SUFFIXES', 'OTHER_KINDS', 'FROM_KALDI', 'UNREAD', 'PACKED', 'RECORD', 'HEADER', 'content_fault',
            'open_rows', 'note_misnamed', 'group_of', 'Source', 'file_source', 'is_dataset', 'list_folder',
-           'holds_unread_rows', 'task_sources', 'folder_sources', 'find_tasks']
+           'is_unread_kind', 'holds_unread_rows', 'rows_below', 'task_sources', 'folder_sources', 'find_tasks']
 
 # %% ../../nbs/1_data/12_sources.ipynb #c4
 import os, re, sys
@@ -135,13 +135,19 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 RECORD = re.compile(rb"""["'](audio\w*|messages|conversations?|chat_rounds|prediction|question|answer|response|text)["']\s*:\s*["'\[{]""")
 HEADER = re.compile(rb"""\A([^\n]*[,;\t|])?["']?(audio|prediction)["']?\s*([,;\t|\n]|\Z)""")
 
+def is_unread_kind(
+    path:Path, # A file
+)->bool: # True for tables of spreadsheets, and for packed rows
+    "Whether the name alone tells that a file holds rows that nobody would read"
+    kind, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    return kind in UNREAD or kind in PACKED and inner in (*SUFFIXES, *UNREAD, ".json")
+
 def holds_unread_rows(
     path:Path, # A file of another kind than `SUFFIXES`
-)->bool: # True for packed files, tables of spreadsheets, and texts that look like records or a table
+)->bool: # True by its name, and for texts that look like records or a table
     "Whether a file most likely holds rows that nobody would read"
-    kind, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
-    if kind in PACKED: return inner in (*SUFFIXES, *UNREAD, ".json")
-    if kind not in (".json", ".txt", "") or path.name in ("dataset_info.json", "dataset_infos.json"): return kind in UNREAD
+    kind = path.suffix.lower()
+    if kind not in (".json", ".txt", "") or path.name in ("dataset_info.json", "dataset_infos.json"): return is_unread_kind(path)
     check_path(path)
     with open(path, "rb") as f: head = f.read(2**16)
     head = re.sub(rb"\0|\r|\A(\xef\xbb\xbf|\xff\xfe|\xfe\xff)", b"", head).lstrip() # UTF-16 too
@@ -149,6 +155,18 @@ def holds_unread_rows(
     return kind==".json" and head.startswith(b"[") or b"}\n{" in head or bool(RECORD.search(head))
 
 # %% ../../nbs/1_data/12_sources.ipynb #c91f03aa
+def rows_below(
+    folder:Path, # A folder in that of a task; it may hold any number of clips
+)->Path|None: # The folder in it that holds data, or itself; None: there is none
+    "Where a folder holds rows or a converted dataset, however deep, by the names of its files"
+    seen = set() # links may lead in circles
+    for path, folders, files in os.walk(folder, followlinks=True):
+        known = os.path.realpath(path) in seen
+        folders[:] = [] if known else sorted(d for d in folders if d[0] != ".")
+        seen.add(os.path.realpath(path))
+        shown = [Path(n) for n in files if n[0] != "."]
+        if any(n.name=="state.json" or n.suffix.lower() in SUFFIXES or is_unread_kind(n) for n in shown): return Path(path)
+
 def task_sources(
     folder:Path, # A folder
 )->list[Source]: # Empty if it holds no data
@@ -158,9 +176,9 @@ def task_sources(
     if unread:
         raise InputError(f"{folder}: {', '.join(unread[:3])} would not be read; rows are read from files "
                          f"that end in {', '.join(SUFFIXES)}: unpack or convert it, or move it out of this folder")
-    deeper = [d for d in folders if is_dataset(d) or list_folder(d)[0]]
-    if files and deeper:
-        raise InputError(f"{folder}: holds data itself ({files[0].name}) and in a folder ({deeper[0].name}); "
+    deeper = next(filter(None, map(rows_below, folders)), None) if files else None
+    if deeper:
+        raise InputError(f"{folder}: holds data itself ({files[0].name}) and in a folder ({deeper.relative_to(folder)}); "
                          "a task has its files in one folder, and a folder of tasks has folders only")
     return [Source(folder.resolve().name, f) for f in files]
 
