@@ -1,16 +1,19 @@
 "The console scripts take MDL-Toolkit's command lines, with its options, meanings and defaults"
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 
 from mdl_nbdev.base import settings
 from mdl_nbdev.base.command_line import from_args, option_groups, parser
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import ConvertSettings, InferSettings, MergeSettings, TrainSettings
+from mdl_nbdev.base.options import option, required_options
+from mdl_nbdev.base.settings import ConvertSettings, InferSettings, MergeSettings, ServeSettings, TrainSettings
 
 HALF = max(1, min(32, len(os.sched_getaffinity(0)) // 2))
 DEFAULT_MODEL = "mispeech/midashenglm-7b-1021-bf16"
@@ -129,6 +132,7 @@ CONFIGS = {
     "list as a key": ("? [1, 2]\n: 3", "a key that is not a text, in line 1"),
     "no such day": ("lr: 2024-99-99", "not valid YAML or JSON: month must be"),
     "long number": (f"lr: {'9'*6000}", "not valid YAML or JSON"),
+    "number that no float holds": (f"lr: {'9'*400}", "--lr: got 9999"),
     "deep": ("["*3000, "not valid YAML or JSON"),
     "aliases": ("lr: &a 1\nmin_lr: *a", "aliases (*name) are not supported"),
 }
@@ -165,3 +169,30 @@ def test_options_win_over_the_configuration_file(tmp_path):
     (tmp_path / "c.yaml").write_text("train-dataset: t.csv\noutput: o\nlr: 1e-3\nlora_rank: 8\ntrain_target: [encoder]\nbf16: null\n")
     s = from_args(TrainSettings, ["--config", str(tmp_path / "c.yaml"), "--lora-rank", "4"])
     assert (s.lr, s.lora_rank, s.train_target, s.bf16, s.train_dataset) == (1e-3, 4, ["encoder"], None, [Path("t.csv")])
+
+
+def numeric_options():
+    "Each option that takes numbers, of each command"
+    for cls in vars(settings).values():
+        if not (isinstance(cls, type) and cls.__name__.endswith("Settings") and dataclasses.is_dataclass(cls)): continue
+        for f in dataclasses.fields(cls):
+            if cls.__module__ == settings.__name__ and not {int, float}.isdisjoint([f.type, *get_args(f.type)]): yield cls, f
+
+
+@pytest.mark.parametrize("cls, f", list(numeric_options()), ids=lambda x: getattr(x, "__name__", None) or x.name)
+def test_absurd_numbers_are_refused(cls, f):
+    "What no option can mean: infinite, not a number, and beyond 64 bits, where libraries raise or wrap around"
+    required = dict.fromkeys(required_options(cls), "x")
+    for text in ["100000000000000000000", "1e30", "1e308", "inf", "nan", "9"*5000]:
+        given = f"a={text}" if get_origin(f.type) is dict else text
+        with pytest.raises(InputError, match=f"^{option(f.name)}: got .*, expected ") as e: cls(**required | {f.name: given})
+        assert len(str(e.value)) < 300
+
+
+LIMITS = {TrainSettings: dict(seq_length=10**8, num_epochs=1e7, task_sampling={"a": 1e5}, batch_size=10**7),
+    InferSettings: dict(max_new_tokens=10**8, max_length=10**8, num_beams=1001, temperature=1e-30, repetition_penalty=1e-30, seed=2**32),
+    ServeSettings: dict(max_new_tokens=10**8, timeout=1e7, port=65536)}
+
+@pytest.mark.parametrize("cls, name", [(cls, name) for cls, values in LIMITS.items() for name in values])
+def test_numbers_that_would_fill_the_memory_or_give_nonsense(cls, name):
+    with pytest.raises(InputError, match=f"{option(name)}: got .*, expected (at|less)"): cls(**dict.fromkeys(required_options(cls), "x") | {name: LIMITS[cls][name]})

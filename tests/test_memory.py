@@ -27,6 +27,7 @@ from transformers import (
 
 from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.processes import available_memory
 from mdl_nbdev.base.settings import TrainSettings
 from mdl_nbdev.model.adapters import adapt, without_input_casts
 from mdl_nbdev.model.collate import Batch
@@ -34,7 +35,9 @@ from mdl_nbdev.model.load import is_out_of_memory, load_model, unwrap_model
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import QWEN2_7B, MiDashengLMConfig, MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_model
+from mdl_nbdev.model.targets import Trainable
 from mdl_nbdev.train import memory as M
+from mdl_nbdev.train.fit import load_adapted
 from mdl_nbdev.train.losses import weighted_losses
 
 rows, tokens, seconds = 4, 256, 20
@@ -397,3 +400,68 @@ def test_out_of_memory(e): assert is_out_of_memory(e)
 
 @pytest.mark.parametrize("e", other, ids=lambda e: str(e)[:30])
 def test_something_else(e): assert not is_out_of_memory(e)
+
+
+# What does not fit is refused before it is made
+
+def a_machine(root, group="/", **files):
+    "A folder that looks like a Linux machine with 8 GB free, 1 GB of swap, and these files of control groups"
+    (root/"proc"/"self").mkdir(parents=True)
+    (root/"proc"/"meminfo").write_text("MemTotal:  16000000 kB\nMemFree:  1000000 kB\nMemAvailable:  8000000 kB\nSwapFree:  1000000 kB\n")
+    (root/"proc"/"self"/"cgroup").write_text(f"4:memory:/x\n0::{group}\n")
+    for name, text in files.items():
+        path = root/"sys"/"fs"/"cgroup"/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MACHINES = {"a machine": ("/", {}, 9_000_000*1024), "no limit": ("/", {"memory.max": "max\n"}, 9_000_000*1024),
+    "a container": ("/", {"memory.max": "4000000000\n", "memory.current": "3000000000\n", "memory.stat": "anon 5\nfile 500000000\nfile_mapped 7\n"}, 1_500_000_000),
+    "a job in a group": ("/slurm/job_1", {"slurm/memory.max": "2000000000", "slurm/job_1/memory.max": "max", "memory.max": "3000000000"}, 2_000_000_000),
+    "full": ("/", {"memory.max": "1000", "memory.current": "2000"}, 0)}
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_memory_that_is_left(tmp_path, name):
+    group, files, expected = MACHINES[name]
+    assert available_memory(a_machine(tmp_path, group, **files)) == expected
+
+
+def test_no_memory_is_known_where_there_is_no_proc(tmp_path): assert available_memory(tmp_path) is None
+
+
+TRAINED = {"--lora-rank 100000: the adapters, gradients and AdamW's moments need 30.5 GiB, and 8.0 GiB of memory are free on cpu; use a lower rank": dict(lora_rank=100000),
+    "--lora-rank 1000000: the adapters need 76.": dict(lora_rank=10**6, dry_run=True), "--tuning full: gradients and AdamW's moments need": dict(tuning="full", free=2**20)}
+
+@pytest.mark.parametrize("message", TRAINED)
+def test_what_is_trained_must_fit(monkeypatch, message):
+    given = dict(TRAINED[message])
+    monkeypatch.setattr("mdl_nbdev.model.load.available_memory", lambda: given.get("free", 2**33))
+    s = settings(**{k: v for k, v in given.items() if k != "free"})
+    with pytest.raises(InputError, match=re.escape(message)): load_adapted(dataclasses.replace(s, model_name="tiny"))
+
+
+def test_estimates_of_what_must_fit_change_no_result(monkeypatch):
+    "What is trained starts from the same random numbers"
+    s = dataclasses.replace(settings(lora_rank=4), model_name="tiny")
+    torch.manual_seed(1)
+    model = load_adapted(s)
+    torch.manual_seed(1)
+    expected = adapt(load_model("tiny"), s)
+    for (name, p), (_, q) in zip(model.named_parameters(), expected.named_parameters(), strict=True): assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("dtype, quantization, need, remedy", [(torch.float32, None, "28.4 GiB", "use --bf16 true, --q"), (torch.bfloat16, None, "14.2 GiB", "use --q"), ("auto", None, "14.2 GiB", "use --q"),
+    (torch.bfloat16, "8bit", "7.1 GiB", "use --q"), (torch.float32, "4bit", "3.5 GiB", "use --q")])
+def test_the_weights_of_a_model_must_fit(tmp_path, monkeypatch, dtype, quantization, need, remedy):
+    "The configuration alone decides: there are no weights in this folder"
+    Qwen2Config(**QWEN2_7B, dtype="bfloat16", architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
+    monkeypatch.setattr("mdl_nbdev.model.load.available_memory", lambda: 2**31)
+    monkeypatch.setattr("mdl_nbdev.model.load.quantization_config", lambda *args: None)
+    with pytest.raises(InputError, match=f"--model-name .*: its weights need {need}, and 2.0 GiB of memory are free on cpu; {remedy}"):
+        load_model(str(tmp_path), dtype=dtype, quantization=quantization, device=torch.device("cpu"))
+
+
+def test_a_rank_that_no_matrix_can_have_is_noted():
+    assert not Trainable(adapt(tiny_model(), dataclasses.replace(settings(), lora_rank=128))).note
+    assert "--lora-rank 129: no adapted matrix can be of a higher rank than 128" in Trainable(adapt(tiny_model(), dataclasses.replace(settings(), lora_rank=129))).note

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,20 @@ def test_changed_rows_are_refused_unless_allowed(csv, run, tmp_path):
     with pytest.raises(InputError, match="training rows"): train(s)
     s.allow_changes = True
     assert train(s).steps == 20
+
+
+def test_changed_evaluation_data_are_refused_and_may_begin_and_end(csv, tmp_path):
+    "The best checkpoint would be chosen by two sets of rows"
+    few, other = csv.parent/"dev.csv", csv.parent/"other_dev.csv"
+    lines = csv.read_text().splitlines(keepends=True)
+    few.write_text("".join(lines[:5]))
+    other.write_text("".join([lines[0], *lines[5:8]]))
+    s = settings(csv, output=tmp_path/"run", train_target="projector", eval_dataset=few, max_steps=2, save_steps=1, eval_steps=1, merge_lora=False)
+    train(s)
+    def again(**changes): return train(replace(s, resume_from_checkpoint=True, **changes)).steps
+    assert again(eval_dataset=[]) == again() == 2
+    with pytest.raises(InputError, match="evaluation rows: was .*, is .*add --allow-changes true"): again(eval_dataset=other)
+    assert again(eval_dataset=other, allow_changes=True) == 2
 
 
 @pytest.mark.parametrize("main", [True, False])

@@ -97,7 +97,7 @@ class OptionFacts:
     "What an option knows about itself, besides its name, type and default"
     minimum:float|None=None # Values below are refused
     above:float|None=None   # Values up to this one are refused
-    maximum:float|None=None # Values above are refused
+    maximum:float|None=2**53 # Values above are refused; up to here, whole numbers are exact in JSON and fit into 64 bits
     below:float|None=None   # Values from this one on are refused
     steps:bool=False      # A whole number of steps, or a fraction of all steps
     positional:bool=False # Given by position on the command line
@@ -161,7 +161,7 @@ class Settings:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             try: value = coerce(value, f.type)
-            except ValueError as e:
+            except (ValueError, OverflowError) as e: # of a whole number that no float can hold
                 remedy = f"; {e}" if str(e) else ''
                 raise InputError(f"{option(f.name)}: got {shorten(repr(value))}, expected {type_text(f.type)}{remedy}") from None
             setattr(self, f.name, value)
@@ -169,11 +169,11 @@ class Settings:
 
 def _check_bounds(f, number):
     "Raise `InputError` if a value is outside the bounds of its option"
-    if isinstance(number, str): return # the name of a choice
+    if not isinstance(number, (int, float)): return # a text, a path, or nothing
     facts = option_facts(f)
     for name,(words, holds) in BOUNDS.items():
         bound = getattr(facts, name)
-        if bound is not None and number is not None and not holds(number, bound):
-            raise InputError(f"{option(f.name)}: got {number!r}, expected {words} {bound}")
+        if bound is not None and not holds(number, bound):
+            raise InputError(f"{option(f.name)}: got {shorten(repr(number))}, expected {words} {bound}")
     if facts.steps and (number <= 0 or number > 1 and number != int(number)):
         raise InputError(f"{option(f.name)}: got {number!r}, expected a whole number of steps, or a fraction below 1")

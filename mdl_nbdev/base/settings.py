@@ -113,7 +113,7 @@ class TaskSettings(Settings):
     # is in both the training and the evaluation data; audio keeps the segments of a recording together
     validation_group:str|None=None
     # Times per epoch that each row of a task is used, as name=number; 1 for tasks not named
-    task_sampling:dict[str,float]=opt(dict, minimum=0)
+    task_sampling:dict[str,float]=opt(dict, minimum=0, maximum=10**4)
     # What the loss is averaged over: all tokens (case1), all samples (case2), tasks, each averaged over its tokens
     # (case3), tasks, each averaged over its samples (case4), or tasks with weights that adapt to their convergence (coba)
     loss_mode:Literal['tokens', 'samples', 'tasks', 'tasks-samples', 'coba', 'case1', 'case2', 'case3', 'case4']='tasks'
@@ -123,7 +123,7 @@ class TaskSettings(Settings):
     coba_window:int=opt(200, minimum=2) # coba: number of validation losses that a slope is fitted to
     coba_tau:float=opt(5., minimum=0) # coba: temperature of the divergence factor
     coba_interval:int=opt(1, minimum=1) # coba: steps between two validation probes of one batch per task
-    seq_length:int|None=opt(None, minimum=1) # Maximum tokens per sample, including audio tokens; null: no limit
+    seq_length:int|None=opt(None, minimum=1, maximum=10**7) # Maximum tokens per sample, including audio tokens; null: no limit
     # Leave out samples longer than seq_length, or truncate them; either way they are listed in too_long.csv
     too_long:Literal['reject', 'truncate']='reject'
     # Pack several samples into one sequence of seq_length tokens; they do not attend to each other
@@ -210,7 +210,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     # best one if early stopping ended the run
     output:Path=opt(result=False, location=True)
     lr:float=opt(1e-4, above=0) # Peak learning rate
-    num_epochs:float=opt(1., above=0) # Passes over the training data; fractions are allowed
+    num_epochs:float=opt(1., above=0, maximum=10**6) # Passes over the training data; fractions are allowed
     max_steps:int|None=opt(None, minimum=1) # Stop after this many optimizer steps, whatever num_epochs says
     # Steps over which the learning rate rises to its peak; below 1: a fraction of all steps
     warmup_steps:int|float=opt(0, minimum=0)
@@ -261,15 +261,15 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     label_scores:bool=False
     # Rows generated together; auto: as many as fit into half of the free memory of the GPU, at most 256
     batch_size:int|Literal['auto']=opt(32, minimum=1)
-    max_new_tokens:int|None=opt(None, minimum=1) # Maximum tokens of an answer; null: 256, or what max_length leaves
+    max_new_tokens:int|None=opt(None, minimum=1, maximum=10**7) # Maximum tokens of an answer; null: 256, or what max_length leaves
     # Maximum tokens of prompt and answer together, audio tokens included; null: no limit besides the model's
-    max_length:int|None=opt(None, minimum=1)
+    max_length:int|None=opt(None, minimum=1, maximum=10**7)
     do_sample:bool=False # Sample; false: choose the most likely token at every step
-    temperature:float=opt(1., above=0) # Sampling temperature
+    temperature:float=opt(1., minimum=1e-6) # Sampling temperature
     top_p:float=opt(1., above=0, maximum=1) # Sample from the smallest set of tokens whose probabilities add up to this
-    num_beams:int=opt(1, minimum=1) # Beams of a beam search
-    repetition_penalty:float=opt(1., above=0) # Above 1: tokens that already occurred become less likely
-    seed:int=opt(42, minimum=0) # Seed of sampling
+    num_beams:int=opt(1, minimum=1, maximum=1000) # Beams of a beam search
+    repetition_penalty:float=opt(1., minimum=0.01, maximum=100) # Above 1: tokens that already occurred become less likely
+    seed:int=opt(42, minimum=0, below=2**32) # Seed of sampling
     # reject: a bad row gets an empty answer and a line in <output>.rejects.csv, and the exit code is 2; raise: the
     # first bad row stops the run
     on_error:Literal['reject', 'raise']=opt('reject', result=False)
@@ -344,10 +344,10 @@ class ServeSettings(LoadSettings):
     system_prompt:str|None=None # System prompt of requests without one; null and an empty text as for mdl_infer
     user_prompt:str|None=None # Prompt of requests that are only clips; null and an empty text as for mdl_infer
     batch_size:int=opt(32, minimum=1) # Requests generated together
-    max_new_tokens:int|None=opt(None, minimum=1) # Maximum tokens of an answer, where a request names none; null: 256
+    max_new_tokens:int|None=opt(None, minimum=1, maximum=10**7) # Maximum tokens of an answer, where a request names none; null: 256
     max_audio_seconds:float=opt(600., minimum=0.1) # Maximum length of a clip in seconds
     max_request_mb:int=opt(64, minimum=1) # Maximum size of a request in MiB, with its clips
-    timeout:float=opt(300., minimum=1) # Maximum seconds for a request to arrive, and again for its answer
+    timeout:float=opt(300., minimum=1, maximum=10**6) # Maximum seconds for a request to arrive, and again for its answer
     num_workers:int=opt(half_the_cores, minimum=1, below=1000) # Parallel readers of audio, by default half the cores, at most 32
 
 # %% ../../nbs/0_base/06_settings.ipynb #a261fdd4

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUTO_ROWS', 'CPU_BUDGET', 'GenerationOptions', 'Request', 'Completion', 'Engine', 'can_record', 'cache_bytes',
-           'free_memory', 'position_bytes', 'auto_budget', 'RecordedStep', 'token_limit', 'TransformersEngine',
-           'ChosenLogprobs', 'no_memory', 'WatchedTokens', 'load_engine', 'generate_tokens']
+           'position_bytes', 'auto_budget', 'RecordedStep', 'token_limit', 'TransformersEngine', 'ChosenLogprobs',
+           'no_memory', 'WatchedTokens', 'load_engine', 'generate_tokens']
 
 # %% ../../nbs/2_model/40_engine.ipynb #00ccc50b
 import gc, sys, zlib
@@ -24,7 +24,7 @@ from ..base.settings import InferSettings
 from .chat import Chat, Example
 from .collate import Collator
 from .families import load_chat
-from .load import device_note, is_out_of_memory, load_model, pick_dtype
+from .load import device_note, free_memory, is_out_of_memory, load_model, pick_dtype
 from .probe import check_vocabulary, position_limit
 from .save import load_adapter, merge, template_of
 from .tokenizers import chat_of
@@ -107,11 +107,6 @@ def cache_bytes(
     width = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
     return 2*c.num_hidden_layers*heads*width*model.dtype.itemsize*rows*length
 
-def free_memory(
-    device:torch.device, # A GPU
-)->int: # Bytes
-    "The memory that this process can still use, including what torch has reserved"
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 # %% ../../nbs/2_model/40_engine.ipynb #759b4809
 AUTO_ROWS = 256 # Of a batch, however short they are

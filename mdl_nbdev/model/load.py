@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'device_note', 'quantization_config', 'stored_quantization', 'load_config',
-           'check_trainable', 'no_safetensors', 'check_weights', 'check_end_tokens', 'is_out_of_memory',
-           'explain_weights', 'read_weights', 'load_built_in', 'load_model', 'load_processor', 'unwrap_model',
-           'recompute_activations', 'eval_mode']
+           'check_trainable', 'no_safetensors', 'check_weights', 'check_end_tokens', 'is_out_of_memory', 'free_memory',
+           'check_memory', 'check_weights_fit', 'explain_weights', 'read_weights', 'load_built_in', 'load_model',
+           'load_processor', 'unwrap_model', 'recompute_activations', 'eval_mode']
 
 # %% ../../nbs/2_model/30_load.ipynb #c4
-import errno, os, pickle
+import copy, errno, os, pickle
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 from ..base.errors import InputError
+from ..base.processes import available_memory
 from ..base.settings import DEFAULT_MODEL
-from ..base.text import one_line
+from ..base.text import format_bytes, one_line
 from .families import FAMILIES, builtin_family, family_of, load_chat
 from .hub import adapter_as_model, damaged_weights, from_hub, holds_adapter, model_folder
 
@@ -144,6 +145,42 @@ def is_out_of_memory(
     said = isinstance(e, RuntimeError) and any(w in str(e).lower() for w in ('out of memory', "can't allocate memory", 'alloc_failed'))
     return said or is_out_of_memory(e.__cause__ or e.__context__)
 
+# %% ../../nbs/2_model/30_load.ipynb #5be1f00d
+def free_memory(
+    device:torch.device, # A GPU, or the CPU
+)->int|None: # Bytes; None: unknown
+    "The memory that this process can still use, including what torch has reserved"
+    if device.type != 'cuda': return available_memory()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+def check_memory(
+    need:int, # Bytes
+    what:str, # The setting, and what needs them
+    device:torch.device, # Where they would be
+    remedy:str, # What to change
+)->None:
+    "`InputError` if a device has less memory left"
+    free = free_memory(device)
+    if free is not None and need > free:
+        raise InputError(f"{what} {format_bytes(need)}, and {format_bytes(free)} of memory are free on {device}; {remedy}")
+
+def check_weights_fit(
+    source:str|Path|None, # A folder or a hub id
+    model_class, # Its class
+    config, # Its configuration
+    dtype:torch.dtype|str, # Of the weights
+    quantization:str|None, # `4bit`, `8bit` or None
+)->None:
+    "`InputError` if the weights of a model are larger than what is free of the machine's memory"
+    dtype = getattr(config, 'dtype', None) if dtype=='auto' else dtype
+    make = getattr(model_class, 'from_config', None) or model_class._from_config # an Auto class, or a model's own
+    with torch.device('meta'): model = make(copy.deepcopy(config), dtype=dtype)
+    bits = {'4bit':4, '8bit':8}.get(quantization, 8*model.dtype.itemsize)
+    remedy = 'use --quantization 4bit or a smaller model'
+    if model.dtype==torch.float32 and not quantization: remedy = 'use --bf16 true, --quantization 4bit or a smaller model'
+    need = sum(p.numel() for p in model.parameters())*bits//8
+    check_memory(need, f"--model-name {source}: its weights need", torch.device('cpu'), remedy)
+
 # %% ../../nbs/2_model/30_load.ipynb #d59f9d5a
 def explain_weights(
     source:str|Path|None, # A folder or a hub id
@@ -185,6 +222,7 @@ def read_weights(
         raise InputError(f"--model-name {source}: its weights are quantized already ({stored}); {remedy}")
     if quantization: kwargs['quantization_config'] = quantization_config(quantization, dtype)
     try:
+        if device.type=='cpu' and not stored: check_weights_fit(source, model_class, config, dtype, quantization)
         model, found = model_class.from_pretrained(
             source, dtype=dtype, device_map={'':device}, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'is_linear', 'fused_layers', 'linear_layers', 'embedding_layers', 'is_tied', 'untie', 'chosen_embeddings',
            'chosen_parts', 'parameter_parts', 'is_quantized', 'check_full_tuning', 'train_in_full', 'unreached_weights',
-           'Trainable', 'optimizer_groups', 'trainable_state', 'load_trainable_state']
+           'lora_ranks', 'Trainable', 'optimizer_groups', 'trainable_state', 'load_trainable_state']
 
 # %% ../../nbs/2_model/31_targets.ipynb #c5
 import re
@@ -162,6 +162,15 @@ def unreached_weights(
     return found
 
 # %% ../../nbs/2_model/31_targets.ipynb #c22
+def lora_ranks(
+    model:nn.Module, # With adapters, or without
+)->tuple[int, int]: # 0 and 0 without
+    "The rank of adapters, and the highest one that any of their matrices can have"
+    own = dict(model.named_parameters())
+    pairs = [(a, own[name.replace('.lora_A.', '.lora_B.')]) for name, a in own.items() if '.lora_A.' in name]
+    return max((len(a) for a, _ in pairs), default=0), max((min(a.shape[1], len(b)) for a, b in pairs), default=0)
+
+# %% ../../nbs/2_model/31_targets.ipynb #c8a4d1e2
 class Trainable:
     "What is trained in each part of a model"
     def __init__(self,
@@ -175,16 +184,22 @@ class Trainable:
             counts[0] += p.requires_grad and 'lora_A' in name
             counts[1] += p.requires_grad*size
             counts[2] += size
+        self.rank, self.most_rank = lora_ranks(model)
         self.unreached = unreached_weights(model) if self.parts and any(c[0] for c in self.parts.values()) else {}
         self.layers, self.trainable, self.total = (sum(counts[i] for counts in self.parts.values()) for i in range(3))
 
     @property
-    def note(self)->str: # Empty: all linear layers of the trained parts are adapted
-        "What LoRA does not reach"
-        if not self.unreached: return ''
+    def note(self)->str: # Empty: all linear layers of the trained parts are adapted, with a rank that they can have
+        "What LoRA does not reach, and what it does not need"
+        notes = []
+        if self.rank > self.most_rank:
+            notes.append(f"{spelt_here('--lora-rank')} {self.rank}: no adapted matrix can be of a higher rank than {self.most_rank}; "
+                         "more takes memory and time, and learns nothing")
         share = sum(self.unreached.values())/self.total
-        return (f"LoRA adapts {self.layers} linear layers; it does not reach {', '.join(self.unreached)} ({share:.0%} of the parameters), "
-                f"which are not linear layers; {spelt_here('--tuning full')} trains them")
+        if self.unreached:
+            notes.append(f"LoRA adapts {self.layers} linear layers; it does not reach {', '.join(self.unreached)} ({share:.0%} of the "
+                         f"parameters), which are not linear layers; {spelt_here('--tuning full')} trains them")
+        return '\n'.join(notes)
 
     def __str__(self):
         percent = 100*self.trainable/self.total

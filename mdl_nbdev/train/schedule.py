@@ -8,8 +8,9 @@ __all__ = ['schedule_arguments', 'floored', 'FlooredSchedule']
 # %% ../../nbs/3_train/11_schedule.ipynb #c5
 from transformers import Trainer
 from ..base.errors import InputError
+from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
-from ..base.text import one_line
+from ..base.text import one_line, plural
 from ..model.targets import optimizer_groups
 from .stopping import FOLLOWING, followed_metric
 
@@ -54,6 +55,9 @@ class FlooredSchedule(Trainer):
             raise InputError(f"--scheduler-args {s.scheduler_args}: do not fit the schedule {s.lr_scheduler_type}: {one_line(e)}") from e
         if hasattr(schedule, 'lr_lambdas'):
             warmup = self.args.get_warmup_steps(num_training_steps)
+            if warmup >= num_training_steps and self.is_world_process_zero():
+                few = f"the run has {plural(num_training_steps, 'step')}, so the learning rate does not reach --lr"
+                print(spelt_here(f"--warmup-steps {s.warmup_steps:g}: {few}"))
             if floor: schedule.lr_lambdas = [floored(f, floor, warmup) for f in schedule.lr_lambdas]
             return schedule
         rates = [group['lr'] for group in schedule.optimizer.param_groups] # of a schedule that follows the evaluation
