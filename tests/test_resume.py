@@ -137,7 +137,8 @@ def test_changed_evaluation_data_are_refused_and_may_begin_and_end(csv, tmp_path
     lines = csv.read_text().splitlines(keepends=True)
     few.write_text("".join(lines[:5]))
     other.write_text("".join([lines[0], *lines[5:8]]))
-    s = settings(csv, output=tmp_path/"run", train_target="projector", eval_dataset=few, max_steps=2, save_steps=1, eval_steps=1, merge_lora=False)
+    s = settings(csv, output=tmp_path/"run", train_target="projector", eval_dataset=few, max_steps=2, save_steps=1, eval_steps=1,
+                 early_stopping_patience="null", merge_lora=False)
     train(s)
     def again(**changes): return train(replace(s, resume_from_checkpoint=True, **changes)).steps
     assert again(eval_dataset=[]) == again() == 2
