@@ -233,8 +233,8 @@ def train_row(model, peak, repeats, clips, seconds, padded, checkpointing):
 
     def step():
         (shares,), _ = loss_weights([rows], "tasks", np.ones(1), 1)
-        inputs, shares = rows.to(device).inputs, shares.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16): loss = weighted_losses(net, inputs, shares)[0]
+        batched, shares = rows.to(device), shares.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16): loss = weighted_losses(net, batched.inputs, shares, batched["label_at"])[0]
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -261,7 +261,7 @@ def generate_row(model, peak, repeats, clips, seconds, padded, new, recorded):
     def answer(n):
         with recorded.decoding() if recorded else nullcontext({}) as more:
             return net.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, **more)
-    encode = lambda: net.encode_audio(inputs["input_values"], inputs["audio_length"])
+    encode = lambda: net.encode_audio(inputs["input_values"], inputs["audio_length"], audio_plan=inputs["audio_plan"])
     encoder = median(timed(encode, device, repeats, 1)[0])
     first = median(timed(lambda: answer(1), device, repeats, 1)[0])
     runs, memory = timed(lambda: answer(new), device, repeats, 1)
@@ -334,7 +334,8 @@ def plan(small):
     commands = [("commands", dict(command=name, rows=16 if small else 64)) for name in ("mdl_train", "mdl_infer")]
     if small: # the same kinds of rows, in seconds
         return [train(2, 2, True, True), generate(2, 2, True, 8, True), *commands, train(2, 1, False, False), generate(1, 2, False, 8, False)]
-    return [train(8, 30, True, True), train(8, 30, True, False), train(8, 10, True, False), generate(32, 30, True, 100, True),
+    return [train(8, 30, True, True), train(8, 30, True, False), train(8, 10, True, False), train(32, 10, True, False),
+            generate(32, 30, True, 100, True),
             generate(32, 30, False, 100, True), generate(1, 30, False, 100, True), generate(32, 30, True, 100, False), *commands,
             train(8, 30, False, True), train(8, 30, False, False), train(8, 10, True, True), train(8, 10, False, True), train(8, 10, False, False),
             generate(8, 30, False, 100, True), generate(128, 30, False, 100, True), generate(200, 30, False, 100, True),

@@ -61,7 +61,7 @@ def epoch(model, batches, optimizer):
     for batch in batches:
         batch = batch.to(model.device)
         weights = loss_weights([batch], "tokens", [1.0], 1)[0][0]
-        weighted_losses(model, batch.inputs, weights)[0].backward()
+        weighted_losses(model, batch.inputs, weights, batch["label_at"])[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     return clock(model.device) - start

@@ -51,7 +51,7 @@ def build(kind, folder):
 @torch.no_grad()
 def logits(model, examples):
     batch = Collator(tok.pad_token_id, TEXT)(examples)
-    return logits_at(model.eval(), {k: v for k, v in batch.inputs.items() if k != "labels"}, torch.ones_like(batch["labels"], dtype=bool))
+    return logits_at(model.eval(), {k: v for k, v in batch.inputs.items() if k != "labels"}, torch.arange(batch["labels"].numel()))
 
 
 def examples(folder):

@@ -215,9 +215,10 @@ def test_padding(side):
     b = Collator(99, MiDashengLMFamily(), side)([example(3, [10], task_id=1), example(5, [4, 20]), example(2, [], task_id=2)])
     ids = [[0, 1, 2, 99, 99], [0, 1, 2, 3, 4], [0, 1, 99, 99, 99]]
     if side == "left": ids = [[99, 99, 0, 1, 2], ids[1], [99, 99, 99, 0, 1]]
-    assert b["input_ids"].tolist() == ids and b["attention_mask"].tolist() == [[int(x != 99) for x in r] for r in ids]
+    assert b["input_ids"].tolist() == ids and ("attention_mask" in b) == (side == "left")
+    if side == "left": assert b["attention_mask"].tolist() == [[int(x != 99) for x in r] for r in ids]
     assert b["sample"].tolist() == [[i if x != 99 else -1 for x in r] for i, r in enumerate(ids)] and b["task"].tolist() == [1, 0, 2]
-    assert b["audio_length"].tolist() == [10, 4, 20] and b["input_values"].shape == (3, 20) and int(b["input_values"].sum()) == 7 * 34
+    assert b["n_samples"].tolist() == [10, 4, 20] and b["audio_length"].tolist() == [3200]*3 and b["input_values"].shape == (3, 3200) and int(b["input_values"].sum()) == 7 * 34
     assert "position_ids" not in b and "input_values" not in Collator(99, MiDashengLMFamily())([example(2, [])])
 
 
@@ -225,9 +226,9 @@ def test_a_packed_batch():
     one, two, three = example(3, [10], task_id=1), example(1, []), example(2, [5])
     for e in (one, two, three): e.labels[:] = e.input_ids + 10
     b = Collator(99, MiDashengLMFamily())([[one, two], [three]])
-    assert {k: v.tolist() for k, v in b.items() if k != "input_values"} == dict(
+    assert {k: v.tolist() for k, v in b.items() if k not in ("input_values", "audio_plan")} == dict(
         input_ids=[[0, 1, 2, 0], [0, 1, 99, 99]], labels=[[-100, 11, 12, -100], [-100, 11, -100, -100]], sample=[[0, 0, 0, 1], [2, 2, -1, -1]],
-        position_ids=[[0, 1, 2, 0], [0, 1, 0, 1]], task=[1, 0, 0], audio_length=[10, 5], n_samples=[10, 5])
+        position_ids=[[0, 1, 2, 0], [0, 1, 0, 1]], task=[1, 0, 0], audio_length=[3200]*2, n_samples=[10, 5], label_at=[0, 1, 4])
 
 
 # Packed samples against samples in rows of their own
@@ -248,7 +249,7 @@ def audio_example(rng, seconds, n, task, tok):
 
 def losses_and_gradients(model, batch, mode):
     weights, = loss_weights([batch], mode, [1.0, 3.0], 2)[0]
-    sums = weighted_losses(model, batch.inputs, weights)
+    sums = weighted_losses(model, batch.inputs, weights, batch["label_at"])
     model.zero_grad()
     sums[0].backward()
     return sums.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -21,7 +21,7 @@ DEFAULT_MODEL = "mispeech/midashenglm-7b-1021-bf16"
 SHARED = dict(from_modelscope=False, tokenizing_batch_size=8, num_workers=HALF, system_prompt=None, user_prompt=None, base_dir=None)
 TRAIN = SHARED | dict(
     model_name=DEFAULT_MODEL, eval_dataset=[], lr=1e-4, lora_rank=32, lora_alpha=32, lora_dropout=0.0, train_target=["encoder", "projector", "decoder"],
-    num_epochs=1.0, warmup_steps=0, batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=True, bf16=None, quantization=None, eval_steps=500, save_steps=500,
+    num_epochs=1.0, warmup_steps=0, batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing="auto", bf16=None, quantization=None, eval_steps=500, save_steps=500,
     eval_batch_size=None, eval_accumulation_steps=None, report_to=[], resume_from_checkpoint=None, save_total_limit=None, merge_lora=True)
 COMMANDS = {
     "mdl_train": (TrainSettings, "--train-dataset a.csv --output out", TRAIN),

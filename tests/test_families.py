@@ -115,7 +115,7 @@ def test_logits_and_loss_are_those_of_transformers(m):
         with torch.no_grad(): ours, reference = m.model(**inputs_of(batch)).logits, m.model(**own, labels=batch["labels"])
         assert torch.allclose(ours, reference.logits, atol=1e-5), name
         weights, _ = loss_weights([batch], "tokens", [1.], 1)
-        assert torch.allclose(weighted_losses(m.model, batch.inputs, weights[0])[0], reference.loss, atol=1e-5), name
+        assert torch.allclose(weighted_losses(m.model, batch.inputs, weights[0], batch["label_at"])[0], reference.loss, atol=1e-5), name
 
 
 def test_spectrograms_are_masked(m):
@@ -154,7 +154,7 @@ def test_lora_trains_every_layer_of_a_part(m, part):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     def gradients():
         optimizer.zero_grad()
-        weighted_losses(model, batch.inputs, weights[0])[0].backward()
+        weighted_losses(model, batch.inputs, weights[0], batch["label_at"])[0].backward()
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
     for _ in range(2):
         kept = gradients()
@@ -173,7 +173,7 @@ def test_full_tuning_reaches_what_rows_reach(m):
     model = train_in_full(m.load(), TuneSettings(tuning="full", train_target=["encoder", "projector", "decoder"])).train()
     batch = m.collate([m.example(t) for t in m.talks.values()])
     weights, _ = loss_weights([batch], "tokens", [1.], 1)
-    weighted_losses(model, batch.inputs, weights[0])[0].backward()
+    weighted_losses(model, batch.inputs, weights[0], batch["label_at"])[0].backward()
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     trained = {m.chat.family.part_of(n) for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {"encoder", "projector", "decoder"}
@@ -220,7 +220,7 @@ def test_weights_of_few_bits(m, bits):
     model = adapt(load_model(m.folder, dtype=torch.float32, quantization=bits), TuneSettings(lora_rank=4)).train()
     batch = m.collate([m.example(m.talks["one clip"])])
     weights, _ = loss_weights([batch], "tokens", [1.], 1)
-    weighted_losses(model, batch.inputs, weights[0])[0].backward()
+    weighted_losses(model, batch.inputs, weights[0], batch["label_at"])[0].backward()
     grads = {n: p.grad for n, p in model.named_parameters() if ".lora_B." in n}
     assert {m.chat.family.part_of(n) for n in grads} == {"encoder", "projector", "decoder"} and all(g.isfinite().all() and g.any() for g in grads.values())
 

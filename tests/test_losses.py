@@ -92,7 +92,7 @@ def step(model, groups, mode, weights=WEIGHTS, reduce=None):
     maps, tokens = loss_weights(batches, mode, weights, 3, reduce)
     total = torch.zeros(4, dtype=torch.float64)
     for batch, weights in zip(batches, maps):
-        sums = weighted_losses(model, batch.inputs, weights)
+        sums = weighted_losses(model, batch.inputs, weights, batch["label_at"])
         sums[0].backward()
         total += sums.detach().double()
     return total, tokens
@@ -146,17 +146,17 @@ class NoChoice(torch.nn.Module):
 def test_text_models_equal_their_full_logits(model):
     batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
     weights = torch.rand(2, *batch["labels"].shape)
-    with torch.no_grad(): logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    with torch.no_grad(): logits = model(batch["input_ids"], attention_mask=(batch["sample"] >= 0).long()).logits
     each = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="none")
     want = (weights[:, :, 1:].flatten(1)*each).sum(1)
-    for m in (model, NoChoice(model)): torch.testing.assert_close(weighted_losses(m, batch.inputs, weights), want, atol=1e-5, rtol=1e-5)
+    for m in (model, NoChoice(model)): torch.testing.assert_close(weighted_losses(m, batch.inputs, weights, batch["label_at"]), want, atol=1e-5, rtol=1e-5)
 
 
 def test_text_logits_are_only_made_where_they_are_needed(model):
     batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
     shapes = []
     hook = model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
-    weighted_losses(model, batch.inputs, torch.ones(1, *batch["labels"].shape))
+    weighted_losses(model, batch.inputs, torch.ones(1, *batch["labels"].shape), batch["label_at"])
     hook.remove()
     assert shapes == [(1, int((batch["labels"][:, 1:] != -100).sum()), 50)]
 
@@ -173,10 +173,10 @@ def test_logits_of_wrapped_models_are_only_made_where_they_are_needed(model):
     "Also if the output layer itself is trained, and wrapped by peft; afterwards the model gives all logits again"
     batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
     weights, shapes = torch.rand(2, *batch["labels"].shape), []
-    want = weighted_losses(model, batch.inputs, weights)
+    want = weighted_losses(model, batch.inputs, weights, batch["label_at"])
     lora = get_peft_model(deepcopy(model), LoraConfig(target_modules=["query_key_value"], modules_to_save=["lm_head"]))
     hook = lora.get_base_model().lm_head.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
-    for net in (lora, Wrapped(lora)): torch.testing.assert_close(weighted_losses(net, batch.inputs, weights), want)
+    for net in (lora, Wrapped(lora)): torch.testing.assert_close(weighted_losses(net, batch.inputs, weights, batch["label_at"]), want)
     hook.remove()
     n = int((batch["labels"][:, 1:] != -100).sum())
     assert shapes == [(1, n, 50)]*2
@@ -185,7 +185,7 @@ def test_logits_of_wrapped_models_are_only_made_where_they_are_needed(model):
 
 def test_the_hook_is_removed_when_a_model_fails(model):
     batch = Collator(0, MiDashengLMFamily())(samples("three tasks"))
-    with pytest.raises((TypeError, ValueError)): weighted_losses(model, dict(labels=batch["labels"], input_ids=None, attention_mask=3), torch.rand(1, *batch["labels"].shape))
+    with pytest.raises((TypeError, ValueError)): weighted_losses(model, dict(labels=batch["labels"], input_ids=None, attention_mask=3), torch.rand(1, *batch["labels"].shape), batch["label_at"])
     assert not model.get_output_embeddings()._forward_pre_hooks
 
 
@@ -251,7 +251,7 @@ def write_gradients(rank, world, file):
             maps, _ = loss_weights(batches, mode, WEIGHTS, 3, reduce)
             for i, (b, p) in enumerate(zip(batches, maps)):
                 with run.no_sync() if world > 1 and i < len(batches)-1 else nullcontext():
-                    (weighted_losses(run, b.inputs, p)[0]*world).backward()
+                    (weighted_losses(run, b.inputs, p, b["label_at"])[0]*world).backward()
             if rank == 0: torch.save({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, f"{file}-{name}-{mode}-{world}")
 
 

@@ -93,7 +93,8 @@ def batch(kind, pad, rows=rows, tokens=tokens, seconds=seconds, audio_id=5):
         extra = dict(input_features=torch.randn(rows, 32, 300), feature_attention_mask=torch.ones(rows, 300, dtype=torch.int64))
     mask = torch.ones_like(ids)
     if pad: mask[0, -5:] = 0
-    described = dict(sample=torch.arange(rows)[:, None].expand_as(ids), task=torch.zeros(rows, dtype=torch.int64), n_samples=torch.tensor(clips))
+    label_at = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero()[:, 0]
+    described = dict(label_at=label_at, sample=torch.arange(rows)[:, None].expand_as(ids), task=torch.zeros(rows, dtype=torch.int64), n_samples=torch.tensor(clips))
     return Batch(dict(input_ids=ids, labels=labels, attention_mask=mask, **extra, **described))
 
 
@@ -125,7 +126,7 @@ def measure(kind, pad=True, accumulated=True, **kwargs):
     s = settings(gradient_accumulation_steps=1 + accumulated, **kwargs)
     m, x = ready(kind, s), batch(kind, pad)
     def forward():
-        with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16): return weighted_losses(m, x.inputs, torch.ones(2, rows, tokens))[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16): return weighted_losses(m, x.inputs, torch.ones(2, rows, tokens), x["label_at"])[0]
     with without_input_casts(m, s.bf16):
         forward().backward() # gradients are there, as from the second batch of a step on
         gradients = sum(p.grad.nbytes for p in m.parameters() if p.grad is not None)

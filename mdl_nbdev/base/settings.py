@@ -222,8 +222,8 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     max_grad_norm:float=opt(1., minimum=0) # Clip gradients to this norm; 0: no clipping
     batch_size:int=opt(8, minimum=1, maximum=10**6) # Rows per batch, on each device
     gradient_accumulation_steps:int=opt(1, minimum=1) # Batches per optimizer step
-    # Recompute activations in the backward pass: less memory, more time
-    gradient_checkpointing:bool=opt(True, result=False)
+    # Recompute activations in the backward pass: less memory, more time; auto: unless the GPU's memory can keep them
+    gradient_checkpointing:bool|Literal['auto']=opt('auto', result=False)
     # Resume from the last checkpoint (true) or from a given one
     resume_from_checkpoint:bool|Path|None=opt(None, result=False)
     allow_changes:bool=opt(False, result=False) # Resume even if data or settings that matter have changed
@@ -232,8 +232,7 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     # Show what would be trained, the first batch, and the memory that the longest batch needs; then stop
     dry_run:bool=opt(False, result=False)
     logging_steps:int=opt(10, minimum=1, result=False) # Steps between lines of metrics.jsonl
-    # Trackers that also receive the metrics: tensorboard, wandb, ...
-    report_to:list[str]=opt(list, result=False)
+    report_to:list[str]=opt(list, result=False) # Trackers that also receive metrics: tensorboard, wandb, ...
     seed:int=opt(42, minimum=0, below=2**32) # Seed of the initial adapters, the order of rows, dropout, and changes to clips
 
 # %% ../../nbs/0_base/06_settings.ipynb #54c75d03

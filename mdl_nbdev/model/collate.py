@@ -48,13 +48,14 @@ class Collator:
     )->'Batch': # Tensors
         "Pad and convert to tensors"
         import torch
+        from torch.utils._pytree import tree_map_only
         packed = any(isinstance(i, list) for i in items)
         rows = [i if isinstance(i, list) else [i] for i in items]
         if self.silence and not any(e.clips for row in rows for e in row): rows.append([self.silence])
         arrays = pad_tokens(rows, self.pad_id, self.side=='right' or packed)
         position = arrays.pop('position_ids')
         if packed: arrays['position_ids'] = self.family.packed_positions(position)
-        else: arrays['attention_mask'] = (arrays['sample']>=0).astype(np.int64)
+        elif self.side=='left' or self.family.masks_padding: arrays['attention_mask'] = (arrays['sample']>=0).astype(np.int64)
         examples = [e for row in rows for e in row]
         clips = [c for e in examples for c in e.clips]
         lengths = np.array([len(c) for c in clips], np.int64)
@@ -62,31 +63,34 @@ class Collator:
         if any(e.masks is not None for e in examples):
             masks = [np.zeros((len(e.clips), 4, 2), np.float32) if e.masks is None else e.masks for e in examples]
             arrays = self.family.mask_clips(arrays, lengths, np.concatenate(masks))
-        arrays |= dict(task=np.array([e.task_id for e in examples], np.int64), n_samples=lengths)
-        return Batch({k:torch.from_numpy(v) for k,v in arrays.items()}, self.family.sample_rate)
+        before_label = np.pad(arrays['labels'][:,1:] != -100, ((0, 0), (0, 1)))
+        arrays |= dict(task=np.array([e.task_id for e in examples], np.int64), n_samples=lengths, label_at=np.flatnonzero(before_label))
+        return Batch(tree_map_only(np.ndarray, torch.from_numpy, arrays), self.family.sample_rate)
 
 # %% ../../nbs/2_model/05_collate.ipynb #c11
-DESCRIPTIONS = ('sample', 'task', 'n_samples') # Tensors of a batch that describe it and are not for the model
+DESCRIPTIONS = ('sample', 'task', 'n_samples', 'label_at') # Tensors of a batch that describe it and are not for the model
 SAMPLE_COLOURS = [('#b7e4c7', '#2d6a4f'), ('#bfdbfe', '#1d4ed8'), ('#fde68a', '#b45309'),
     ('#fbcfe8', '#be185d'), ('#ddd6fe', '#6d28d9'), ('#a5f3fc', '#0e7490')] # Without and with loss
 
 def batch_of_arrays(
-    arrays:dict, # Name -> NumPy array
+    arrays:dict, # Name -> NumPy array, or a tuple with some
     sample_rate:int, # Of the clips
 )->'Batch': # With tensors
     "A batch as another process made it"
     import torch
-    return Batch({k:torch.from_numpy(v) for k,v in arrays.items()}, sample_rate)
+    from torch.utils._pytree import tree_map_only
+    return Batch(tree_map_only(np.ndarray, torch.from_numpy, arrays), sample_rate)
 
 # %% ../../nbs/2_model/05_collate.ipynb #c12
 class Batch(dict):
-    """Tensors by name: the model's arguments, and three that describe the batch.
+    """Tensors by name: the model's arguments, and four that describe the batch.
 
-    input_ids and labels are int64 [rows, tokens]; attention_mask is there for padded rows, position_ids for packed
-    ones. sample [rows, tokens] is the number of the sample that a token belongs to, or -1; task [samples] is the
-    number of its task; n_samples [clips] is the length of each clip."""
+    input_ids and labels are int64 [rows, tokens]; attention_mask is there for padded rows that need one, position_ids
+    for packed ones. sample [rows, tokens] is the number of the sample that a token belongs to, or -1; task [samples] is
+    the number of its task; n_samples [clips] is the length of each clip; label_at [labels] is the position before each
+    label, counted over all rows."""
     def __init__(self,
-        tensors:dict, # Name -> tensor
+        tensors:dict, # Name -> tensor, or a tuple with some
         sample_rate:int=16_000, # Of the clips
     ):
         super().__init__(tensors)
@@ -101,14 +105,22 @@ class Batch(dict):
         device, # A torch device
     )->'Batch': # The same batch there
         "Move all tensors to a device"
-        return Batch({k:v.to(device, non_blocking=True) for k,v in self.items()}, self.sample_rate)
+        return Batch(self.mapped(lambda t: t.to(device, non_blocking=True)), self.sample_rate)
+
+    def mapped(self,
+        f, # From a tensor to anything
+    )->dict: # Names -> what it makes of each tensor
+        "A function of every tensor, also of those in tuples"
+        import torch
+        from torch.utils._pytree import tree_map_only
+        return tree_map_only(torch.Tensor, f, dict(self))
 
     def __reduce__(self): # a worker sends it through a pipe, since containers have little shared memory for torch
-        return batch_of_arrays, ({k:v.numpy() for k,v in self.items()}, self.sample_rate)
+        return batch_of_arrays, (self.mapped(lambda t: t.numpy()), self.sample_rate)
 
     def pin_memory(self)->'Batch': # torch's data loader calls this
         "The same batch in memory from which copying to a GPU is fast"
-        return Batch({k:v.pin_memory() for k,v in self.items()}, self.sample_rate)
+        return Batch(self.mapped(lambda t: t.pin_memory()), self.sample_rate)
 
 # %% ../../nbs/2_model/05_collate.ipynb #c13
 @patch

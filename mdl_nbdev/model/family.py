@@ -25,10 +25,12 @@ class Family:
     max_clips = math.inf # In one conversation; one with more clips is rejected
     parts = {} # encoder, projector -> names of modules, at any depth; everything else is the decoder
     never_trained = () # Names of modules, at any depth, that stay as they are even in full fine-tuning
-    # Its forward takes `loss_weights` [sums, rows, positions], computes logits at labeled positions only, and returns
-    # `loss` [sums]; in sharded runs it also gets `loss_pieces`, the number of pieces in which every rank computes them
+    # Its forward takes `loss_weights` [sums, rows, positions] and `label_at`, the flat positions before labels, computes logits
+    # there only, and returns `loss` [sums]; in sharded runs it also gets `loss_pieces`, in how many pieces every rank computes them
     weighted_loss = False
     generates_from_embeddings = False # `generate` returns the new tokens without the prompt
+    # False: rows that are padded on the right have no `attention_mask`, since no position sees those after it
+    masks_padding = True
     fingerprint_facts = () # What decides token ids besides the tokenizer and its chat template
 
 # %% ../../nbs/2_model/00_family.ipynb #aadbdcb9
@@ -62,7 +64,7 @@ def clip_cost(self:Family,
 @patch
 def clip_tensors(self:Family,
     clips:list[np.ndarray], # Waveforms [samples], int16 or float32 in [-1, 1], at `sample_rate`
-)->dict[str, np.ndarray]: # The model's inputs, by the names of its arguments
+)->dict: # The model's inputs, by the names of its arguments: arrays, or tuples of them
     "All clips of a batch as inputs of the model; runs in the workers that collate batches"
     raise no_audio()
 

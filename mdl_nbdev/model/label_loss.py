@@ -57,10 +57,11 @@ def labelled_loss(
     num_items=None, # Divisor, a number or a tensor; None: the number of labels in the batch
     loss_weights:torch.Tensor|None=None, # [sums, rows, positions] float32: weights for sums that are not divided
     pieces:int|None=None, # Number of pieces; processes that share sharded weights must all use the same number
+    at:torch.Tensor|None=None, # int64 [labels] flat positions before labels; None: found here, for which a GPU is waited for
 )->torch.Tensor: # A float32 scalar, or [sums] with weights; 0 without labels
     "Cross entropy of the next token at labeled positions"
     target = next_position(labels, -100).flatten().to(hidden.device)
-    at = (target != -100).nonzero().squeeze(1)
+    if at is None: at = (target != -100).nonzero().squeeze(1)
     if loss_weights is None: weights = torch.ones(len(at), device=at.device)
     else: weights = next_position(loss_weights).flatten(1).to(at.device).index_select(1, at)
     total = weighted_sums(hidden.flatten(0, 1).index_select(0, at), target[at], weights, lm_head, vocab_size, pieces)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_RATE', 'MIN_SAMPLES', 'n_audio_tokens', 'MiDashengAudioConfig', 'mel_constants', 'reflect_ends', 'log_mel',
-           'mask_spectrogram', 'FrozenBatchNorm', 'PatchEmbedding', 'ChunkPlan', 'plan_chunks', 'group_by_width',
-           'ChunkAttention', 'LayerScale', 'FeedForward', 'MiDashengAudioBlock', 'embed_patches', 'used_rows',
-           'ChunkEmbedding', 'MiDashengAudioEncoder', 'MiDashengAudioProjector']
+           'mask_spectrogram', 'FrozenBatchNorm', 'PatchEmbedding', 'used_rows', 'ChunkPlan', 'plan_chunks',
+           'ChunkAttention', 'LayerScale', 'FeedForward', 'MiDashengAudioBlock', 'embed_patches', 'ChunkEmbedding',
+           'MiDashengAudioEncoder', 'MiDashengAudioProjector']
 
 # %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c6
 from functools import lru_cache
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedConfig
 from transformers.audio_utils import mel_filter_bank
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -132,38 +133,49 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x): return self.proj(x.to(self.proj.weight.dtype))  # [n, 1, 64, 4L] -> [n, D, 1, L]
 
+# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c40
+def used_rows(
+    first_row:torch.Tensor, # [chunks] row of each chunk's first patch in the flat matrix
+    used:torch.Tensor, # [chunks] patches of each chunk that are used
+)->torch.Tensor: # [used patches]
+    "Rows of the flat matrix that hold the used patches, in the order of the chunks"
+    before = used.cumsum(0) - used
+    return torch.arange(int(used.sum())) + (first_row - before).repeat_interleave(used)
+
 # %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c28
 class ChunkPlan(NamedTuple):
-    "The chunks of a batch, one entry per chunk, in the order of the clips"
-    clip: torch.Tensor # Clip that it belongs to
-    chunk: torch.Tensor # Its number within that clip
-    width: torch.Tensor # Patches in it
-    keys: torch.Tensor # Patches that can be attended to
-    used: torch.Tensor # Patches that the projector folds into tokens
+    "The chunks of a batch, group by group"
+    clip: torch.Tensor # int64 [chunks] clip that each belongs to
+    chunk: torch.Tensor # int64 [chunks] its number within that clip
+    keys: torch.Tensor # int64 [chunks] patches in it that can be attended to
+    used: torch.Tensor # int64 [used patches] rows of the flat matrix that become tokens, in the order of the clips
+    groups: tuple # Of each group: number of chunks, patches in each of them, whether some have fewer keys
+    sizes: tuple # Patches in a full chunk, patches in a token
 
 def plan_chunks(
-    n_samples:torch.Tensor, # [clips] samples of each clip, int64 on the CPU
+    n_samples, # [clips] samples of each clip, int64: an array, or a tensor on the CPU
     span:int=252, # Patches in a full chunk
     fold:int=5, # Patches in a token
-)->ChunkPlan: # int64 tensors on the CPU
-    "Divide clips into chunks, and leave out those that no token is made of"
+)->ChunkPlan: # Tensors on the CPU
+    "Divide clips into chunks, leave out those that no token is made of, and group them: full ones, then others by width"
+    n_samples = torch.as_tensor(n_samples)
     patches = (1 + n_samples//160) // 4
     used = patches // fold * fold
     count = (used + span - 1) // span
     clip = torch.arange(len(count)).repeat_interleave(count)
     chunk = torch.arange(len(clip)) - (count.cumsum(0) - count)[clip]
     start = chunk * span
-    return ChunkPlan(clip, chunk, width=(patches[clip] - start).clamp(max=span),
-                     keys=(n_samples[clip]//640 - start).clamp(1, span), used=(used[clip] - start).clamp(max=span))
-
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c31
-def group_by_width(
-    plan:ChunkPlan, # From `plan_chunks`
-    span:int=252, # Patches in a full chunk
-)->list[torch.Tensor]: # Chunk numbers of each group
-    "Chunks of about the same width, full ones first"
-    group = torch.where(plan.keys == span, 0, 1 + (plan.width - 1)//64)
-    return [(group == g).nonzero().squeeze(1) for g in group.unique()]
+    width, keys = (patches[clip] - start).clamp(max=span), (n_samples[clip]//640 - start).clamp(1, span)
+    group = torch.where(keys == span, 0, 1 + (width - 1)//64)
+    order, groups, first_row, n_rows = group.argsort(stable=True), [], torch.empty_like(clip), 0
+    for g in group.unique():
+        at = (group == g).nonzero().squeeze(1)
+        patches_each = int(width[at].max())
+        groups.append((len(at), patches_each, bool((keys[at] < patches_each).any())))
+        first_row[at] = n_rows + patches_each*torch.arange(len(at))
+        n_rows += patches_each*len(at)
+    rows = used_rows(first_row, (used[clip] - start).clamp(max=span))
+    return ChunkPlan(clip[order], chunk[order], keys[order], rows, tuple(groups), (span, fold))
 
 # %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c34
 class ChunkAttention(nn.Module):
@@ -246,15 +258,6 @@ def embed_patches(
     groups = row.split([chunks*patches for chunks, patches in shapes], 1)
     return [g.unflatten(1, shape).transpose(0, 1)[:, :, None] for g, shape in zip(groups, shapes)]
 
-# %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c40
-def used_rows(
-    first_row:torch.Tensor, # [chunks] row of each chunk's first patch in the flat matrix
-    used:torch.Tensor, # [chunks] patches of each chunk that are used
-)->torch.Tensor: # [used patches]
-    "Rows of the flat matrix that hold the used patches, in the order of the chunks"
-    before = used.cumsum(0) - used
-    return torch.arange(int(used.sum())) + (first_row - before).repeat_interleave(used)
-
 # %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c44
 class ChunkEmbedding(nn.Module):
     "Spectrograms to the flat matrix of patches"
@@ -270,24 +273,18 @@ class ChunkEmbedding(nn.Module):
         self.pos_drop = nn.Dropout(c.drop_rate)
 
     def embed_chunks(self, mel, plan):
-        "Spectrograms [clips, mels, frames] to: flat matrix of patches, attention layout, rows of the used patches"
-        device = mel.device
-        frames = 4*self.span
+        "Spectrograms [clips, mels, frames] to the flat matrix of patches and the attention layout"
+        frames, sizes = 4*self.span, [chunks for chunks, _, _ in plan.groups]
         mel = F.pad(mel, (0, -mel.shape[2] % frames)).unflatten(2, (-1, frames)) # [clips, mels, chunks, frames]
-        groups = group_by_width(plan, self.span)
-        widths = [int(plan.width[g].max()) for g in groups]
-        spectra = [mel[plan.clip[g].to(device), :, plan.chunk[g].to(device), :4*w] for g, w in zip(groups, widths)]
-        parts, layout, n_rows = [], [], 0
-        first_row = torch.empty_like(plan.clip)
-        for g, width, x in zip(groups, widths, embed_patches(spectra, self.init_bn, self.patch_embed)):
+        at = zip(plan.clip.split(sizes), plan.chunk.split(sizes), plan.groups)
+        spectra = [mel[clip, :, chunk, :4*width] for clip, chunk, (_, width, _) in at]
+        embedded, parts, layout = embed_patches(spectra, self.init_bn, self.patch_embed), [], []
+        for x, keys, (chunks, width, masked) in zip(embedded, plan.keys.split(sizes), plan.groups):
             x = x + self.time_pos_embed[..., :width] + self.freq_pos_embed
             parts.append(x.flatten(2).transpose(1, 2).flatten(0, 1))
-            padded = bool((plan.keys[g] < width).any())
-            mask = (torch.arange(width) < plan.keys[g, None])[:, None, None].to(device) if padded else None
-            layout.append((len(g), width, mask))
-            first_row[g] = n_rows + width*torch.arange(len(g))
-            n_rows += width*len(g)
-        return self.pos_drop(torch.cat(parts)), layout, used_rows(first_row, plan.used)
+            mask = (torch.arange(width, device=mel.device) < keys[:, None])[:, None, None] if masked else None
+            layout.append((chunks, width, mask))
+        return self.pos_drop(torch.cat(parts)), layout
 
 # %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c46
 class MiDashengAudioEncoder(ChunkEmbedding):
@@ -304,17 +301,22 @@ class MiDashengAudioEncoder(ChunkEmbedding):
 
     def forward(self,
         waveform:torch.Tensor, # [clips, samples] in [-1, 1]
-        n_samples:torch.Tensor, # [clips] int64 on the CPU, each at least 3200
+        n_samples:torch.Tensor, # [clips] int64, each at least 3200
         spec_masks:torch.Tensor=None, # [clips, 4, 2], as `mask_spectrogram` takes them; None: nothing is masked
+        plan:ChunkPlan=None, # From `plan_chunks`, with tensors on the waveform's device; None: it is made here
     )->torch.Tensor: # [used patches of all clips, features]
         "Encode the patches that make up tokens, clip after clip"
-        at_once = max(1, 2**21 // waveform.shape[1]) # clips
-        parts = zip(waveform.split(at_once), n_samples.to(waveform.device).split(at_once))
+        at_once, device = max(1, 2**21 // waveform.shape[1]), waveform.device # clips
+        sizes = self.span, self.fold
+        if plan is None: plan = tree_map_only(torch.Tensor, lambda t: t.to(device), plan_chunks(n_samples.cpu(), *sizes))
+        if plan.sizes != sizes: raise ValueError(f"a plan for {plan.sizes} patches in a chunk and a token, the encoder has {sizes}")
+        n_samples = n_samples.to(device)
+        parts = zip(waveform.split(at_once), n_samples.split(at_once))
         mel = torch.cat([log_mel(w, lengths, self.config) for w, lengths in parts])
         if spec_masks is not None: mel = mask_spectrogram(mel, 1 + n_samples//self.config.hop_length, spec_masks)
-        x, layout, rows = self.embed_chunks(mel, plan_chunks(n_samples, self.span, self.fold))
+        x, layout = self.embed_chunks(mel, plan)
         for block in self.blocks: x = block(x, layout)
-        return self.norm(x.index_select(0, rows.to(x.device)))
+        return self.norm(x.index_select(0, plan.used))
 
 # %% ../../nbs/2_model/11_midasheng_encoder.ipynb #c50
 class MiDashengAudioProjector(nn.Module):

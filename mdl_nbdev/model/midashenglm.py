@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QWEN2_7B', 'ENCODED_AT_ONCE', 'plain_rope', 'decoder_config', 'MiDashengLMConfig', 'MiDashengLMPreTrainedModel',
-           'prepare_waveforms', 'AudioInputs', 'MiDashengLMModel', 'load_clip', 'clip_sources', 'ConversationProcessor',
-           'MiDashengLMProcessor']
+           'as_floats', 'put_in_place', 'prepare_waveforms', 'AudioInputs', 'MiDashengLMModel', 'load_clip',
+           'clip_sources', 'ConversationProcessor', 'MiDashengLMProcessor']
 
 # %% ../../nbs/2_model/12_midashenglm.ipynb #fc29b263
 import io, os, re
@@ -110,6 +110,21 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
 # %% ../../nbs/2_model/12_midashenglm.ipynb #a5ec62fa
 ENCODED_AT_ONCE = 2**24  # samples without gradients: 17 minutes
 
+def as_floats(
+    x:torch.Tensor, # Samples as floats in [-1, 1], or int16
+)->torch.Tensor: # float32
+    "Samples as the encoder takes them"
+    return x.float() / 32768 if x.dtype == torch.int16 else x.float()
+
+def put_in_place(
+    audio:torch.Tensor, # [audio tokens, hidden]
+    is_audio:torch.Tensor, # bool [rows, positions]: as many are true
+    embeds:torch.Tensor, # [rows, positions, hidden]
+)->torch.Tensor: # [rows, positions, hidden]
+    "Embeddings with audio vectors, in their order, at the positions of audio tokens"
+    number = (is_audio.flatten().cumsum(0) - 1).clamp(min=0) # of the audio vector, also at other positions
+    return torch.where(is_audio[..., None], audio.index_select(0, number).view_as(embeds), embeds)
+
 def prepare_waveforms(
     input_values:torch.Tensor, # [clips, samples] floats in [-1, 1], or int16
     audio_length:torch.Tensor|None, # [clips] samples of each clip; None: whole rows
@@ -121,8 +136,7 @@ def prepare_waveforms(
     if len(lengths) != len(input_values) or int(lengths.max()) > input_values.shape[1]:
         shape = list(input_values.shape)
         raise ValueError(f"audio_length {lengths.tolist()} does not fit input_values of shape {shape}")
-    x = input_values[:, :int(lengths.max())].to(device)
-    x = x.float() / 32768 if x.dtype == torch.int16 else x.float()
+    x = as_floats(input_values[:, :int(lengths.max())].to(device))
     if int(lengths.min()) < MIN_SAMPLES:
         beyond = torch.arange(x.shape[1], device=device) >= lengths[:, None].to(device)
         x = F.pad(x.masked_fill(beyond, 0.), (0, max(0, MIN_SAMPLES - x.shape[1])))
@@ -135,38 +149,39 @@ class AudioInputs:
         input_values:torch.Tensor, # [clips, samples] floats in [-1, 1], or int16
         audio_length:torch.Tensor=None, # [clips] samples of each clip; None: whole rows
         spec_masks:torch.Tensor=None, # [clips, 4, 2] what is masked of each log-mel; None: nothing
+        audio_plan=None, # The `ChunkPlan` of clips that are each at least 0.2 s long; None: it is made here
     )->torch.Tensor: # [audio tokens of all clips, hidden]
         "Embeddings of the audio tokens, clip after clip"
         device = self.audio_encoder.time_pos_embed.device
+        encode = lambda *args: self.audio_projector(self.audio_encoder(*args))
+        n = len(input_values) if torch.is_grad_enabled() else max(1, ENCODED_AT_ONCE // input_values.shape[1])
+        if audio_plan and len(input_values) <= n: return encode(as_floats(input_values.to(device)), audio_length, spec_masks, audio_plan)
         x, lengths = prepare_waveforms(input_values, audio_length, device)
-        if torch.is_grad_enabled(): return self.audio_projector(self.audio_encoder(x, lengths, spec_masks))
-        n = max(1, ENCODED_AT_ONCE // x.shape[1])
         masks = spec_masks.split(n) if spec_masks is not None else repeat(None)
         groups = zip(x.split(n), lengths.split(n), masks)
-        return torch.cat([self.audio_projector(self.audio_encoder(w[:, :int(k.max())], k, m)) for w, k, m in groups])
+        return torch.cat([encode(w[:, :int(k.max())], k, m) for w, k, m in groups])
 
     def embed(self,
         input_ids:torch.Tensor, # [rows, positions]
         input_values:torch.Tensor=None, # [clips, samples]
         audio_length:torch.Tensor=None, # [clips]
         spec_masks:torch.Tensor=None, # [clips, 4, 2]
+        audio_plan=None, # As `encode_audio` takes it; with one, the audio tokens are known to be as many as the clips make
     )->torch.Tensor: # [rows, positions, hidden]
         "Token embeddings, with the audio vectors at the positions of `<|AUDIO|>`"
-        embeds = self.get_input_embeddings()(input_ids)
-        audio = embeds.new_zeros(0, embeds.shape[-1])
-        if input_values is not None and len(input_values): audio = self.encode_audio(input_values, audio_length, spec_masks)
-        at = (input_ids == self.config.audio_token_id).flatten().nonzero().squeeze(1)
-        if len(at) != len(audio):
-            token = self.config.audio_token_id
-            raise ValueError(f"the text has {len(at)} audio tokens (id {token}), the clips make {len(audio)}")
-        flat = embeds.flatten(0, 1).index_copy(0, at.to(embeds.device), audio.to(embeds.device, embeds.dtype))
-        return flat.view_as(embeds)
+        embeds, audio, token = self.get_input_embeddings()(input_ids), (), self.config.audio_token_id
+        if input_values is not None and len(input_values):
+            audio = self.encode_audio(input_values, audio_length, spec_masks, audio_plan).to(embeds.device, embeds.dtype)
+        is_audio = input_ids.to(embeds.device) == token
+        if audio_plan is None and (n := int(is_audio.sum())) != len(audio):
+            raise ValueError(f"the text has {n} audio tokens (id {token}), the clips make {len(audio)}")
+        return put_in_place(audio, is_audio, embeds) if len(audio) else embeds
 
     @torch.no_grad()
-    def generate(self, inputs=None, *args, input_ids=None, input_values=None, audio_length=None, **kwargs):
+    def generate(self, inputs=None, *args, input_ids=None, input_values=None, audio_length=None, audio_plan=None, **kwargs):
         "New tokens for each row; takes the arguments of `GenerationMixin.generate`, and clips"
-        ids = inputs if input_ids is None else input_ids
-        if ids is not None: kwargs["inputs_embeds"] = self.embed(ids.to(self.device), input_values, audio_length)
+        ids, clips = inputs if input_ids is None else input_ids, dict(audio_length=audio_length, audio_plan=audio_plan)
+        if ids is not None: kwargs["inputs_embeds"] = self.embed(ids.to(self.device), input_values, **clips)
         return super().generate(None, *args, **kwargs)
 
 # %% ../../nbs/2_model/12_midashenglm.ipynb #c15
@@ -185,21 +200,26 @@ class MiDashengLMModel(AudioInputs, MiDashengLMPreTrainedModel, GenerationMixin)
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, input_values=None, audio_length=None, labels=None,
                 position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None,
-                num_items_in_batch=None, loss_weights=None, loss_pieces=None, spec_masks=None, **kwargs):
-        "Loss or logits of rows [rows, positions] with clips [clips, samples]; `labelled_loss` explains the last line"
+                num_items_in_batch=None, loss_weights=None, loss_pieces=None, label_at=None, spec_masks=None, audio_plan=None,
+                **kwargs):
+        "Loss or logits of rows [rows, positions] with clips [clips, samples]; `labelled_loss` explains the arguments of the loss"
         if inputs_embeds is None:
             if past_key_values is not None and input_values is None: inputs_embeds = self.get_input_embeddings()(input_ids)
-            else: inputs_embeds = self.embed(input_ids, input_values, audio_length, spec_masks)
+            else: inputs_embeds = self.embed(input_ids, input_values, audio_length, spec_masks, audio_plan)
         if position_ids is None and torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1]:]
         if labels is not None: use_cache = False
+        text = self.decoder.config
+        if attention_mask is None and position_ids is None and not use_cache and past_key_values is None \
+           and text._attn_implementation == "sdpa" and set(text.layer_types) == {"full_attention"}:
+            attention_mask = {"full_attention": None} # transformers would ask the GPU whether rows are packed
         out = self.decoder.model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, use_cache=use_cache, **kwargs)
         hidden, loss, logits = out.last_hidden_state, None, None
         if labels is not None:
             loss = labelled_loss(hidden, labels, self.decoder.lm_head, self.config.text_config.vocab_size,
-                                 num_items_in_batch, loss_weights, loss_pieces)
+                                 num_items_in_batch, loss_weights, loss_pieces, label_at)
         if labels is None or logits_to_keep is not None:
             keep = logits_to_keep if torch.is_tensor(logits_to_keep) else slice(-(logits_to_keep or 0), None)
             logits = self.decoder.lm_head(hidden[:, keep])

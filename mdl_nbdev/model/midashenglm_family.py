@@ -66,19 +66,19 @@ class MiDashengLMFamily(Family):
     clip_token, brackets, min_samples = AUDIO, (AUDIO_BOS, AUDIO_EOS), 3200
     parts = {'encoder':('audio_encoder',), 'projector':('audio_projector',)}
     never_trained = ('audio_encoder.init_bn',)
-    weighted_loss = generates_from_embeddings = True
+    weighted_loss, generates_from_embeddings, masks_padding = True, True, False
 
     def clip_tokens(self, n_samples): return max(1, (1 + n_samples//160)//4//5)
-    def clip_cost(self, n_samples, n_clips):
-        return n_samples//640 # a patch of the encoder counts like a token of the decoder
+    def clip_cost(self, n_samples, n_clips): return n_samples//640 # a patch counts like a token of the decoder
 
     def clip_tensors(self, clips):
-        lengths = np.array([len(c) for c in clips], np.int64)
+        from mdl_nbdev.model.midasheng_encoder import plan_chunks
+        lengths = np.array([max(len(c), self.min_samples) for c in clips]) # shorter clips end in silence
         if len({c.dtype for c in clips}) > 1:
             clips = [c if c.dtype==np.float32 else from_int16(c) for c in clips]
         values = np.zeros((len(clips), lengths.max()), clips[0].dtype)
         for row,clip in zip(values, clips): row[:len(clip)] = clip
-        return dict(input_values=values, audio_length=lengths)
+        return dict(input_values=values, audio_length=lengths, audio_plan=plan_chunks(lengths))
     def mask_clips(self, tensors, lengths, masks): return tensors | dict(spec_masks=masks) # its network makes the spectrogram
 
     def chat_template(self, tok): return super().chat_template(tok) or ROLE_MARKERS

@@ -63,7 +63,7 @@ def tiny_text_model(
 # %% ../../nbs/2_model/07_text_family.ipynb #c13
 class TextFamily(Family):
     "Causal language models without clips"
-    name = 'text'
+    name, masks_padding = 'text', False
     builtin = {'tiny-text':(tiny_text_tokenizer, tiny_text_model)}
     def chat_template(self, tok):
         begin = '{{- bos_token -}}' if adds_begin_token(tok) else ''

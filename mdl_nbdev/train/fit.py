@@ -43,7 +43,7 @@ from .loop import Flow, TaskTrainer
 from .mix import Mix, describe_conversions
 from .memory import model_without_data
 from .prepare import shards_weights
-from .preview import DryRun, dry_run, memory_of_longest
+from .preview import DryRun, dry_run, memory_of_longest, recomputes
 from .report import TrainReport, model_card
 from .samples import AnswerMetric, SampleAnswers
 from .state import load_state
@@ -100,7 +100,6 @@ def load_adapted(
     model = load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization, device)
     if not s.adapter: check_trainable_fits(model, s)
     model = load_adapter(model, s.adapter, trainable=True) if s.adapter else adapt(model, s)
-    if s.gradient_checkpointing: recompute_activations(model)
     return model
 
 # %% ../../nbs/3_train/20_fit.ipynb #c8
@@ -259,6 +258,8 @@ def fit(
     join_processes()
     set_seed(s.seed)
     trainer = ranks.agree(make_trainer, s, chat, *mixes, callbacks, ranks)
+    trainer.s = replace(s, gradient_checkpointing=ranks.on_main(recomputes, trainer))
+    if trainer.s.gradient_checkpointing: recompute_activations(trainer.model)
     if s.dry_run: return dry_run(trainer, chat)
     trainer.identity = training_identity(trainer, chat)
     trainer.resumed_from = checkpoint

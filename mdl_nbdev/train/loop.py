@@ -63,8 +63,10 @@ class OrderedRows(Trainer):
     def get_train_dataloader(self):
         return self.loader(self.heard_rows or self.train_dataset, self.sampler(self.train_dataset, self._train_batch_size))
     def sum_over_ranks(self, t:torch.Tensor)->torch.Tensor:
-        "A tensor summed over all ranks, on the CPU"
-        return self.accelerator.reduce(t.to(self.args.device)).cpu() if self.args.world_size > 1 else t
+        "A tensor summed over all ranks; both are on the CPU"
+        t = t.clone()
+        if self.ranks.world > 1: torch.distributed.all_reduce(t, group=self.ranks.group)
+        return t
 
 # %% ../../nbs/3_train/14_loop.ipynb #c8
 @dataclass
@@ -98,7 +100,7 @@ class ExactLoss(OrderedRows):
         "This rank's share of the step's loss, times the number of ranks"
         batch, weights = inputs.batch, inputs.loss_weights
         self.rows += len(batch['task'])*self.args.world_size
-        sums = weighted_losses(model, self.model_arguments(batch), weights)
+        sums = weighted_losses(model, self.model_arguments(batch), weights, batch['label_at'])
         self.task_sums += sums[1:].detach().double()
         return sums[0]*self.args.world_size
 
@@ -174,7 +176,8 @@ class EvaluationLosses(StoppedEvaluation):
         task_of = batch['task'][batch['sample'].clamp(min=0)]
         labelled = labelled_positions(batch)
         weights = torch.stack([(task_of==k) & labelled for k in range(len(self.tasks))]).float()
-        with self.accelerator.autocast(): sums = weighted_losses(self.model, self.model_arguments(batch), weights)
+        arguments = self.model_arguments(batch)
+        with self.accelerator.autocast(): sums = weighted_losses(self.model, arguments, weights, batch['label_at'])
         return torch.stack([sums.double(), weights.sum((1, 2)).double()])
 
 # %% ../../nbs/3_train/14_loop.ipynb #37cb5c48

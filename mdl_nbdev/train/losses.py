@@ -92,16 +92,17 @@ def loss_weights(
 def logits_at(
     model:nn.Module, # A causal language model, wrapped or not
     inputs:dict, # Its arguments, without labels
-    at:torch.Tensor, # bool [rows, positions]
+    at:torch.Tensor, # int64 [positions] counted over all rows
 )->torch.Tensor: # [positions, vocabulary], in the model's dtype
     "The logits at some positions; those of other positions are not computed"
+    def at_positions(x): return x.flatten(0, 1).index_select(0, at.to(x.device))
     def keep(layer, args):
         hidden, *rest = args
-        return (hidden[at.to(hidden.device)][None], *rest)
+        return (at_positions(hidden)[None], *rest)
 
     find_head = getattr(unwrap_model(model), 'get_output_embeddings', None)
     head = find_head() if find_head else None
-    if head is None: return model(**inputs, use_cache=False).logits[at]
+    if head is None: return at_positions(model(**inputs, use_cache=False).logits)
     hook = head.register_forward_pre_hook(keep)
     try: return model(**inputs, use_cache=False).logits[0]
     finally: hook.remove()
@@ -111,11 +112,12 @@ def weighted_losses(
     model:nn.Module, # A causal language model, wrapped or not
     inputs:dict, # The model's arguments, with `labels` [rows, positions]; a batch has them as `inputs`
     loss_weights:torch.Tensor, # float32 [sums, rows, positions]: weight maps
+    label_at:torch.Tensor, # int64 [labels] positions before labels, as a batch has them
 )->torch.Tensor: # float32 [sums]
     "Sums of weight times cross entropy over the labels of a batch"
-    if family_of(unwrap_model(model)).weighted_loss: return model(**inputs, loss_weights=loss_weights).loss
-    target = next_position(inputs['labels'], -100)
-    at = target != -100
-    logits = logits_at(model, {k:v for k,v in inputs.items() if k != 'labels'}, at)
-    weights = next_position(loss_weights)[:, at]
-    return weighted_sums(logits, target[at].to(logits.device), weights, nn.Identity(), logits.shape[-1])
+    if family_of(unwrap_model(model)).weighted_loss:
+        return model(**inputs, loss_weights=loss_weights, label_at=label_at).loss
+    logits = logits_at(model, {k:v for k,v in inputs.items() if k != 'labels'}, label_at)
+    def at_labels(x, fill): return next_position(x, fill).flatten(-2).index_select(-1, label_at)
+    target, weights = at_labels(inputs['labels'], -100), at_labels(loss_weights, 0)
+    return weighted_sums(logits, target.to(logits.device), weights, nn.Identity(), logits.shape[-1])

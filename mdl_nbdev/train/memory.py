@@ -250,7 +250,7 @@ def run_without_data(
         counter.remove_data(model)
         weights, counter.kind = dict(+counter.bytes), 'batch'
         has_data = lambda t: not t.is_floating_point() and t.dtype != torch.int16 # features and waveforms need none
-        inputs = {k:t if has_data(t) else dataless(t) for k,t in batch.inputs.items()}
+        inputs = tree_map_only(torch.Tensor, lambda t: t if has_data(t) else dataless(t), batch.inputs)
         counter.kind, counter.peak = 'gradients', Counter()
         for p in model.parameters():
             if not p.requires_grad: continue
@@ -258,7 +258,7 @@ def run_without_data(
             p.register_post_accumulate_grad_hook(found_gradient)
         counter.kind = 'forward'
         with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-            loss = weighted_losses(model, inputs, torch.ones(2, *batch['labels'].shape))[0]
+            loss = weighted_losses(model, inputs, torch.ones(2, *batch['labels'].shape), batch['label_at'])[0]
         kept, counter.kind = counter.bytes['forward'], 'backward'
         backward = torch.autograd.Variable._execution_engine.run_backward # `loss.backward` would suspend the rules
         backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
@@ -282,7 +282,7 @@ def estimate_memory(
     activations = min(kept, peak['forward'])
     working = peak['forward'] - activations + peak['backward']
     capacity = torch.cuda.get_device_properties(here).total_memory if here.type=='cuda' else None
-    recomputed = settings.gradient_checkpointing and unwrap_model(new).supports_gradient_checkpointing
+    recomputed = bool(settings.gradient_checkpointing) and unwrap_model(new).supports_gradient_checkpointing
     return MemoryEstimate(*batch['labels'].shape, recomputed, weights, peak['gradients'], optimizer, activations, working, capacity)
 
 # %% ../../nbs/3_train/10_memory.ipynb #c23
