@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import soundfile as sf
 import torch
@@ -49,12 +51,19 @@ class Kind:
     most_clips: int = 9 # in one conversation
     longest: int = SECONDS # of its clips
     system: bool = True # whether its template has a system prompt
+    prompts: bool = True # whether it shows texts of the user
+    apart: bool = True # whether clips of other lengths in a batch do not matter
+    recomputes: bool = True # whether activations can be computed again
     end: str = "<|im_end|>" # of an answer
+    added: str = "" # to its template, after a last answer that would have no end
     shown: Callable = str # what its template shows of an answer
     processor: Callable = hf.AutoProcessor.from_pretrained # its own, from a folder
+    close: float = 1e-5 # how close logits are, where features are not computed by the same function
+    spectrograms: Callable = np.asarray # of its features [windows, mels, frames]
+    quick: Callable | None = None # builds a model with shorter windows than its processor has, for runs that learn
 
-    def save(self, folder):
-        for saved in self.build(): saved.save_pretrained(folder)
+    def save(self, folder, quick=False):
+        for saved in (quick and self.quick or self.build)(): saved.save_pretrained(folder)
         return folder
 
 
@@ -126,6 +135,123 @@ def audio_flamingo(): return flamingo("AudioFlamingo3")
 def music_flamingo(): return flamingo("MusicFlamingo", audio_bos_token_id="<|sound_bos|>", audio_eos_token_id="<|sound_eos|>")
 
 
+# As in transformers' convert_glmasr_weights_to_hf.py
+GLM_TEMPLATE = """{%- macro to_text(content) -%}
+{%- if content is string -%}
+{{- content -}}
+{%- elif content is iterable and content is not mapping -%}
+{%- for item in content -%}
+{%- if item is mapping and item.type == 'text' and item.text is defined -%}
+{{- item.text -}}
+{%- elif item is mapping and (item.type == 'audio' or 'audio' in item) -%}
+<|begin_of_audio|><|pad|><|end_of_audio|><|user|>
+{% elif item is string -%}
+{{- item -}}
+{%- endif -%}
+{%- endfor -%}
+{%- else -%}
+{{- content -}}
+{%- endif -%}
+{%- endmacro -%}
+{%- for m in messages -%}
+{%- if m.role == 'system' -%}
+<|system|>
+{{ to_text(m.content) | trim }}
+{%- elif m.role == 'user' -%}
+<|user|>
+{{ to_text(m.content) | trim }}
+{%- elif m.role == 'assistant' -%}
+<|assistant|>
+{{ to_text(m.content) | trim }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+<|assistant|>
+{% endif -%}"""
+
+
+def glm_asr():
+    names = "<|system|> <|user|> <|assistant|> <|observation|> <|begin_of_audio|> <|end_of_audio|> <|pad|>".split()
+    tok = byte_tokenizer(eos_token="<|endoftext|>", pad_token="<|endoftext|>", extra_special_tokens=names)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, max_position_embeddings=SECONDS * 50)
+    ends = tok.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
+    config = hf.GlmAsrConfig(audio_config=dict(model_type="glmasr_encoder", **sizes), text_config=decoder(tok, model_type="llama", eos_token_id=ends),
+                             audio_token_id=tok.convert_tokens_to_ids("<|pad|>"), tie_word_embeddings=False)
+    processor = hf.GlmAsrProcessor(hf.WhisperFeatureExtractor(feature_size=128, chunk_length=SECONDS), tok, chat_template=GLM_TEMPLATE, max_audio_len=3 * SECONDS + 1)
+    return draw(hf.GlmAsrForConditionalGeneration(config)), processor
+
+
+# As in transformers' convert_qwen3_asr_to_hf.py
+QWEN3_ASR_TEMPLATE = """{%- set ns = namespace(system_text='') -%}{%- for m in messages -%}{%- if m.role == 'system' -%}{%- if m.content is string -%}{%- set ns.system_text = ns.system_text + m.content -%}\
+{%- else -%}{%- for c in m.content -%}{%- if c.type == 'text' and (c.text is defined) -%}{%- set ns.system_text = ns.system_text + c.text -%}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endif -%}{%- endfor -%}\
+{%- set ns2 = namespace(audio_tokens='') -%}{%- for m in messages -%}{%- if m.content is not string -%}{%- for c in m.content -%}{%- if c.type == 'audio' or ('audio' in c) or ('audio_url' in c) -%}\
+{%- set ns2.audio_tokens = ns2.audio_tokens + '<|audio_start|><|audio_pad|><|audio_end|>' -%}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}\
+{{- '<|im_start|>system\n' + ns.system_text + '<|im_end|>\n' -}}{{- '<|im_start|>user\n' + ns2.audio_tokens + '<|im_end|>\n' -}}\
+{%- for m in messages -%}{%- if m.role == 'assistant' -%}{%- set ns3 = namespace(assistant_text='') -%}{%- if m.content is string -%}{%- set ns3.assistant_text = m.content -%}\
+{%- else -%}{%- for c in m.content -%}{%- if c.type == 'text' and (c.text is defined) -%}{%- set ns3.assistant_text = ns3.assistant_text + c.text -%}{%- endif -%}{%- endfor -%}{%- endif -%}\
+{{- '<|im_start|>assistant\n' -}}{% generation %}{{- ns3.assistant_text + '<|im_end|>\n' -}}{% endgeneration %}{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+
+def qwen3_asr():
+    tok = tokenizer(audio_token="<|audio_pad|>", audio_bos_token="<|audio_start|>", audio_eos_token="<|audio_end|>")
+    sizes = dict(num_mel_bins=128, d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64, downsample_hidden_size=8, output_dim=64, n_window_infer=200)
+    config = hf.Qwen3ASRConfig(audio_config=dict(model_type="qwen3_asr_encoder", **sizes), text_config=decoder(tok, model_type="qwen3", head_dim=16), tie_word_embeddings=False,
+                               audio_token_id=tok.convert_tokens_to_ids("<|audio_pad|>"), eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    return draw(hf.Qwen3ASRForConditionalGeneration(config)), hf.Qwen3ASRProcessor(hf.Qwen3ASRFeatureExtractor(), tok, chat_template=QWEN3_ASR_TEMPLATE)
+
+
+# Those of granite-speech-4.1-2b, and of granite-speech-4.1-2b-plus without tools and documents
+GRANITE_TEMPLATE = """{% for message in messages %}{% if message['role'] == 'user' %}USER: {{ message['content'] }}
+ ASSISTANT:{% elif message['role'] == 'assistant' %}{{ message['content'] }}{% endif %}{% endfor %}"""
+GRANITE_PLUS_TEMPLATE = """{%- if messages[0]['role'] != 'system' %}{{- '<|start_of_role|>system<|end_of_role|>You are a helpful assistant. Please ensure responses are professional, accurate, and safe.<|end_of_text|>\n' }}\
+{%- endif %}{%- for message in messages %}{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}"""
+
+
+class MelSpectrogram:
+    "torchaudio's, by transformers' own Fourier transform, for where torchaudio is not installed"
+    def __init__(self, n_fft, win_length, hop_length, n_mels, sample_rate):
+        filters = hf.audio_utils.mel_filter_bank(n_fft // 2 + 1, n_mels, 0, sample_rate / 2, sample_rate, mel_scale="htk")
+        self.options = dict(window=hf.audio_utils.window_function(win_length, "hann"), frame_length=win_length, hop_length=hop_length, fft_length=n_fft, power=2., mel_filters=filters, mel_floor=0.)
+
+    def to(self, device): return self
+    def __call__(self, waves): return torch.stack([torch.from_numpy(hf.audio_utils.spectrogram(w.double().numpy(), **self.options)).float() for w in waves])
+
+
+class GraniteProcessor:
+    "Granite Speech's own, whose chat template takes turns as texts"
+    def __init__(self, folder):
+        module = hf.models.granite_speech.feature_extraction_granite_speech
+        if not hf.utils.is_torchaudio_available():
+            module.torchaudio = SimpleNamespace(transforms=SimpleNamespace(MelSpectrogram=MelSpectrogram))
+            module.requires_backends = lambda *args: None
+        tok = hf.AutoTokenizer.from_pretrained(folder)
+        self.own, self.ends = hf.GraniteSpeechProcessor(module.GraniteSpeechFeatureExtractor(), tok), "end_of_text" in tok.chat_template
+
+    def apply_chat_template(self, messages, return_tensors=None, tokenize=True, return_dict=True, **kw):
+        def text(m): return "".join(p.get("text", "<|audio|>") for p in m["content"]) + ("" if self.ends or m["role"] != "assistant" else "<|end_of_text|>")
+        clips = [p["audio"] for m in messages for p in m["content"] if p["type"] == "audio"]
+        rendered = self.own.tokenizer.apply_chat_template([dict(role=m["role"], content=text(m)) for m in messages], tokenize=False, **kw)
+        return self.own(rendered, clips or None, return_tensors="pt")
+
+
+def granite(kind, template, **encoder):
+    tok = byte_tokenizer(eos_token="<|end_of_text|>", pad_token="<|end_of_text|>", extra_special_tokens=["<|start_of_role|>", "<|end_of_role|>", "<|audio|>"], chat_template=template)
+    sizes = dict(num_layers=4, hidden_dim=32, num_heads=4, context_size=20, max_pos_emb=32, dropout=0., conv_kernel_size=5) | encoder
+    former = dict(model_type="blip_2_qformer", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, hidden_dropout_prob=0., attention_probs_dropout_prob=0.,
+                  encoder_hidden_size=32 * (1 + len(encoder.get("cat_hidden_layers", []))), cross_attention_frequency=1)
+    config = getattr(hf, f"{kind}Config")(encoder_config=sizes, projector_config=former, text_config=decoder(tok, model_type="granite"), audio_token_index=tok.convert_tokens_to_ids("<|audio|>"),
+                                          has_lora_adapter=False, tie_word_embeddings=False)
+    return draw(getattr(hf, f"{kind}ForConditionalGeneration")(config)), tok, TextFile("processor_config.json", json.dumps(dict(processor_class="GraniteSpeechProcessor")))
+
+
+def unpaired(pairs): return pairs.reshape(len(pairs), -1, 80).transpose(0, 2, 1) # of frames
+
+
+def granite_speech(): return granite("GraniteSpeech", GRANITE_TEMPLATE)
+def granite_speech_plus(): return granite("GraniteSpeechPlus", GRANITE_PLUS_TEMPLATE, cat_hidden_layers=[1])
+
+
 class VoxtralProcessor:
     "Voxtral's own, which reads clips from files, and renders answers only where a question follows"
     def __init__(self, folder):
@@ -146,19 +272,20 @@ class VoxtralProcessor:
         return {k: v[:, :end] if k != "input_features" else v for k, v in out.items()}
 
 
-def voxtral():
+def voxtral(seconds=30):
+    "Its own processor's windows are of 30 s, whatever its files say"
     names = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX]".split()
     names += "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]".split() + [f"<SPECIAL_{i}>" for i in range(20, 24)] + ["[AUDIO]", "[BEGIN_AUDIO]"] + [f"<SPECIAL_{i}>" for i in range(26, 34)] + ["[TRANSCRIBE]"] + [f"<SPECIAL_{i}>" for i in range(35, 40)]
     bytewise = [dict(rank=i, token_bytes=base64.b64encode(bytes([i])).decode(), token_str=None) for i in range(256)]
     tekken = dict(
         config=dict(pattern=r"\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+", num_vocab_tokens=256, default_vocab_size=296, default_num_special_tokens=40, version="v7"), vocab=bytewise,
         special_tokens=[dict(rank=i, token_str=n, is_control=True) for i, n in enumerate(names)],
-        audio=dict(sampling_rate=16000, frame_rate=12.5, audio_encoding_config=dict(num_mel_bins=128, hop_length=160, window_size=400), chunk_length_s=30.))
-    sizes = dict(num_mel_bins=128, max_source_positions=1500, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+        audio=dict(sampling_rate=16000, frame_rate=12.5, audio_encoding_config=dict(num_mel_bins=128, hop_length=160, window_size=400), chunk_length_s=float(seconds)))
+    sizes = dict(num_mel_bins=128, max_source_positions=seconds * 50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
     text = dict(model_type="llama", vocab_size=296, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
                 bos_token_id=1, eos_token_id=2, pad_token_id=11)
     model = draw(hf.VoxtralForConditionalGeneration(hf.VoxtralConfig(audio_config=dict(model_type="voxtral_encoder", **sizes), text_config=text, audio_token_id=24)))
-    return model, hf.WhisperFeatureExtractor(feature_size=128), TextFile("tekken.json", json.dumps(tekken))
+    return model, hf.WhisperFeatureExtractor(feature_size=128, chunk_length=seconds), TextFile("tekken.json", json.dumps(tekken))
 
 
 @dataclass
@@ -173,6 +300,10 @@ KINDS = {
     "qwen2-audio": Kind(qwen2_audio, 961),
     "qwen2.5-omni": Kind(qwen_omni, 321, processor=OmniProcessor.of),
     "audio-flamingo-3": Kind(audio_flamingo, 321, most_clips=1, longest=3 * SECONDS),
-    "voxtral": Kind(voxtral, 1, most_clips=2, longest=31, system=False, end="</s>", shown=lambda text: text.rstrip(" "), processor=VoxtralProcessor),
+    "voxtral": Kind(voxtral, 1, most_clips=2, longest=31, system=False, end="</s>", shown=lambda text: text.rstrip(" "), processor=VoxtralProcessor, quick=lambda: voxtral(SECONDS)),
     "music-flamingo": Kind(music_flamingo, 321, most_clips=1, longest=3 * SECONDS),
+    "glm-asr": Kind(glm_asr, 961, most_clips=1, longest=3 * SECONDS, end="<|user|>", added="<|user|>", shown=str.strip),
+    "qwen3-asr": Kind(qwen3_asr, 8000, most_clips=1, longest=3 * SECONDS, prompts=False),
+    "granite-speech": Kind(granite_speech, 257, longest=3 * SECONDS, system=False, end="<|end_of_text|>", apart=False, recomputes=False, close=3e-5, processor=GraniteProcessor, spectrograms=unpaired),
+    "granite-speech-plus": Kind(granite_speech_plus, 257, longest=3 * SECONDS, end="<|end_of_text|>", apart=False, recomputes=False, close=3e-5, processor=GraniteProcessor, spectrograms=unpaired),
 }

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Callable
 from fastcore.basics import patch
 from .ask import mean_probability
-from ..model.chat import ANSWERED
 
 # %% ../../nbs/4_infer/15_batcher.ipynb #4f7d3a12
 def open_end(
@@ -31,7 +30,7 @@ class GrowingText:
         stop:list[str]=(), # Texts that end the answer, and do not belong to it
     ):
         self.chat, self.stop, self.text, self.stopped = chat, list(stop), '', False
-        completion = next(s for s in chat.segments(ANSWERED) if s.kind=='completion')
+        completion = next(s for s in chat.segments(chat.family.answered) if s.kind=='completion')
         ends = [end for end in (completion.run[0], completion.run[-1]) if isinstance(end, str)]
         self.marks = self.stop + ends # which the chat template writes around an answer
 

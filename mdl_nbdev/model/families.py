@@ -12,9 +12,12 @@ from ..base.errors import InputError
 from .chat import Chat
 from .family import FAMILIES, Family
 from .flamingo import AudioFlamingoFamily, MusicFlamingoFamily
+from .glm_asr import GlmAsrFamily
+from .granite_speech import GraniteSpeechFamily, GraniteSpeechPlusFamily
 from .hub import from_hub
 from .midashenglm_family import MiDashengLMFamily
 from .qwen2_audio import Qwen2AudioFamily
+from .qwen3_asr import Qwen3ASRFamily
 from .qwen_omni import QwenOmniFamily
 from .text_family import TextFamily
 from .voxtral import VoxtralFamily
@@ -22,7 +25,8 @@ from .voxtral import VoxtralFamily
 # %% ../../nbs/2_model/24_families.ipynb #c5
 TEXT = TextFamily() # Takes what none of the audio models' families claims
 FAMILIES[:] = [MiDashengLMFamily(), Qwen2AudioFamily(), QwenOmniFamily(), AudioFlamingoFamily(), MusicFlamingoFamily(),
-               VoxtralFamily()]
+               VoxtralFamily(), GlmAsrFamily(), GraniteSpeechFamily(), GraniteSpeechPlusFamily(),
+               Qwen3ASRFamily()]
 
 def add_family(
     family:Family, # Comes before those of the package

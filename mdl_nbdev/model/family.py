@@ -23,6 +23,8 @@ class Family:
     brackets = None # Tokens that stand before and after each clip, added where the chat template leaves them out
     max_clip_seconds = math.inf # Longer clips cannot be heard as a whole, so they are rejected
     max_clips = math.inf # In one conversation; one with more clips is rejected
+    # Shape of a prompt with its answer. If the user's turn in it has no text, texts of the user are rejected
+    answered = (('user', ('text',)), ('assistant', ('text',)))
     parts = {} # encoder, projector -> names of modules, at any depth; everything else is the decoder
     never_trained = () # Names of modules, at any depth, that stay as they are even in full fine-tuning
     # Its forward takes `loss_weights` [sums, rows, positions] and `label_at`, the flat positions before labels, computes logits

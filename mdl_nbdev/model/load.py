@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'device_note', 'quantization_config', 'stored_quantization', 'load_config',
            'check_trainable', 'no_safetensors', 'check_weights', 'check_end_tokens', 'is_out_of_memory', 'free_memory',
-           'check_memory', 'check_weights_fit', 'explain_weights', 'read_weights', 'load_built_in', 'load_model',
-           'load_processor', 'unwrap_model', 'recompute_activations', 'eval_mode']
+           'check_memory', 'check_weights_fit', 'explain_weights', 'in_eval_mode', 'freeze_statistics', 'read_weights',
+           'load_built_in', 'load_model', 'load_processor', 'unwrap_model', 'recompute_activations', 'eval_mode']
 
 # %% ../../nbs/2_model/30_load.ipynb #c4
 import copy, errno, os, pickle
@@ -204,6 +204,21 @@ def explain_weights(
         damage = f"{file} is damaged; copy or download it again: " if file else ''
         return InputError(f"{where}: cannot be loaded: {damage}{why}")
 
+# %% ../../nbs/2_model/30_load.ipynb #bncode01
+def in_eval_mode(
+    m:nn.Module, # A layer
+    args:tuple, # What it is called with
+)->None: # A hook's result
+    "Put a layer into eval mode, before each call of it"
+    m.training = False
+
+def freeze_statistics(
+    model:nn.Module, # Any model; it is changed
+)->None:
+    "Let layers of BatchNorm never leave eval mode"
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.register_forward_pre_hook(in_eval_mode)
+
 # %% ../../nbs/2_model/30_load.ipynb #c18
 def read_weights(
     source:str|Path|None, # A folder or a hub id; None: weights are given as `state_dict`
@@ -228,6 +243,7 @@ def read_weights(
             output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         check_weights(found)
         check_end_tokens(model)
+        freeze_statistics(model)
     except Exception as e:
         explained = explain_weights(source, e, device, config)
         if explained is None: raise

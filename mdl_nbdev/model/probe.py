@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from ..base.errors import InputError
-from .chat import ANSWERED, Chat, run_ids
+from .chat import Chat, run_ids
 from .load import eval_mode, unwrap_model
 
 # %% ../../nbs/2_model/34_probe.ipynb #c6
@@ -21,7 +21,7 @@ def check_vocabulary(
     "`InputError` if the model has no embedding for a token that can occur"
     tok, rows = chat.tok, len(unwrap_model(model).get_input_embeddings().weight)
     special = {i for i,t in tok.added_tokens_decoder.items() if t.special}
-    written = {s.token for s in chat.segments(ANSWERED) if s.token is not None}
+    written = {s.token for s in chat.segments(chat.family.answered) if s.token is not None}
     last = max({*tok.get_vocab().values()} - special | written | {tok.eos_token_id, tok.pad_token_id})
     if last < rows: return
     name, token = unwrap_model(model).name_or_path, tok.convert_ids_to_tokens(last)

@@ -17,7 +17,7 @@ from .family import Family, masked_parts
 class ProcessorFamily(Family):
     "An audio model whose network and processor are part of transformers"
     model_name = processor_name = '' # Its classes in transformers
-    published = {} # Options of the published `WhisperFeatureExtractor`
+    extractor_name, published = 'WhisperFeatureExtractor', {} # The published one: its class and its options
     mask_name = 'input_features_mask' # The network's argument that says which frames are sound
     min_samples = 1 # Shorter clips are padded with silence
 
@@ -30,9 +30,13 @@ class ProcessorFamily(Family):
     def extractor(self):
         "Turns waveforms into log-mel spectrograms"
         if self.given_extractor is None:
-            from transformers import WhisperFeatureExtractor
-            self.given_extractor = WhisperFeatureExtractor(**self.published)
+            import transformers
+            self.given_extractor = getattr(transformers, self.extractor_name)(**self.published)
         return self.given_extractor
+
+    def windows(self, n_samples): # int64, or an array of them
+        "How many windows of the feature extractor a clip has"
+        return np.maximum(1, -(-n_samples//self.extractor.n_samples))
 
     def longest_clip(self): # Seconds
         "How long a clip can be, by the model's own files"
@@ -56,7 +60,7 @@ def waveforms(self:ProcessorFamily,
 def mask_clips(self:ProcessorFamily, tensors, lengths, masks):
     features, hop, end = tensors['input_features'].copy(), self.extractor.hop_length, 0
     for n,own in zip(lengths, masks):
-        start, end = end, end + max(1, -(-n//self.extractor.n_samples)) # the windows of this clip
+        start, end = end, end + self.windows(n) # those of this clip
         whole = np.concatenate(features[start:end], -1) # [mels, frames]
         sound = whole[:, :-(-max(n, self.min_samples)//hop)]
         masked = masked_parts(len(sound), own[:2])[:,None] | masked_parts(sound.shape[1], own[2:])

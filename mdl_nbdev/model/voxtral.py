@@ -42,7 +42,6 @@ class VoxtralFamily(ProcessorFamily):
     fingerprint_facts = ('voxtral',)
     files = {} # Of the processor, see `processor_files`
 
-    def windows(self, n_samples): return np.maximum(1, -(-n_samples//self.extractor.n_samples))
     def clip_tokens(self, n_samples): return int(self.windows(n_samples))*self.extractor.nb_max_frames//8
     def clip_cost(self, n_samples, n_clips): return np.maximum(n_clips, self.windows(n_samples))*(self.extractor.nb_max_frames//2)
     def longest_clip(self): return self.max_clip_seconds
