@@ -165,7 +165,7 @@ def test_mdl_eval_shows_it(tmp_path):
             with open(tmp_path/name, "w", newline="") as f: csv.writer(f).writerows([["audio", *head.split(",")], *([f"{i}.wav", *c] for i, c in enumerate(cells))])
         return evaluate(EvalSettings(input=tmp_path/"answers.csv", reference=tmp_path/"refs.csv", output=tmp_path/"r.json", overwrite=True, **kw))
     r = report(dict(probability=[.9, .9, .6, ""]))
-    assert "expected calibration error: 40.00% (mean probability 80.0%, 66.7% right)" in str(r) and "<img alt=\"expected calibration" in r._repr_html_()
+    assert "expected calibration error: 40.00% (mean probability 80.0%, exact match 66.7%)" in str(r) and "<img alt=\"expected calibration" in r._repr_html_()
     stored = json.loads((tmp_path/"r.json").read_text())["calibration"]
     assert stored["error"] == pytest.approx((2*abs(.5 - .9) + abs(1 - .6))/3) and [b["rows"] for b in stored["bins"]] == [1, 2]
     logs = [json.dumps(dict(cat=np.log(1 - p), dog=np.log(p))) for p in (.9, .1, .4, .3)]

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mdl_nbdev import ReviewReport, ReviewSettings, review
+from mdl_nbdev import ReviewReport, ReviewSettings, TrainSettings, review
+from mdl_nbdev.base.command_line import from_args, parser
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.cli.commands import mdl_review
 from mdl_nbdev.data.rows import BadRow
@@ -178,9 +179,9 @@ def test_refused(tmp_path, monkeypatch):
     path = make_sounds(tmp_path, 16)
     s = dict(input=path, output=tmp_path/"r.csv", base_dir=tmp_path, model_name="tiny")
     for options, message in {
-        "--folds 1: no rows would be left": dict(folds=1), "--folds: got -1": dict(folds=-1), "--dry-run: a review resumes by itself": dict(dry_run=True),
+        "--folds 1: no rows would be left": dict(folds=1), "--folds: got -1": dict(folds=-1),
         "--folds 40: more than the file has": dict(folds=40), "--group speaker: no value": dict(group="speaker"),
-        "this file is reviewed": dict(train_dataset=path), "--resume-from-checkpoint: a review resumes by itself": dict(resume_from_checkpoint=True)}.items():
+        "this file is reviewed": dict(train_dataset=path)}.items():
         with pytest.raises(InputError, match=options): review(ReviewSettings(**s | message))
     different = tmp_path/"texts.csv"
     different.write_text("audio,prediction\n" + "".join(f"{i}.wav,text {i}\n" for i in range(9)))
@@ -190,6 +191,14 @@ def test_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="one process"): review(ReviewSettings(**s))
     assert not list(tmp_path.glob("r.csv*"))
+
+
+def test_options_that_a_review_sets_itself():
+    shown = parser(ReviewSettings, "mdl_review").format_help()
+    for name in ("--merge-lora", "--dry-run", "--resume-from-checkpoint", "--allow-changes"):
+        assert name not in shown and name in parser(TrainSettings, "mdl_train").format_help()
+        with pytest.raises(InputError, match=f"unknown option {name}"):
+            from_args(ReviewSettings, ["rows.csv", "--output", "r.csv", name, "true"], "mdl_review")
 
 
 def test_texts_are_shown_as_texts(tmp_path):

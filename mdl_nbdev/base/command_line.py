@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin
 from fastcore.docments import docments
 from .errors import InputError
 from .files import write_json
-from .options import default_value, option, option_facts, required_options, split_items
+from .options import default_value, option, option_facts, required_options, settable, split_items
 from .text import one_line, shorten
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c6
@@ -23,7 +23,7 @@ def option_groups(
     cls:type, # A settings dataclass
 )->dict[str, dict[str, str]]: # Title of a group -> {name: help}
     "The options of a command with their help texts, grouped by the class that declares them"
-    groups, own = {}, {f.name for f in dataclasses.fields(cls)}
+    groups, own = {}, {f.name for f in settable(cls)}
     for c in cls.__mro__:
         names = [n for n in c.__dict__.get('__annotations__', {}) if n in own]
         if names:
@@ -174,7 +174,7 @@ def read_config(
         raise InputError(f"{path}: not valid YAML or JSON: {one_line(e, 300)}") from None
     if not isinstance(values, dict): raise InputError(f"{path}: expected settings as `name: value` lines")
     values = {str(k).replace('-', '_'): v for k,v in values.items()}
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = [f.name for f in settable(cls)]
     for k in values:
         if k not in known: raise unknown_option(k, known, f"{path}: ", prog)
         if not is_flat(values[k]): raise InputError(f"{path}: {k}: expected a value, or a list or mapping of values")
@@ -197,7 +197,7 @@ def read_args(
 )->tuple[dict, dict, str|None]: # Name -> value: those of the configuration file, and of the arguments as text; the file
     "What a command line says, with its configuration file; names are checked, values are not"
     args, rest = parser(cls, prog).parse_known_args(with_dashes(argv))
-    fields = {f.name:f for f in dataclasses.fields(cls)}
+    fields = {f.name:f for f in settable(cls)}
     if rest and rest[0].startswith('--'): raise unknown_option(rest[0].split('=')[0], fields, prog=prog)
     given = vars(args)
     files = [name for name in fields if option_facts(fields[name]).positional and get_origin(fields[name].type) is list]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BOUNDS', 'type_text', 'split_items', 'split_pairs', 'parse_number', 'coerce', 'OptionFacts', 'opt', 'option_facts',
-           'option', 'options_where', 'required_options', 'default_value', 'Settings']
+           'option', 'settable', 'options_where', 'required_options', 'default_value', 'Settings']
 
 # %% ../../nbs/0_base/05_options.ipynb #c4
 import dataclasses, json, math, operator, re, types
@@ -130,13 +130,19 @@ def option(
     "The name of a setting on the command line"
     return '--' + name.replace('_', '-')
 
+def settable(
+    cls:type, # A settings dataclass
+)->list[dataclasses.Field]: # Without those of `init=False`, which the command sets itself
+    "The settings that a user can give"
+    return [f for f in dataclasses.fields(cls) if f.init]
+
 def options_where(
     cls:type, # A settings dataclass
     fact:str, # A boolean of `OptionFacts`
     value:bool=True, # What it must be
 )->list[str]: # Names of settings, in order
     "The options of a command for which a fact holds"
-    return [f.name for f in dataclasses.fields(cls) if getattr(option_facts(f), fact) is value]
+    return [f.name for f in settable(cls) if getattr(option_facts(f), fact) is value]
 
 def required_options(
     cls:type, # A settings dataclass

@@ -10,7 +10,7 @@ __all__ = ['DEFAULT_MODEL', 'TARGETS', 'LOSS_MODES', 'NORMALIZERS', 'GENERATION_
            'ReviewSettings']
 
 # %% ../../nbs/0_base/06_settings.ipynb #c4
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 from fastcore.basics import patch
@@ -372,10 +372,8 @@ class CompareSettings(Settings):
 @dataclass(kw_only=True)
 class ReviewSettings(TrainSettings):
     "Find labels that are probably wrong: each row is scored by a model that was not trained on it"
-    # CSV, TSV, Parquet or JSONL file to review; its answers are labels, which repeat
-    input:Path=opt(positional=True, location=True)
-    # CSV file to write: every row with the probability of its label, the most doubtful first; meanwhile
-    # <output>.folds holds what is finished
+    input:Path=opt(positional=True, location=True) # File to review; its answers are labels, which repeat
+    # CSV file to write: all rows, the most doubtful label first; until then, <output>.folds holds what is finished
     output:Path=opt(result=False, location=True)
     # Train this many models, each to score the rows that the others are trained on; 0: --model-name itself scores all
     folds:int=opt(5, minimum=0)
@@ -383,13 +381,15 @@ class ReviewSettings(TrainSettings):
     # Further rows to train every model on, in the same formats as the input; may be repeated
     train_dataset:list[Path]=opt(list, resume=True, location=True)
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
+    resume_from_checkpoint:bool=field(default=True, init=False) # No option, like the next three: a review resumes by itself
+    allow_changes:bool=field(default=False, init=False)
+    dry_run:bool=field(default=False, init=False)
+    merge_lora:bool=field(default=False, init=False) # Models are removed once they have scored their rows
 
     def __post_init__(self):
         super().__post_init__()
         if self.folds==1:
             raise InputError("--folds 1: no rows would be left to train on; give at least 2, or 0 for no training")
-        for name in ('resume_from_checkpoint', 'dry_run'):
-            if getattr(self, name): raise InputError(f"{option(name)}: a review resumes by itself; leave it out")
 
 # %% ../../nbs/0_base/06_settings.ipynb #c23
 @patch(as_prop=True)

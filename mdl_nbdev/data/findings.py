@@ -92,11 +92,12 @@ def group_findings(
     "The rows whose group an earlier file has"
     counts, first_file = Counter(zip(rows.group, rows.file)), {}
     for group, file in sorted(counts, key=lambda x: x[1]): first_file.setdefault(group, file)
+    remedy = f"keep each {rows.column} in one file, or let --validation-group {rows.column} split one file for training"
     names, found = {n: name for name, n in rows.groups.items()}, []
     for i, group in enumerate(rows.group):
         file = first_file[group]
         if group < 0 or file==rows.file[i]: continue
-        others = f"has {plural(counts[group, file], 'row')} in {rows.files[file]} too; keep each {rows.column} in one file"
+        others = f"has {plural(counts[group, file], 'row')} in {rows.files[file]} too; {remedy}"
         found.append(Finding(*rows.place(i), f"{rows.column} {shorten(names[group], 60)!r} {others}"))
     return found
 

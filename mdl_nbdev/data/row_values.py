@@ -54,7 +54,7 @@ def row_character_errors(t:Texts)->np.ndarray: # float [rows]
     return t.scores.char_edits/np.maximum(t.scores.chars, 1)
 
 def row_choice(t:Texts)->np.ndarray: # float [rows], 0 or 1
-    "Whether each row names the right choice"
+    "Whether the answer of each row names the choice of its reference"
     return np.array([*map(same_choice, t.references, t.predictions)], float)
 
 def row_bleu(t:Texts)->np.ndarray: # float [rows], from 0 to 100

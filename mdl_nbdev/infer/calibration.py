@@ -71,8 +71,8 @@ def at(self:Calibration,
 # %% ../../nbs/4_infer/05_calibration.ipynb #ba0b7a49
 @patch
 def __str__(self:Calibration):
-    p, right = self.probabilities.mean(), (self.right==0).mean()
-    return f"expected calibration error: {self.error:.2%} (mean {self.column} {p:.1%}, {right:.1%} right)"
+    p, exact = self.probabilities.mean(), (self.right==0).mean()
+    return f"expected calibration error: {self.error:.2%} (mean {self.column} {p:.1%}, exact match {exact:.1%})"
 @patch
 def __repr__(self:Calibration): return str(self)
 @patch
@@ -93,7 +93,7 @@ def diagram(self:Calibration)->Html: # An `<img>` element
     ticks = ''.join(f'<text x="{left+x*size:.0f}" y="{size+26}" text-anchor="middle">{x:.0%}</text>'
                     f'<text x="{left-4}" y="{14+(1-x)*size:.0f}" text-anchor="end">{x:.0%}</text>' for x in (0, .5, 1))
     names = (f'<text x="{left+size/2}" y="{size+42}" text-anchor="middle">{self.column}</text>'
-             f'<text x="{left+4}" y="22">right</text>')
+             f'<text x="{left+4}" y="22">exact match</text>')
     line = f'<path d="M{left} {size+10}L{left+size} 10" stroke="#4b5563" stroke-dasharray="4"/>'
     text = f'<g fill="#4b5563" font-family="system-ui,sans-serif" font-size="11">{ticks}{names}</g>'
     drawn = f'<rect width="100%" height="100%" fill="#fff"/><g fill="#1d4ed8">{"".join(parts)}</g>{line}{text}'

@@ -111,8 +111,7 @@ def train_settings(self:Review,
     "The settings of the training of a fold"
     values = {f.name:getattr(self.s, f.name) for f in fields(TrainSettings)}
     data = [self.s.input, *self.s.train_dataset]
-    own = dict(train_dataset=data, output=self.folder/f'fold-{fold+1}', merge_lora=False, resume_from_checkpoint=True)
-    return TrainSettings(**values | own)
+    return TrainSettings(**values | dict(train_dataset=data, output=self.folder/f'fold-{fold+1}'))
 
 @patch
 def train_fold(self:Review,

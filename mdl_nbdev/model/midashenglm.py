@@ -294,6 +294,9 @@ class ConversationProcessor:
         out = self(texts, [load_clip(s) for s in clip_sources(conversations)] or None, **call)
         return out if return_dict else out["input_ids"]
 
+    def check_argument_for_proper_class(self, name, argument):
+        "Skip transformers' check, which imports mistral_common, if installed, and that takes seconds"
+
 # %% ../../nbs/2_model/12_midashenglm.ipynb #c30
 class MiDashengLMProcessor(ConversationProcessor, ProcessorMixin):
     "Text and clips to the model's inputs"

@@ -6,7 +6,7 @@
 __all__ = ['import_fit', 'train']
 
 # %% ../../nbs/3_train/21_run.ipynb #c4
-import gc
+import gc, sys
 from contextlib import ExitStack
 from typing import Callable
 from ..base.processes import Ranks, world_size
@@ -20,11 +20,13 @@ from .prepare import open_chat, open_datasets, open_run_folder
 @phase('importing')
 def import_fit(): # The module `mdl_nbdev.train.fit`
     "Import what trains, with the garbage collector off, which would take a sixth of the time and find nothing"
-    collects = gc.isenabled()
+    first, collects = 'torch' not in sys.modules, gc.isenabled()
+    if first: gc.collect()
     gc.disable()
     try: from mdl_nbdev.train import fit
     finally:
         if collects: gc.enable()
+    if first: gc.freeze()
     return fit
 
 # %% ../../nbs/3_train/21_run.ipynb #c8
