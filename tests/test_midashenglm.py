@@ -664,6 +664,12 @@ def processor():
     return MiDashengLMProcessor(Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True), tokenizer)
 
 
+def test_a_processor_is_made_at_once(processor, monkeypatch):
+    "transformers looks its parts up in all its modules, one of which imports mistral_common and parses the grammars of its libraries"
+    monkeypatch.setattr(MiDashengLMProcessor, "get_possibly_dynamic_module", lambda self, name: pytest.fail(f"{name} was looked up"))
+    MiDashengLMProcessor(processor.feature_extractor, processor.tokenizer)
+
+
 @pytest.mark.parametrize("n_samples, tokens", [(1, 1), (1600, 1), (3199, 1), (3200, 1), (6239, 1), (6240, 2), (16000, 5), (161280, 50), (480000, 150), (528000, 165)])
 def test_token_counts(processor, n_samples, tokens):
     assert n_audio_tokens(n_samples) == tokens == max(1, (1 + n_samples//160)//4//5)
