@@ -56,8 +56,7 @@ class ModelSettings(Settings):
 @dataclass(kw_only=True)
 class TokenizeSettings(Settings):
     "Tokenization"
-    # Conversations tokenized in one call
-    tokenizing_batch_size:int=opt(8, minimum=1, result=False, convert=True)
+    tokenizing_batch_size:int=opt(8, minimum=1, result=False, convert=True) # Conversations tokenized at once
     # Jinja file with a chat template, instead of the model's own
     chat_template:Path|None=opt(None, resume=True, convert=True, location=True)
 
@@ -206,6 +205,8 @@ class AugmentSettings(Settings):
 class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, LearnSettings, TaskSettings, EvaluationSettings,
                     AugmentSettings):
     "Fine-tune a model"
+    # Decode clips whenever a row is read, rather than convert them ahead; for data that is larger than the disk
+    on_the_fly:bool=opt(False, convert=True)
     # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/. final/ is the model after the last step, or the
     # best one if early stopping ended the run
     output:Path=opt(result=False, location=True)
@@ -308,8 +309,7 @@ class MergeSettings(ModelSettings):
 class EvalSettings(Settings):
     "Compare predictions with references: exact match, word and character error rate, a table by label"
     input:Path=opt(positional=True, location=True) # File with predictions, as mdl_infer writes it
-    # File with the references: the same rows in the same order
-    reference:Path=opt(location=True)
+    reference:Path=opt(location=True) # File with the references: the same rows in the same order
     # What is done to both sides before they are compared: nothing, so that case and punctuation count; equal upper and
     # lower case; Whisper's normalizer for all languages or for English; or Chinese with its numbers in characters. The
     # raw metrics are shown too

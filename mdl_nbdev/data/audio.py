@@ -21,7 +21,6 @@ from .clips import local_file, note_clip, split_segment
 from .media import MediaFile, file_contents, has_second_beginning, is_chained_ogg, mp3_fault, mp3_states_length, ogg_is_complete, ogg_tracks
 from .remote import AudioError, is_url
 
-# %% ../../nbs/1_data/03_audio.ipynb #c5
 SAMPLE_RATE = 16_000 # Samples per second of waveforms, unless another rate is asked for
 _UNKNOWN = 1 << 36 # a frame count from here on means that the header does not state the length
 
@@ -69,18 +68,22 @@ def read_blocks(
 def audio_info(
     src:str|Path, # Path or web address
     max_seconds:float=math.inf, # Refuse a longer clip
+    remedy:str=SHORTER, # What to do about a longer clip
+    exact:bool=False, # Count the frames of an mp3, whose header may be wrong by one or two frames of the format
 )->AudioInfo: # Length, rate, channels and format
-    """Read a clip's header, without decoding it; raises `AudioError`.
-
-    Lengths of wav, flac and ogg files are exact. Where the header does not state the length (mp3 without a length tag,
-    flac from a pipe) the frames are counted by decoding.
-    The length tag of an mp3 may be wrong by a frame or two of the format; `len(load_audio(src))` is exact."""
+    """Read a clip's header, without decoding it; raises `AudioError`. Lengths of wav, flac and ogg files are exact.
+    Where the header does not state the length (mp3 without a length tag, flac from a pipe) the frames are counted by decoding."""
     with open_clip(src) as f:
-        frames = f.frames if f.frames < _UNKNOWN else sum(map(len, read_blocks(f, src, max_seconds)))
+        is_known = f.frames < _UNKNOWN and not (exact and _missing_allowed(f))
+        frames = f.frames if is_known else sum(map(len, read_blocks(f, src, max_seconds, remedy)))
         info = AudioInfo(frames, f.samplerate, f.channels, f.format)
     if not info.samples: raise _too_short(src, SAMPLE_RATE)
-    if info.seconds > max_seconds: raise _too_long(src, f'{info.seconds:,.1f}', max_seconds, SHORTER)
+    if info.seconds > max_seconds: raise _too_long(src, f'{info.seconds:,.1f}', max_seconds, remedy)
     return info
+
+def _missing_allowed(f)->int:
+    "How many frames an open file may lack: two of the format in an mp3, which a wav may hold too"
+    return 2304 if f.format=='MP3' or f.subtype.startswith('MPEG') else 0
 
 def _too_short(src, rate):
     return AudioError(f'{src}: less than one sample at {rate:,} Hz; record or export it again')
@@ -114,7 +117,6 @@ def is_silent(
     low, high = float(waveform.min()), float(waveform.max())
     return max(high, -low) < SILENCE*(32768 if waveform.dtype==np.int16 else 1)
 
-# %% ../../nbs/1_data/03_audio.ipynb #c34
 def decode(
     f:sf.SoundFile, # From `open_clip`
     src:str|Path, # What messages call the clip
@@ -128,8 +130,7 @@ def decode(
         n += len(block)
         yield to_mono(block, src, channel)
     missing = f.frames - n if known else 0
-    tolerance = 2304 if f.format=='MP3' or f.subtype.startswith('MPEG') else 0 # two frames of the format; wav files may hold mp3
-    if missing > tolerance or not n:
+    if missing > _missing_allowed(f) or not n:
         raise DamagedAudio(f'{src}: truncated, its header promises {f.frames:,} frames and {n:,} could be read; '
                          'copy or download it again')
 
@@ -267,7 +268,6 @@ def gsm_seconds(
 # %% ../../nbs/1_data/03_audio.ipynb #c12
 _SHORT = re.compile(r'^\s*(?:data|SSND|BODY|Data Size|Riff size|riff) *: *(\d+) \(should be (\d+)\)', re.M)
 
-# %% ../../nbs/1_data/03_audio.ipynb #52738578
 def stated_frames(
     f:sf.SoundFile, # The open file
     path:Path, # Where it is

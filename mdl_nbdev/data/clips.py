@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEGMENTS', 'ENDS', 'SLIPS', 'SOUND_SUFFIXES', 'NOTES', 'ClipPart', 'split_name', 'split_segment', 'name_part',
            'segment_names', 'read_seconds', 'read_channel', 'cut_clip', 'resolve', 'local_file', 'prepare_clips',
-           'clip_state', 'clips_digest', 'names_in', 'find_twin', 'missing_hint', 'no_clip', 'is_sound_file',
-           'names_clip', 'count_notes', 'collected_notes', 'note_clip', 'note_lines']
+           'clip_state', 'clips_digest', 'clip_stamp', 'names_in', 'find_twin', 'missing_hint', 'no_clip',
+           'is_sound_file', 'names_clip', 'count_notes', 'collected_notes', 'note_clip', 'note_lines']
 
 # %% ../../nbs/1_data/02_clips.ipynb #c5
 import hashlib, json, math, os, re
@@ -171,6 +171,12 @@ def clips_digest(
 )->str: # 16 hexadecimal digits
     "A digest that is the same while the clips are"
     return hashlib.sha256(json.dumps([*map(clip_state, clips)]).encode()).hexdigest()[:16]
+
+def clip_stamp(
+    clip:str, # Path or web address, perhaps of a part of a clip
+)->int: # 63 bits
+    "A number that is the same while a clip is"
+    return int(clips_digest([clip]), 16) >> 1
 
 # %% ../../nbs/1_data/02_clips.ipynb #c28
 # What may be wrong with a path -> how to undo it

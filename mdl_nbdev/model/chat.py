@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from fastcore.basics import patch
 from ..base.errors import InputError
-from ..data.audio import load_audio, to_int16
+from ..data.audio import audio_info, load_audio, to_int16
 from ..data.conversations import message_text
 from .family import Family
 from ..base.text import shorten
@@ -314,13 +314,16 @@ def example(self:Chat,
 def load_clips(self:Chat,
     conversation, # A `Conversation`
     max_seconds:float=600., # Longer clips are rejected
-    dtype:str='int16', # Or float32
+    dtype:str='int16', # Or float32; none: read lengths only, and return silence, which takes no memory
 )->list[np.ndarray]: # Waveforms [samples] at the family's sample rate
     "Decode the clips of a conversation; `InputError` for one that the model cannot hear as a whole"
     family, limits = self.family, dict(max_seconds=max_seconds)
     if family.max_clip_seconds < max_seconds:
         remedy = f'{family.name} takes no longer clips: cut it into shorter ones'
         limits = dict(max_seconds=family.max_clip_seconds, remedy=remedy)
+    if dtype=='none':
+        lengths = [audio_info(p, exact=True, **limits).samples_at(family.sample_rate) for p in conversation.clips]
+        return [np.broadcast_to(np.int16(0), n) for n in lengths]
     clips = [load_audio(p, sample_rate=family.sample_rate, **limits) for p in conversation.clips]
     return [to_int16(c) for c in clips] if dtype=='int16' else clips
 

@@ -27,7 +27,7 @@ from ..base.progress import progress_bar
 from ..base.settings import ConvertSettings
 from ..base.status import phase
 from ..base.text import format_duration, plural
-from ..data.clips import clip_state, collected_notes, count_notes, note_lines, prepare_clips, resolve
+from ..data.clips import clip_stamp, clip_state, collected_notes, count_notes, note_lines, prepare_clips, resolve
 from ..data.conversations import Conversation
 from ..data.rows import BadRow, bad_rows_error, to_conversation
 from ..data.sources import note_misnamed, open_rows
@@ -39,23 +39,25 @@ MANIFEST = 'mdl_nbdev.json' # What a converted folder says about itself
 OWN_FILES = (MANIFEST, 'data-*.arrow', 'data-*.tmp', 'dataset_info.json', 'state.json', 'key') # All that a converted folder holds
 
 def row_schema(
-    audio_dtype:str, # 'int16' or 'float32'
+    audio_dtype:str, # 'int16', 'float32' or 'none'
 )->pa.Schema: # A field for each column
     "The columns of a converted dataset"
-    integers, text = pa.list_(pa.int32()), pa.string()
+    integers, text, stamps = pa.list_(pa.int32()), pa.string(), dict(clip_stamps=pa.list_(pa.int64()))
+    clips = stamps if audio_dtype=='none' else dict(audio=pa.list_(pa.type_for_alias(audio_dtype)))
     return pa.schema(dict(
-        input_ids=integers, labels=integers, audio=pa.list_(pa.type_for_alias(audio_dtype)), audio_lengths=integers,
+        input_ids=integers, labels=integers, **clips, audio_lengths=integers,
         line=pa.int32(), task=text, conversation=text, spans=integers))
 
 def to_columns(
-    example:Example, # Made from a conversation
+    e:Example, # Made from a conversation
+    audio_dtype:str, # As in `row_schema`
 )->dict: # Column -> value
     "An example as a row of a converted dataset"
-    e = example
+    if audio_dtype=='none': clips = dict(audio=[], clip_stamps=np.array([*map(clip_stamp, e.conversation.clips)], np.int64))
+    else: clips = dict(audio=np.concatenate(e.clips) if e.clips else [])
     return dict(
-        input_ids=e.input_ids, labels=e.labels, audio=np.concatenate(e.clips) if e.clips else [],
-        audio_lengths=[len(clip) for clip in e.clips], line=e.line, task=e.task,
-        conversation=e.conversation.to_json(), spans=e.spans.ravel())
+        input_ids=e.input_ids, labels=e.labels, **clips, audio_lengths=[len(clip) for clip in e.clips],
+        line=e.line, task=e.task, conversation=e.conversation.to_json(), spans=e.spans.ravel())
 
 def record_batch(
     rows:list[dict], # From `to_columns`
@@ -90,7 +92,7 @@ def convert_rows(
     conversations:list[Conversation], # A few rows
     chat:Chat, # Of the model
     max_seconds:float, # Longer clips are rejected
-    audio_dtype:str, # 'int16' or 'float32'
+    audio_dtype:str, # As in `row_schema`
 )->tuple[list[dict], list[BadRow]]: # Good rows as columns, with `notes` on their clips; and the others
     "Load and tokenize some rows"
     good, clips, notes, bad = [], [], [], []
@@ -102,7 +104,7 @@ def convert_rows(
             notes.append(found)
             good.append(c)
         except InputError as e: bad.append(bad_row(c, e, c.first_clip))
-    return [dict(to_columns(t.example(c)), notes=n) for t,c,n in zip(chat.tokenize(good), clips, notes)], bad
+    return [dict(to_columns(t.example(c), audio_dtype), notes=n) for t,c,n in zip(chat.tokenize(good), clips, notes)], bad
 
 # %% ../../nbs/3_train/00_convert.ipynb #c10
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class ShardJob:
     conversations:tuple # Of its rows
     folder:Path # Where the shard is written
     index:int # Its number
-    audio_dtype:str # 'int16' or 'float32'
+    audio_dtype:str # As in `row_schema`
     max_seconds:float # Longer clips are rejected
     batch_size:int # Conversations that are tokenized together
     fingerprint:str # Of the model's chat
@@ -123,16 +125,14 @@ class ShardJob:
         rows = [(c.messages, [clip_state(p) for p in c.clips], c.line, c.task) for c in self.conversations]
         facts = [rows, self.audio_dtype, self.max_seconds, self.fingerprint]
         if self.sample_rate != 16_000: facts.append(self.sample_rate) # left out at 16 kHz, so that digests of earlier versions stay valid
-        text = json.dumps(facts, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
 
-# %% ../../nbs/3_train/00_convert.ipynb #c11
 class Shard(NamedTuple):
     "What became of a shard"
     path:Path # Its file; absent if it has bad rows
     rows:int # Rows of the input that it is made from
     samples:int=0 # Audio samples in it
-    digests:dict={} # `xxh3` of its file, and of its `audio` alone
+    digests:dict={} # `xxh3` of its file, and of its `audio` or `clip_stamps` alone
     bad:list[BadRow]=() # Rows that could not be converted
     notes:dict={} # Counts of silent clips and the like, from `count_notes`
 
@@ -168,9 +168,9 @@ class ShardFacts:
     )->None:
         self.rows += len(batch)
         count_notes(self.notes, notes)
-        audio = batch['audio'].flatten()
-        self.samples += len(audio)
-        self.audio.update(np.from_dlpack(audio))
+        clips = 'audio' if 'audio' in batch.schema.names else 'clip_stamps'
+        self.samples += int(np.from_dlpack(batch['audio_lengths'].flatten()).sum())
+        self.audio.update(np.from_dlpack(batch[clips].flatten()))
     def shard(self,
         path:Path, # Of the shard
         file:HashedFile, # The shard, all of which has been read or written

@@ -56,6 +56,8 @@ def explain_error(
     measure:Callable, # From settings to the `MemoryEstimate` of a step
 )->InputError|None: # None: not an error that the user can fix
     "What ended a run, and what to do"
+    if isinstance(e, InputError) and 'DataLoader worker' in str(e): # torch adds the traceback of the worker
+        return InputError(str(e).rstrip().rpartition('\n')[2].partition(': ')[2])
     if is_out_of_memory(e):
         try: advice = memory_advice(trainer.s, measure)
         except InputError as no_estimate: advice = str(no_estimate)
