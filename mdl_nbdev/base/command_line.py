@@ -12,7 +12,6 @@ import argparse, dataclasses, difflib, re, shlex, sys, types
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
-from fastcore.docments import docments
 from .errors import InputError
 from .files import write_json
 from .options import default_value, option, option_facts, required_options, settable, split_items
@@ -21,13 +20,15 @@ from .text import one_line, shorten
 # %% ../../nbs/0_base/07_command_line.ipynb #c6
 def option_groups(
     cls:type, # A settings dataclass
+    with_help:bool=True, # Otherwise the help texts are empty
 )->dict[str, dict[str, str]]: # Title of a group -> {name: help}
     "The options of a command with their help texts, grouped by the class that declares them"
+    if with_help: from fastcore.docments import docments
     groups, own = {}, {f.name for f in settable(cls)}
     for c in cls.__mro__:
         names = [n for n in c.__dict__.get('__annotations__', {}) if n in own]
         if names:
-            docs = docments(c)
+            docs = docments(c) if with_help else dict.fromkeys(names)
             groups[c.__doc__] = {n: ' '.join((docs[n] or '').split()) for n in names}
             own -= set(names)
     return groups
@@ -73,12 +74,13 @@ EPILOG = ("Defaults are in brackets; null and none: not set. Booleans take true 
 def parser(
     cls:type, # A settings dataclass
     prog:str, # Name of the command
+    with_help:bool=True, # Whether options have help texts
 )->argparse.ArgumentParser: # One option for each field, with values as text
     "The parser of a command"
     fields = {f.name:f for f in dataclasses.fields(cls)}
     p = SettingsParser(prog=prog, description=cls.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS, epilog=EPILOG)
     p.required = required_options(cls)
-    for title, options in option_groups(cls).items():
+    for title, options in option_groups(cls, with_help).items():
         group = p.add_argument_group(title if title != cls.__doc__ else 'Main options')
         for name, text in options.items():
             kw = dict(help=(text + default_text(fields[name])).replace('%', '%%'))
@@ -196,7 +198,8 @@ def read_args(
     prog:str='mdl', # Name of the command
 )->tuple[dict, dict, str|None]: # Name -> value: those of the configuration file, and of the arguments as text; the file
     "What a command line says, with its configuration file; names are checked, values are not"
-    args, rest = parser(cls, prog).parse_known_args(with_dashes(argv))
+    asks_help = any(arg=='--help' or arg.startswith('-h') for arg in argv)
+    args, rest = parser(cls, prog, asks_help).parse_known_args(with_dashes(argv))
     fields = {f.name:f for f in settable(cls)}
     if rest and rest[0].startswith('--'): raise unknown_option(rest[0].split('=')[0], fields, prog=prog)
     given = vars(args)

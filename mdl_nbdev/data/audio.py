@@ -9,7 +9,7 @@ __all__ = ['SAMPLE_RATE', 'SHORTER', 'MAX_PEAK', 'SILENCE', 'AudioInfo', 'read_b
            'open_clip']
 
 # %% ../../nbs/1_data/03_audio.ipynb #c4
-import io, math, os, re, struct
+import io, itertools, math, os, re, struct
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +59,8 @@ def read_blocks(
     remedy:str=SHORTER, # What to do about a longer clip
 )->Iterator[np.ndarray]: # [frames, channels] float32; each is valid until the next one is read
     "Decode a clip, 131,072 frames at a time"
-    out, n = np.empty((1 << 17, f.channels), np.float32), 0
-    while len(block := f.read(out=out)):
+    out, n = np.empty((min(1 << 17, f.frames + 1), f.channels), np.float32), 0 # + 1: to meet the end
+    while n != f.frames and len(block := f.read(out=out)):
         n += len(block)
         if n > max_seconds*f.samplerate: raise _too_long(src, f'over {max_seconds:g}', max_seconds, remedy)
         yield block
@@ -144,11 +144,11 @@ def resample(
     new_rate:int, # The sample rate to convert to, Hz
 )->Iterator[np.ndarray]: # [samples] float32 each
     "Change the sample rate of a stream of blocks"
-    if rate==new_rate:
-        yield from blocks
-        return
+    if rate==new_rate: return (yield from blocks)
+    first, more = next(blocks), next(blocks, None)
+    if more is None: return (yield soxr.resample(first, rate, new_rate, quality='HQ')) # a stream takes longer to start
     stream = soxr.ResampleStream(rate, new_rate, 1, dtype='float32', quality='HQ')
-    for block in blocks: yield stream.resample_chunk(block)
+    for block in itertools.chain((first, more), blocks): yield stream.resample_chunk(block)
     yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 def measured(
@@ -254,7 +254,7 @@ def open_other(
         raise DamagedAudio(f'{src}: truncated, it is shorter than its header promises; copy or download it again')
     if is_media: return MediaFile(path, str(src), kind)
     if kind: raise _unreadable(src, path, f'it is {kind}')
-    fault = mp3_fault(path)
+    fault = mp3_fault(path) if head.startswith((b'\xff', b'ID3')) else None
     if fault=='joined': raise AudioError(f'{src}: {_JOINED}')
     if fault: raise DamagedAudio(f'{src}: {fault}; copy or download it again')
 

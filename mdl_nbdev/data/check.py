@@ -7,7 +7,7 @@ __all__ = ['MIN_AUDIO_SECONDS', 'MOST_FINDINGS', 'ROUND_STEPS', 'NO_ANSWERS', 'C
            'histogram_lines', 'histogram_html', 'ClipFacts', 'measure_clip', 'check']
 
 # %% ../../nbs/1_data/17_check.ipynb #03b1750a
-import os
+import itertools, os
 from array import array
 from collections import Counter, defaultdict
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from fastcore.basics import patch
+from fastcore.basics import chunked, patch
 from xxhash import xxh3_128
 from ..base.errors import InputError, python_spelling
 from ..base.files import new_output, output_lock
@@ -223,8 +223,9 @@ def add_row(self:CheckReport,
 )->Conversation: # Of the row, with its clips as they were written
     "Add the facts of a row"
     conversation = Conversation(row.messages, row.file, row.line, row.task)
-    clip = resolve(conversation.clips[0], s.base_dir, s.channel) if conversation.clips else ""
-    self.bad += [BadRow(row.file, row.line, fault, clip) for fault in row.faults(s.user_prompt, s.predictions)]
+    for fault in row.faults(s.user_prompt, s.predictions):
+        clip = resolve(conversation.clips[0], s.base_dir, s.channel) if conversation.clips else ""
+        self.bad.append(BadRow(row.file, row.line, fault, clip))
     if row.audio: self.sample.add(row)
     users = [m for m in conversation.turns if m["role"]=="user"]
     needs_system = conversation.system is None and bool(users)
@@ -321,28 +322,29 @@ def add_clips(self:CheckReport,
 )->SoundIndex: # All clips that can be heard
     "Add the durations of clips, and what is wrong with them"
     index = SoundIndex()
+    np.empty(1 << 24, np.uint8) # freed at once: from then on glibc keeps blocks of this size, and new pages take long
     def read(audio):
-        try: return measure_clip(audio, s)
-        except InputError as e: return str(e)
-    def rows(audio, reason, clip):
+        try: return audio, measure_clip(audio, s)
+        except InputError as e: return audio, str(e)
+    def read_all(names): return [*map(read, names)] # a result for each would wake this thread too often
+    def rows(audio, reason):
+        clip = resolve(audio, s.base_dir, s.channel)
         return [BadRow(*self.places.place(i), reason, clip) for i in dict.fromkeys(clips[audio])]
     with DaemonPool(s.num_workers) as pool, progress_bar(len(clips), "checking", "clip", disable=None) as bar:
-        for audio, result in zip(clips, pool.map(read, clips, ahead=1024)):
+        for audio, result in itertools.chain.from_iterable(pool.map(read_all, chunked(clips, 16), 64)):
             bar.update()
-            clip = resolve(audio, s.base_dir, s.channel)
             if isinstance(result, str):
-                self.bad += rows(audio, result, clip)
+                self.bad += rows(audio, result)
                 self.unusable.add(audio)
                 continue
             seconds, notes, faults, digest, frames = result
             if digest is not None: index.add(audio, digest, frames)
             self.seconds.extend([seconds]*len(clips[audio]))
-            for kind in notes: self.notes[kind] += rows(audio, f"{audio}: {NOTES[kind][2]}", clip)
+            for kind in notes: self.notes[kind] += rows(audio, f"{audio}: {NOTES[kind][2]}")
             if seconds < MIN_AUDIO_SECONDS:
-                short = f"{audio}: {seconds:.3f} s long; check where it was cut, or remove the row"
-                self.short += rows(audio, short, clip)
+                self.short += rows(audio, f"{audio}: {seconds:.3f} s long; check where it was cut, or remove the row")
             for kind, fault in faults.items():
-                self.findings[kind] += [Finding(*r) for r in rows(audio, f"{audio}: {fault}", clip)]
+                self.findings[kind] += [Finding(*r) for r in rows(audio, f"{audio}: {fault}")]
     return index
 
 # %% ../../nbs/1_data/17_check.ipynb #3f2aae2a

@@ -60,7 +60,7 @@ def bit_errors(
 WEAK = 2 # Bits of a sub-fingerprint that may differ
 MOST_ERRORS = .28 # Share of the bits that may differ in a copy
 NEIGHBORS = 50 # How many of equal sub-fingerprints are compared with each
-BIT_COUNTS = np.array([n.bit_count() for n in range(1 << BITS)], np.uint8)
+BIT_COUNTS = np.unpackbits(np.arange(1 << BITS, dtype=np.uint16).view(np.uint8)).reshape(-1, BITS).sum(axis=1, dtype=np.uint8)
 
 def sub_fingerprints(
     prints:np.ndarray, # int8 [clips, TIMES, BITS]
@@ -152,7 +152,7 @@ class SoundIndex:
         known = self.names.setdefault(digest, [])
         known.append(name)
         if len(known)==1: self.waiting.append(frames)
-        if len(self.waiting)==64: self.work()
+        if len(self.waiting)==8: self.work() # their spectra fit in the cache of a processor core
 
     def work(self)->None:
         "Make the fingerprints of the clips that are waiting"

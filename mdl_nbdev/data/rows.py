@@ -20,7 +20,7 @@ from ..base.errors import InputError, python_spelling
 from ..base.html import Html, as_html, html_table, player_seconds
 from ..base.progress import in_kernel
 from ..base.text import plural, printable, shorten
-from .clips import missing_hint, resolve, segment_names
+from .clips import missing_hint, resolve
 from .conversations import MARK, Conversation, Located, place_clips, text_message
 from .pictures import clip_html, start_player
 
@@ -163,9 +163,7 @@ class RowFile:
 
     def ignored(self, row)->list[str]: # Names of columns or keys
         "The columns or keys of a row that are ignored"
-        parts = segment_names(self.columns) if "audio" in self.columns else []
-        meant = (*COLUMNS, *parts)
-        return [*(name for name in self.columns if name not in meant), *self.left_out]
+        raise NotImplementedError
 
     def misnamed(self)->dict[str,str]: # Ignored column -> the column it may be meant as
         "Ignored columns that look like prompts, or like times in the clip; records have many names for a prompt, tables have one"

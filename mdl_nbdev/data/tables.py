@@ -129,6 +129,14 @@ class CsvFile(TableFile):
 
 # %% ../../nbs/1_data/08_tables.ipynb #c24
 @patch
+def ignored(self:TableFile,
+    row, # A row of this file
+)->list[str]: # The same for all rows
+    "The columns that are ignored"
+    meant = (*COLUMNS, *(self.segment if "audio" in self.columns else ()))
+    return [*(name for name in self.columns if name not in meant), *self.left_out]
+
+@patch
 def good_row(self:TableFile,
     cells:tuple[str,...], # In the order of the columns
     line:int, # Where they start
