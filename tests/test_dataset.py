@@ -235,6 +235,36 @@ def test_a_changed_clip_is_converted_again(tmp_path):
     assert len(after) == 8000 and not after.any() and before.any()
 
 
+def change_clip(folder): sf.write(folder/"sounds"/"0003.wav", sf.read(folder/"sounds"/"0003.wav", dtype="int16")[0][::-1].copy(), 16000)
+def change_rows(change):
+    def edit(folder):
+        lines = (folder/"sounds.csv").read_text().splitlines(keepends=True)
+        change(lines)
+        (folder/"sounds.csv").write_text("".join(lines))
+    return edit
+
+
+EDITS = {"nothing": (lambda folder: None, {}), "a clip of the same length": (change_clip, {}), "a word": (change_rows(lambda lines: lines.insert(9, lines.pop(9).replace("\n", "!\n"))), {}),
+    "a row more": (change_rows(lambda lines: lines.insert(70, lines[3])), {}), "rows fewer": (change_rows(lambda lines: lines.__delitem__(slice(20, 90))), {}),
+    "another order": (change_rows(lambda lines: lines.insert(1, lines.pop(100))), {}), "prompt": (lambda folder: None, dict(user_prompt="What?")), "type": (lambda folder: None, dict(audio_dtype="float32")),
+    "base folder": (lambda folder: shutil.copytree(folder/"sounds", folder/"b"/"sounds"), dict(base_dir="b")), "answers": (lambda folder: None, dict(learn_answers="last"))}
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_conversion_that_ended_early_and_was_edited_is_as_a_new_one(tmp_path, monkeypatch, name):
+    edit, changes = EDITS[name]
+    monkeypatch.chdir(tmp_path)
+    make_sounds(tmp_path, 130, seed=4) # three shards
+    s = ConvertSettings(input="sounds.csv", output="d", model_name="tiny", num_workers=1)
+    with monkeypatch.context() as m:
+        m.setattr("mdl_nbdev.train.convert.write_small_files", lambda *args: 1/0)
+        with pytest.raises(ZeroDivisionError): convert(s)
+    assert len(list(Path("d.part").glob("*.arrow"))) == 3
+    edit(tmp_path)
+    convert(replace(s, **changes))
+    convert(replace(s, output="new", **changes))
+    assert files(Path("d")) == files(Path("new")) and not Path("d.part").exists()
+
+
 def test_a_folder_of_mdl_toolkit_opens(tmp_path):
     "Its rows are padded to their conversion batch: on the left with masked tokens, on the right with silence"
     wave = np.linspace(-1, 1, 4000, dtype=np.float32)
