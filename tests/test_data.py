@@ -487,6 +487,14 @@ def test_utf_16_without_a_mark(tmp_path, encoding):
     assert row.prediction == "你好，今天天气很好"
 
 
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-32-be"])
+def test_utf_32_begins_like_utf_16(tmp_path, encoding):
+    (tmp_path/"t.csv").write_bytes(("\ufeff"*(encoding != "utf-32") + "audio,prediction\na.wav,你好\n").encode(encoding))
+    with pytest.raises(InputError, match="it looks like UTF-32: read it with --encoding utf_32, or save it as UTF-8, for example: iconv -f UTF-32"): open_rows(tmp_path/"t.csv")
+    row, = open_rows(tmp_path/"t.csv", encoding="utf_32")
+    assert row.prediction == "你好"
+
+
 def test_a_wrong_encoding(tmp_path):
     (tmp_path/"t.csv").write_bytes("audio,prediction\na.wav,é\n".encode())
     with pytest.raises(InputError, match="'klingon' is no encoding that Python knows"): open_rows(tmp_path/"t.csv", encoding="klingon")

@@ -823,6 +823,9 @@ def test_columns_that_look_like_times(tmp_path, ramp, capfd):
     assert "ignored columns: start_time (did you mean start?), Channel (did you mean channel?)" in capfd.readouterr().err
     note_misnamed(open_rows(write(tmp_path, json.dumps({"audio": "r.wav", "begin": 0.5, "end": 1, "prompt": "a", "response": "b"}) + "\n", "t.jsonl")))
     assert "ignored columns: begin (did you mean start?)\n" in capfd.readouterr().err
+    for first, last in [("start_ms", "end_ms"), ("start_sample", "end_sample"), ("begin", "stop")]:
+        note_misnamed(open_rows(write(tmp_path, f"audio,{first},{last},prediction\nr.wav,500,1000,x\n", "t.csv")))
+        assert f"ignored columns: {first} (did you mean start?), {last} (did you mean end?)\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", nonsense)

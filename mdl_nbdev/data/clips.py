@@ -230,7 +230,7 @@ def no_clip(
     "Why there is no clip, and what to do"
     name = shorten(src, 200)
     path = os.path.expanduser(src)
-    if src.startswith('data:'):
+    if src.startswith('data:') or re.fullmatch('[A-Za-z0-9+/\\s]{300,}={0,2}\\s*', src):
         return f'{shorten(src)}: the cell contains audio data instead of a path; save the audio as a file and give its path'
     if src.lower().startswith('file:'):
         local = unquote(re.sub('^file:(//(localhost)?(?=/))?', '', src, flags=re.I))

@@ -318,7 +318,7 @@ def rows_html(
 # %% ../../nbs/1_data/07_rows.ipynb #c37
 # Names in Python and in iconv of what tables are likely to be in
 ENCODINGS = dict(utf_16="UTF-16", utf_16_le="UTF-16LE", utf_16_be="UTF-16BE", gb18030="GB18030", big5="BIG5",
-                 shift_jis="SHIFT_JIS", euc_jp="EUC-JP", euc_kr="EUC-KR", cp1252="WINDOWS-1252", cp1251="WINDOWS-1251")
+                 shift_jis="SHIFT_JIS", euc_jp="EUC-JP", euc_kr="EUC-KR", cp1252="WINDOWS-1252", cp1251="WINDOWS-1251", utf_32="UTF-32")
 
 @lru_cache
 def likely_encodings(
@@ -327,6 +327,7 @@ def likely_encodings(
     "Guess the encoding of a file by its first lines"
     from charset_normalizer import from_bytes
     with open(path, "rb") as f: sample = f.read(2**18)
+    if sample[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): return ["utf_32"] # begins like UTF-16
     if sample[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): return ["utf_16"]
     nuls = {e: sample[i:200:2].count(0) for e, i in dict(utf_16_be=0, utf_16_le=1).items()} # half of an ASCII character
     if not min(nuls.values()) and max(nuls.values()) > len(sample[:200])//8: return [max(nuls, key=nuls.get)]

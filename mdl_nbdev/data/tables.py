@@ -230,8 +230,9 @@ def format_row(
 OTHER_COLUMN_NAMES = dict(path="audio", file="audio", filename="audio", file_name="audio", wav="audio",
     prompt="user_prompt", question="user_prompt", instruction="user_prompt", query="user_prompt", input="user_prompt",
     text="user_prompt", system="system_prompt", answer="prediction", response="prediction", output="prediction",
-    label="prediction", caption="prediction", transcript="prediction",
-    start_time="start", begin="start", begin_time="start", end_time="end", stop="end") # What else people call our columns
+    label="prediction", caption="prediction", transcript="prediction", transcription="prediction", sentence="prediction",
+    **dict.fromkeys("start_time begin begin_time start_ms start_s start_sec start_sample start_frame frame_offset".split(), "start"),
+    **dict.fromkeys("end_time stop stop_time end_ms end_s end_sec end_sample end_frame".split(), "end")) # What else people call ours
 
 def is_text_table(
     columns:list[str], # Names of the columns
