@@ -376,7 +376,7 @@ def test_a_tokenizer_in_python_is_refused():
     tok = copy.deepcopy(BPE)
     slow = type("Slow", (type(tok),), {"is_fast": property(lambda self: False)})
     tok.__class__ = slow
-    with pytest.raises(InputError, match="the tokenizer, Slow, is written in Python, not in tokenizer.json; choose another --model-name"): Chat(tok, TextFamily())
+    with pytest.raises(InputError, match="the tokenizer, Slow, is Python code, not a tokenizer.json; choose another --model-name"): Chat(tok, TextFamily())
 
 
 def test_clip_tokens_agree_with_the_network():

@@ -83,7 +83,7 @@ class Chat:
         if tok.eos_token is None:
             raise InputError("this tokenizer has no end token, so the model could not learn when to stop; choose another --model-name")
         if not tok.is_fast:
-            raise InputError(f"the tokenizer, {type(tok).__name__}, is written in Python, not in tokenizer.json; choose another --model-name")
+            raise InputError(f"the tokenizer, {type(tok).__name__}, is Python code, not a tokenizer.json; choose another --model-name")
         if family.clip_token and family.clip_token not in tok.added_tokens_encoder:
             raise InputError(f"{family.name}: the tokenizer has no added token {family.clip_token!r}, which stands for a clip; "
                              "use the tokenizer of the model")
