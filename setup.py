@@ -9,7 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = ["quantization", "media", "modelscope", "metrics", "serve", "vllm", "lab", "dev"]
+extras = ["quantization", "media", "remote", "modelscope", "metrics", "serve", "vllm", "lab", "dev"]
 
 setup(
     name=cfg["lib_name"],

@@ -184,7 +184,7 @@ local_clips = {
     "NaN": (not_a_number, "nan.wav: .*NaN"),
     "too long": (made(wav, "long.wav", seconds=2.5), r"long.wav: 2.5 s.* 2[; ].*--max-audio-seconds|long.wav: 2.5 s.*--max-audio-seconds 2;"),
     "no sound": (made(wav, "none.wav", seconds=0), "none.wav: .*0 frames"),
-    "unknown address": (lambda: "ftp://example.org/a.wav", "ftp://example.org/a.wav: only http"),
+    "unknown address": (lambda: "nope://example.org/a.wav", "nope://example.org/a.wav: Protocol not known: nope; check"),
 }
 remote_clips = {
     "404": ("/missing.wav", "/missing.wav: the server answered 404"),

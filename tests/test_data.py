@@ -414,7 +414,7 @@ def test_base_dir_hint(tmp_path, clips):
 
 
 def test_audio_cells_that_are_no_paths(tmp_path, clips):
-    table = ["audio,prediction", "x" * 5000 + ",x", "ftp://example.org/a.wav,x", "?,x", "a.wav\u2028,x"]
+    table = ["audio,prediction", "x" * 5000 + ",x", "nope://example.org/a.wav,x", "?,x", "a.wav\u2028,x"]
     assert [b.line for b in run(write(tmp_path, "\n".join(table)), clips).bad] == [2, 3, 4, 5]
 
 

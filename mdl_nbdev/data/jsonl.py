@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LIKE_ANSWERS', 'Record', 'find_lost_clip', 'cut_record_clip', 'make_record', 'unique_keys', 'finite_number',
-           'parse_line', 'JsonlFile']
+           'parse_line', 'JsonlFile', 'sample_record', 'TarFile']
 
 # %% ../../nbs/1_data/10_jsonl.ipynb #c4
-import json, math
+import json, math, os, re, tarfile
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Callable, Iterator
 from fastcore.basics import patch
@@ -207,3 +208,39 @@ def rows(self:JsonlFile,
             except InputError as e: self.reject(number, str(e), on_bad)
             else: yield record
     if empty: raise InputError(f"{file}: the file is empty; it needs records, one JSON object on a line")
+
+# %% ../../nbs/1_data/10_jsonl.ipynb #tarfile1
+def sample_record(
+    archive:str, # Path or address of a tar archive
+    members:dict[str,bytes|None], # Name of each file of a sample -> its bytes; None for a clip
+    number:int, # Of the sample
+)->dict: # The JSON object
+    "The record of a sample; raises `InputError` with the reason alone"
+    texts = {Path(name).suffix.lower():data.decode('utf-8', 'surrogateescape') for name,data in members.items() if data is not None}
+    raw, text = parse_line(texts['.json'], number) if '.json' in texts else {}, texts.get('.txt', '').strip()
+    fault = line_fault(text, number)
+    if fault: raise InputError(fault)
+    if text and raw.get('prediction', text) != text:
+        raise InputError("its .txt and the prediction in its .json differ; keep one of them")
+    clips = [f'{archive}/{name}' for name,data in members.items() if data is None]
+    names = ', '.join(Path(clip).name for clip in clips)
+    if len(clips) > 1: raise InputError(f"{len(clips)} clips in one sample, {names}; name them as samples of their own")
+    return raw | (dict(prediction=text) if text else {}) | (dict(audio=clips[0]) if clips else {})
+
+class TarFile(JsonlFile):
+    "A tar archive of samples, in the form of WebDataset"
+    def rows(self, on_bad=None):
+        "Read the archive once, a sample at a time"
+        file, number = str(self.path), 0
+        archive = os.path.abspath(file) # clips in it do not start from the base folder
+        try:
+            with tarfile.open(self.path, 'r:') as tar:
+                files = (m for m in tar if m.isreg())
+                for number,(_,sample) in enumerate(groupby(files, lambda m: re.match(r'(.*/)?[^.]*', m.name)[0]), 1):
+                    members = {m.name:None if is_sound_file(m.name) else tar.extractfile(m).read() for m in sample}
+                    try: record = make_record(sample_record(archive, members, number), file, number)
+                    except InputError as e: self.reject(number, str(e), on_bad)
+                    else: yield record
+        except (tarfile.TarError, OSError) as e:
+            raise InputError(f"{file}: damaged after sample {number:,}, or compressed ({e}); unpack it, or write it again") from None
+        if not number: raise InputError(f"{file}: no files in this archive; it needs samples, such as 1.wav and 1.json")

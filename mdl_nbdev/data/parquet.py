@@ -6,15 +6,14 @@
 __all__ = ['SOUND_STARTS', 'holds_clips', 'column_fault', 'cell_text', 'clip_file', 'first_bytes', 'ParquetFile']
 
 # %% ../../nbs/1_data/11_parquet.ipynb #c4
-import hashlib, json, re
+import json, re
 from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterator
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.text import shorten
-from ..base.files import cache_dir
-from .remote import cached_file
+from .clips import bytes_file
 from .rows import COLUMNS, BadRow, Row
 from .tables import QuotedNull, TableFile, header_fault
 
@@ -56,14 +55,7 @@ def clip_file(
     cell = value if isinstance(value, dict) else dict(bytes=value)
     data, name = cell["bytes"], cell.get("path") or ""
     if data is None: return name
-    path = cache_dir()/"cells"/f"{hashlib.sha256(data).hexdigest()[:32]}{Path(name).suffix}"
-    if path.exists(): return str(path)
-    try:
-        with cached_file(path) as f: f.write(data)
-    except OSError as e:
-        raise InputError(f"{path}: cannot write this clip to the cache: {e.strerror}; free some space, "
-                         "or set MDL_CACHE to another folder") from e
-    return str(path)
+    return str(bytes_file(data, name))
 
 # %% ../../nbs/1_data/11_parquet.ipynb #c11
 SOUND_STARTS = re.compile(rb"RIFF....WAV|fLaC|OggS|ID3|FORM....AIF|\xff[\xe2-\xfb]|\.snd|caff|....ftypM4A", re.S)

@@ -13,7 +13,7 @@ import numpy as np
 from ..base.errors import InputError
 from ..base.html import Html, as_html, audio_player, svg_image
 from .audio import SAMPLE_RATE, decode, load_audio, open_clip, resample
-from .clips import split_segment
+from .clips import whole_file
 from .remote import cached_path, is_url
 
 # %% ../../nbs/1_data/04_pictures.ipynb #c7
@@ -103,7 +103,7 @@ def start_player(
 )->Html: # An `<audio>` element; empty if the clip cannot be played
     "A small player for the beginning of a clip"
     most, blocks, n = int(seconds*SAMPLE_RATE), [], 0
-    whole = split_segment(source).clip
+    whole = whole_file(source)
     if is_url(whole) and not cached_path(whole).exists(): return Html()
     try:
         with open_clip(source) as f:

@@ -6,8 +6,8 @@
 __all__ = ['NAT64', 'MAX_REDIRECTS', 'CONDITIONS', 'SKIP_AFTER', 'SKIP_SECONDS', 'AudioError', 'is_url', 'TryAgain', 'NoAnswer',
            'SilentHost', 'check_response', 'is_public', 'is_private_host', 'PrivateHost', 'PublicNetwork',
            'set_host_policy', 'only_public_hosts', 'names_proxy', 'http_client', 'open_url', 'decompressed',
-           'NotModified', 'write_body', 'cached_path', 'note_cache', 'cached_file', 'clip_record', 'record_clip',
-           'clip_version', 'download', 'call_within', 'note_answer', 'update', 'fetch', 'refresh_cache']
+           'NotModified', 'open_source', 'write_body', 'cached_path', 'note_cache', 'cached_file', 'clip_record',
+           'record_clip', 'clip_version', 'download', 'call_within', 'note_answer', 'update', 'fetch', 'refresh_cache']
 
 # %% ../../nbs/1_data/00_remote.ipynb #c4
 import concurrent.futures, hashlib, ipaddress, json, multiprocessing, os, re, secrets, socket, sys, time, urllib.request, zlib
@@ -19,17 +19,17 @@ from ..base.errors import InputError
 from ..base.files import cache_dir, file_digest
 from ..base.processes import DaemonPool, is_main_process
 from ..base.progress import progress_bar
+from ..base.stores import PUBLIC_STORES, open_stored, protocol_of
 from ..base.text import plural, shorten
 
-# %% ../../nbs/1_data/00_remote.ipynb #c5
 class AudioError(InputError):
     "A clip that cannot be used; the message says which one, what is wrong, and what to do"
 
 def is_url(
-    src:str|Path, # Path or web address
-)->bool: # True for an http or https address
+    src:str|Path, # Path or address
+)->bool: # True for the web, and for stores such as s3://
     "Whether a clip has to be downloaded"
-    return str(src).lower().startswith(('http://', 'https://'))
+    return bool(protocol_of(src))
 
 # %% ../../nbs/1_data/00_remote.ipynb #c8
 class TryAgain(Exception):
@@ -183,6 +183,28 @@ class NotModified(Exception):
 
 CONDITIONS = {'etag':'If-None-Match', 'last-modified':'If-Modified-Since'} # Header of the last response -> header of a conditional request
 
+@contextmanager
+def open_source(
+    url:str, # The address as the row gives it
+    max_bytes:int, # Refuse a larger file
+    timeout:float, # Seconds to wait for a connection, or for the next bytes
+    known:dict, # The record of the file that the cache has; empty: download in any case
+)->Iterator[tuple]: # The bytes in pieces, and what to record of the file
+    "Open a file of the web or of a store; raises `NotModified` if it is known"
+    if protocol_of(url) in ('http', 'https'):
+        headers = {CONDITIONS[name]:known[name] for name in CONDITIONS if known.get(name)}
+        with open_url(url, timeout, headers) as (r, public):
+            if headers and r.status_code==304: raise NotModified
+            check_response(r, url, max_bytes)
+            yield decompressed(r, url), dict(public=public, **{name:r.headers.get(name) for name in CONDITIONS})
+        return
+    if only_public_hosts() and protocol_of(url) not in PUBLIC_STORES:
+        raise AudioError(f'{url}: this protocol may lead to a private host, and --allow-private-hosts is false')
+    with open_stored(url) as (chunks, key):
+        if key==known.get('etag'): raise NotModified
+        yield chunks, dict(public=True, etag=key)
+
+# %% ../../nbs/1_data/00_remote.ipynb #stores3
 def write_body(
     url:str, # http or https address
     out:BinaryIO, # Open file that receives the body
@@ -191,23 +213,22 @@ def write_body(
     end:float, # Time at which to give up, as `time.monotonic` counts it
     known:dict, # The record of the file that the cache has; empty: download in any case
 )->dict: # The record of this file
-    "Download `url` in one attempt; raises `NotModified`, `TryAgain`, `AudioError` or `TimeoutError`"
+    "Download `url` in one attempt; raises `NotModified`, `TryAgain`, `InputError` or `TimeoutError`"
     import httpx
-    headers, digest = {CONDITIONS[name]:known[name] for name in CONDITIONS if known.get(name)}, hashlib.sha256()
+    digest = hashlib.sha256()
     try:
-        with open_url(url, timeout, headers) as (r, public):
-            if headers and r.status_code==304: raise NotModified
-            check_response(r, url, max_bytes)
-            for chunk in decompressed(r, url):
+        with open_source(url, max_bytes, timeout, known) as (chunks, facts):
+            for chunk in chunks:
                 if out.tell() + len(chunk) > max_bytes: raise _too_large(url, max_bytes)
                 if time.monotonic() > end: raise concurrent.futures.TimeoutError
                 out.write(chunk)
                 digest.update(chunk)
             if not out.tell(): raise AudioError(f'{url}: the server sent an empty file; check the address')
-            return dict(url=url, sha256=digest.hexdigest(), public=public, **{name:r.headers.get(name) for name in CONDITIONS})
+            return dict(url=url, sha256=digest.hexdigest(), **facts)
     except httpx.UnsupportedProtocol as e:
         raise AudioError(f'{url}: not an address that can be downloaded ({e}); check it') from None
     except InputError: raise
+    except ConnectionError as e: raise NoAnswer(str(e)) from None # of a store
     except httpx.TransportError as e:
         unused = '; --allow-private-hosts false uses no proxy' if only_public_hosts() and names_proxy() else ''
         raise NoAnswer(f'{type(e).__name__} {e}'.strip() + unused) from None
@@ -294,8 +315,7 @@ def download(
         except TryAgain as e:
             reason = e
             error = SilentHost if isinstance(e, NoAnswer) else AudioError
-        remaining = max(0, end - time.monotonic())
-        if attempt < retries: time.sleep(min(2**attempt / 2, remaining))
+        if attempt < retries: time.sleep(max(0, min(2**attempt/2, end - time.monotonic())))
     raise error(f'{url}: {reason}, {retries + 1} times; try again later, or download it and give its path')
 
 # %% ../../nbs/1_data/00_remote.ipynb #c28
@@ -320,7 +340,6 @@ def note_answer(
     if clips: _silent[host] = clips, time.monotonic() + SKIP_SECONDS*(clips >= SKIP_AFTER)
     else: _silent.pop(host, None)
 
-# %% ../../nbs/1_data/00_remote.ipynb #c32
 def update(
     url:str, # http or https address
     known:dict, # The record of the file that the cache has; empty: download in any case
@@ -352,16 +371,13 @@ def update(
 # %% ../../nbs/1_data/00_remote.ipynb #c33
 def fetch(
     url:str, # http or https address
-    max_bytes:int=256 * 2**20, # Refuse a larger file
-    timeout:float=20., # As for `update`
-    deadline:float=300., # As for `update`
-    retries:int=2, # As for `update`
+    **limits # Of `update`: max_bytes, timeout, deadline, retries
 )->Path: # The file in the cache
     "Download a clip unless the cache has it; raises `AudioError`; safe from many threads and processes"
     path = cached_path(url)
     if not path.exists() or only_public_hosts() and not clip_record(path).get('public'):
         note_cache(path.parent)
-        update(url, {}, max_bytes, timeout, deadline, retries)
+        update(url, {}, **limits)
     return path
 
 # %% ../../nbs/1_data/00_remote.ipynb #c41
@@ -373,11 +389,11 @@ def refresh_cache(
     urls = [url for url in dict.fromkeys(clips) if is_url(url) and cached_path(url).exists()]
     def ask(url):
         try: return update(url, clip_record(cached_path(url)))
-        except AudioError as e: return e
+        except InputError as e: return e
     with DaemonPool(num_workers) as pool:
         asked = pool.map(ask, urls, ahead=4*num_workers)
         found = list(progress_bar(len(urls), 'refreshing the cache', 'clip', iterable=asked, disable=None))
-    changed, errors = [url for url,result in zip(urls, found) if result is True], [e for e in found if isinstance(e, AudioError)]
+    changed, errors = [url for url,result in zip(urls, found) if result is True], [e for e in found if isinstance(e, InputError)]
     parts = [f'{plural(len(urls), "clip")} in {cache_dir()/"audio"} asked for again, {len(changed):,} changed']
     if errors: parts.append(f'{len(errors):,} could not be asked for and kept their copies, the first because {errors[0]}')
     print('; '.join(parts), file=sys.stderr, flush=True)

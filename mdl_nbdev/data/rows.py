@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from ..base.errors import InputError, python_spelling
 from ..base.html import Html, as_html, html_table, player_seconds
 from ..base.progress import in_kernel
+from ..base.stores import as_written, protocol_of
 from ..base.text import plural, printable, shorten
 from .clips import missing_hint, resolve
 from .conversations import MARK, Conversation, Located, place_clips, text_message
@@ -117,6 +118,7 @@ def check_path(
     path:str|Path, # A file to be read
 )->None:
     "Raise `InputError` unless a path leads to a regular file that can be read"
+    if protocol_of(as_written(path)): raise InputError(f"{as_written(path)}: only clips are read from there; download this file")
     if os.path.isdir(path): raise InputError(f"{path}: is a folder; give the path of a file")
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is not a regular file; give the path of one")

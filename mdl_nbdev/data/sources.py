@@ -12,7 +12,7 @@ import os, re, sys
 from dataclasses import dataclass
 from pathlib import Path
 from ..base.errors import InputError
-from .jsonl import JsonlFile
+from .jsonl import JsonlFile, TarFile
 from .parquet import ParquetFile
 from .rows import RowFile, check_path, file_kind
 from .tables import CsvFile
@@ -49,7 +49,7 @@ FROM_KALDI = ("make a table of its folder: python -c \"import csv, sys; "
     "clips that are a pipe or have segments must be saved as files first")
 
 def open_rows(
-    path:str|Path, # CSV, TSV, JSONL or Parquet file; `.part` may follow while it is being written
+    path:str|Path, # CSV, TSV, JSONL or Parquet file, or a tar archive of samples; `.part` may follow while it is being written
     needs:tuple[str,...]=("audio", "prediction"), # Columns that a table must have; a table of texts needs no audio
     encoding:str="utf-8", # Of CSV, TSV and JSONL files
 )->RowFile: # With `columns`, `rows`, `count`, `header` and `format`
@@ -60,6 +60,7 @@ def open_rows(
     if fault: raise InputError(f"{path}: {fault}")
     if kind==".jsonl": return JsonlFile(path, encoding)
     if kind==".parquet": return ParquetFile(path, needs)
+    if kind==".tar": return TarFile(path, encoding)
     if kind not in SUFFIXES:
         if Path(path).name in ("wav.scp", "text", "segments", "utt2spk"):
             raise InputError(f"{path}: a file of Kaldi's; {FROM_KALDI}")

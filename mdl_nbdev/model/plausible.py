@@ -14,7 +14,7 @@ from typing import Iterable
 from ..base.errors import InputError
 from ..base.options import Settings
 from ..base.settings import DEFAULT_MODEL, InferSettings, ModelSettings, TrainSettings
-from ..data.clips import split_segment
+from ..data.clips import whole_file
 from ..data.remote import is_url
 from ..data.rows import check_path, to_conversation
 from ..data.sources import folder_sources, is_dataset, open_rows
@@ -66,7 +66,7 @@ def check_first_row(
     for row in islice(open_rows(path, needs, getattr(s, 'encoding', 'utf-8')).rows(), 1):
         prompt, base_dir = getattr(s, 'user_prompt', None), getattr(s, 'base_dir', None)
         for clip in to_conversation(row, None, prompt, base_dir, answered).clips:
-            try: is_url(clip) or check_path(split_segment(clip).clip)
+            try: is_url(clip) or check_path(whole_file(clip))
             except InputError as e: raise InputError(f"{row.where}: {e}") from None
 
 def check_folder(

@@ -1,0 +1,182 @@
+"Clips in stores, in tar archives and in Parquet files: the waveforms of the files themselves, and what is said where there is none"
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile as sf
+
+from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.base.settings import ConvertSettings, InferSettings, TrainSettings
+from mdl_nbdev.data import remote
+from mdl_nbdev.data.audio import audio_info, load_audio
+from mdl_nbdev.data.clips import clip_stamp, clip_state, local_file, resolve
+from mdl_nbdev.data.remote import cached_path, refresh_cache
+from mdl_nbdev.data.rows import to_conversation
+from mdl_nbdev.data.sources import open_rows
+
+NAMES = ("a.wav", "b.flac", "c.mp3", "d.ogg")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch): monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
+
+
+@pytest.fixture
+def store():
+    "The memory of this process as a store"
+    memory = fsspec.filesystem("memory")
+    yield memory
+    memory.store.clear()
+
+
+@pytest.fixture
+def clips(tmp_path):
+    for i, name in enumerate(NAMES): sf.write(tmp_path/name, np.random.default_rng(i).uniform(-.2, .2, (9000 + i, 2)), 22_050)
+    return tmp_path
+
+
+def archive(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def shard(clips): return archive(clips/"shard-000.tar", {f"./in/{name}": (clips/name).read_bytes() for name in NAMES})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_waveforms_are_those_of_files(clips, shard, store, name):
+    store.pipe(f"/bucket/{name}", (clips/name).read_bytes())
+    store.pipe("/bucket/shard.tar", shard.read_bytes())
+    pq.write_table(pa.table(dict(audio=[dict(bytes=(clips/name).read_bytes(), path=name)], prediction=["x"])), clips/"clips.parquet")
+    inside = next(open_rows(clips/"clips.parquet").rows()).audio
+    sources = [inside, f"{shard}/in/{name}", f"memory://bucket/{name}", f"memory://bucket/shard.tar/in/{name}", resolve(f"shard.tar/in/{name}", Path("memory://bucket"))]
+    for part in ("", "#t=0.1,0.3&channel=1"):
+        expected = load_audio(f"{clips}/{name}{part}")
+        for src in sources:
+            assert np.array_equal(load_audio(src + part), expected), src
+            assert audio_info(src + part).samples == audio_info(f"{clips}/{name}{part}").samples
+
+
+def test_a_changed_archive_is_noticed(clips, shard):
+    src, before = f"{shard}/in/a.wav", clip_stamp(f"{shard}/in/a.wav")
+    old = load_audio(src)
+    archive(shard, {"in/a.wav": (clips/"b.flac").read_bytes()})
+    assert clip_stamp(src) != before and not np.array_equal(load_audio(src), old)
+
+
+def test_a_store_is_asked_once_and_again_only_for_what_changed(clips, store, capsys, monkeypatch):
+    for name in NAMES[:2]: store.pipe(f"/bucket/{name}", (clips/name).read_bytes())
+    urls, reads = [f"memory://bucket/{name}" for name in NAMES[:2]], []
+    monkeypatch.setattr(remote, "open_stored", lambda url, f=remote.open_stored: reads.append(url) or f(url))
+    for url in urls*2: load_audio(url)
+    assert reads == urls
+    assert refresh_cache(urls, 1) == [] and clip_state(urls[0]) is None
+    store.pipe("/bucket/a.wav", (clips/"c.mp3").read_bytes())
+    assert refresh_cache(urls, 1) == urls[:1] and "2 clips" in capsys.readouterr().err
+    assert clip_state(urls[0]) is not None and np.array_equal(load_audio(urls[0]), load_audio(clips/"c.mp3"))
+
+
+def test_a_folder_called_like_an_archive_is_a_folder(clips):
+    (clips/"old.tar").mkdir()
+    (clips/"a.wav").rename(clips/"old.tar"/"a.wav")
+    assert local_file(f"{clips}/old.tar/a.wav") == clips/"old.tar"/"a.wav"
+
+
+def cut(shard): shard.write_bytes(shard.read_bytes()[:900])
+def pack(shard):
+    import gzip
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+
+
+@pytest.mark.parametrize("spoil, member, message", [
+    (None, "in/lost.wav", "no such file in this archive"), (cut, "in/a.wav", "truncated|cannot be read"), (pack, "in/a.wav", "cannot be read .* not compressed"),
+    (lambda shard: shard.unlink(), "in/a.wav", "no such file"), (lambda shard: archive(shard, {"in/a.wav": b""}), "in/a.wav", r"empty \(0 bytes\)")])
+def test_archives_that_cannot_be_read(shard, spoil, member, message):
+    if spoil: spoil(shard)
+    with pytest.raises(InputError, match=message) as e: load_audio(f"{shard}/{member}")
+    assert str(e.value).startswith(f"{shard}/{member}: ") and "\n" not in str(e.value)
+
+
+class NoStore(fsspec.AbstractFileSystem):
+    "A store that fails"
+    protocol, error = "failing", None
+    def info(self, path, **kwargs): raise self.error
+
+
+@pytest.mark.parametrize("error, message", [(FileNotFoundError("x"), "no such file; check the address"), (PermissionError("Forbidden"), "Forbidden; check the address, and the credentials"),
+                                            (RuntimeError("of the\nlibrary"), "RuntimeError of the library, 3 times; try again later")])
+def test_errors_of_stores(monkeypatch, error, message):
+    fsspec.register_implementation("failing", NoStore, clobber=True)
+    monkeypatch.setattr(NoStore, "error", error)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    with pytest.raises(InputError, match=f"^failing://b/a.wav: .*{message}") as e: load_audio("failing://b/a.wav")
+    assert "\n" not in str(e.value) and not cached_path("failing://b/a.wav").exists()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(InputError, match=r's3://b/a.wav: .*s3fs.*; pip install "mdl_nbdev\[remote\]"'): load_audio("s3://b/a.wav")
+
+
+def test_private_hosts_have_no_way_around_the_policy(clips, store, monkeypatch):
+    monkeypatch.setenv("MDL_ALLOW_PRIVATE_HOSTS", "false")
+    store.pipe("/bucket/a.wav", (clips/"a.wav").read_bytes())
+    load_audio("memory://bucket/a.wav")
+    for url in ("ftp://10.0.0.1/a.wav", "sftp://10.0.0.1/a.wav", "local:///etc/passwd"):
+        with pytest.raises(InputError, match="--allow-private-hosts is false"): load_audio(url)
+
+
+@pytest.mark.parametrize("make", [lambda out: InferSettings(input="a.csv", output=out, model_name="tiny"), lambda out: ConvertSettings(input="a.csv", output=out),
+                                  lambda out: TrainSettings(train_dataset="a.csv", output=out)])
+def test_outputs_in_stores_are_refused(make):
+    for out in ("s3://bucket/out.csv", Path("gs://bucket/out")):
+        with pytest.raises(InputError, match="--output: .* is not on this machine"): make(out)
+    make("C:/out.csv")
+
+
+def samples(clips):
+    wav = (clips/"a.wav").read_bytes()
+    return archive(clips/"samples.tar", {"x/1.wav": wav, "x/1.txt": b"a bell\n", "x/2.flac": (clips/"b.flac").read_bytes(), "x/2.json": json.dumps(dict(prompt="What?", answer="a dog", id=7)).encode(),
+        "x/3.json": b"{bad", "x/4.left.wav": wav, "x/4.right.wav": wav, "5.wav": wav, "5.txt": b"b\xe9", "6.txt": b"one", "6.json": b'{"prediction": "two"}', "7.wav": wav})
+
+
+def test_samples_are_rows(clips):
+    bad, f = [], open_rows(samples(clips))
+    rows = list(f.rows(bad.append))
+    assert [(r.line, r.prediction) for r in rows] == [(1, "a bell"), (2, "a dog"), (7, None)]
+    assert [b.line for b in bad] == [3, 4, 5, 6]
+    assert [next(m in b.reason for b in bad) for m in ("not valid JSON",)] == [True] and "2 clips in one sample" in bad[1].reason and "differ" in bad[3].reason
+    conversation = to_conversation(rows[1], base_dir="elsewhere")
+    assert conversation.prompt_text() == "What?" and np.array_equal(load_audio(conversation.clips[0]), load_audio(clips/"b.flac"))
+    assert json.loads(f.format(rows[1], "a cat")) == dict(prompt="What?", answer="a dog", id=7, audio=rows[1].audio, prediction="a cat")
+
+
+@pytest.mark.parametrize("data, message", [(b"", "damaged after sample 0, or compressed|no files in this archive"), (b"no archive"*100, "damaged after sample 0, or compressed")])
+def test_archives_that_are_none(tmp_path, data, message):
+    (tmp_path/"s.tar").write_bytes(data)
+    with pytest.raises(InputError, match=message): list(open_rows(tmp_path/"s.tar").rows())
+
+
+def test_a_run_converts_and_answers_an_archive(clips):
+    from mdl_nbdev.model.families import load_chat
+    from mdl_nbdev.train.mix import open_mix
+    table = archive(clips/"good.tar", {"1.wav": (clips/"a.wav").read_bytes(), "1.txt": b"a bell", "2.flac": (clips/"b.flac").read_bytes(), "2.txt": b"a dog"})
+    mixes = [open_mix([table], load_chat("tiny"), clips/"mdl", num_workers=1, on_the_fly=fly) for fly in (False, True)]
+    assert mixes[0].fingerprint() == mixes[1].fingerprint() and mixes[0].task_names == ["good"]
+    for a, b in zip(*mixes, strict=True): assert np.array_equal(a.clips[0], b.clips[0])
+
+
+def test_tables_in_stores_are_refused():
+    with pytest.raises(InputError, match="s3://bucket/rows.csv: only clips are read from there"): open_rows(Path("s3://bucket/rows.csv"))
