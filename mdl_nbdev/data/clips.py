@@ -198,7 +198,7 @@ def local_file(
     archive, member = split_archive(src)
     if is_url(src): path = fetch(archive, **(ARCHIVE_LIMITS if member else {}))
     else: path = Path(os.path.expanduser(archive))
-    if not path.is_file() or not path.stat().st_size: raise AudioError(no_clip(str(src)))
+    if not os.path.isfile(path) or not os.path.getsize(path): raise AudioError(no_clip(str(src)))
     return bytes_file(read_member(path, member, src), member) if member else path
 
 # %% ../../nbs/1_data/02_clips.ipynb #c23
