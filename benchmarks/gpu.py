@@ -21,7 +21,6 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -38,7 +37,7 @@ from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.model.adapters import adapt, without_input_casts
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
-from mdl_nbdev.model.engine import RecordedStep
+from mdl_nbdev.model.decoding import RecordedSteps, prefill, regroup
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMConfig
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_config
@@ -256,11 +255,17 @@ def generate_row(model, peak, repeats, clips, seconds, padded, new, recorded):
     samples, device, net = lengths(clips, seconds, padded), model.device, model.plain()
     rows = batch(net.config, samples, answer=False)
     inputs = {k: v for k, v in rows.to(device).inputs.items() if k != "labels"}
-    recorded = RecordedStep(net, clips, inputs["input_ids"].shape[1] + new) if recorded and device.type == "cuda" else None
+    positions = inputs["attention_mask"].sum(1).tolist()
+    recorded = RecordedSteps(net, clips, inputs["input_ids"].shape[1] + new) if recorded and device.type == "cuda" else None
 
     def answer(n):
-        with recorded.decoding() if recorded else nullcontext({}) as more:
-            return net.generate(**inputs, max_new_tokens=n, min_new_tokens=n, do_sample=False, **more)
+        group = prefill(net, inputs, do_sample=False)
+        group.add(group.scores().argmax(-1))
+        if recorded: group = regroup([(group, [*range(clips)])], positions, recorded)
+        for _ in range(n - 1):
+            group.step()
+            group.add(group.scores().argmax(-1))
+            group.ids[:, -1].tolist() # an engine looks for the end of each row
     encode = lambda: net.encode_audio(inputs["input_values"], inputs["audio_length"], audio_plan=inputs["audio_plan"])
     encoder = median(timed(encode, device, repeats, 1)[0])
     first = median(timed(lambda: answer(1), device, repeats, 1)[0])

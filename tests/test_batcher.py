@@ -1,4 +1,5 @@
 "Requests that wait together: each gets the answer that it would get alone, sees it grow, and can leave"
+import functools
 import threading
 from dataclasses import replace
 
@@ -30,18 +31,24 @@ def batcher(engine):
 
 
 def request(engine, text, limit=12): return request_of(engine, Conversation([text_message("user", text)]), replace(settings, max_new_tokens=limit))
+def in_order(engine, requests):
+    "Completions in the order of their requests"
+    found = {c.key: c for c in engine.generate(requests)}
+    return [found[r.key] for r in requests]
+
+
 def job(engine, text, limit=12, options=None, stop=(), **kw): return Job(request(engine, text, limit), options or engine.options, GrowingText(engine.chat, stop), **kw)
 
 
 def test_a_watched_batch_ends_when_its_requests_do(engine):
     limits, calls = [3, 12, 5], []
-    requests = [request(engine, t, n) for t, n in zip(["Spell dog", "Count to three", "Reverse: abc"], limits)]
-    expected = engine.complete(requests)
+    requests = [replace(request(engine, t, n), key=n) for t, n in zip(["Spell dog", "Count to three", "Reverse: abc"], limits)]
+    expected = in_order(engine, requests)
     ends = {0: 99, 1: 4, 2: 99}
     def watch(i): return lambda ids: calls.append((i, len(ids))) or len(ids) == ends[i]
     forward, passes = engine.model.forward, []
-    engine.model.forward = lambda *a, **kw: passes.append(1) or forward(*a, **kw)
-    try: found = engine.complete([replace(r, watch=watch(i)) for i, r in enumerate(requests)])
+    engine.model.forward = functools.wraps(forward)(lambda *a, **kw: passes.append(1) or forward(*a, **kw))
+    try: found = in_order(engine, [replace(r, watch=watch(i)) for i, r in enumerate(requests)])
     finally: del engine.model.forward
     assert [c.ids for c in found] == [expected[0].ids, expected[1].ids[:4], expected[2].ids]
     assert found[1].truncated and len(passes) == 5, "no pass after the last one that is needed"
@@ -51,13 +58,13 @@ def test_a_watched_batch_ends_when_its_requests_do(engine):
 
 def test_an_end_behind_the_limit_is_not_seen(engine, monkeypatch):
     "Whatever the limits of the others are"
-    short, long = request(engine, "Spell dog", 3), request(engine, "Spell dog", 9)
-    ids = engine.complete([long])[0].ids
+    short, long = request(engine, "Spell dog", 3), replace(request(engine, "Spell dog", 9), key="long")
+    ids = in_order(engine, [long])[0].ids
     at = next(i for i, t in enumerate(ids) if t not in ids[:i] and i > 2)
     monkeypatch.setattr(engine, "stops", [ids[at]])
     short.max_new_tokens = at
-    alone, = engine.complete([short])
-    together, ended = engine.complete([short, long])
+    alone, = in_order(engine, [short])
+    together, ended = in_order(engine, [short, long])
     assert (alone.ids, alone.truncated, len(alone.logprobs)) == (together.ids, together.truncated, len(together.logprobs)) == (ids[:at], True, at)
     assert not ended.truncated
 
@@ -77,12 +84,14 @@ def test_what_is_shown_stays(text, stop, ab):
 
 
 def test_a_seed_is_drawn_in_the_same_way_in_any_company(engine, batcher):
+    "Requests with seeds share batches with others; without one, each answer is another"
     sampled = replace(engine.options, do_sample=True, seed=7)
-    def seeded(): return batcher.submit(job(engine, "Spell dog", options=sampled, alone=True))
-    others = [batcher.submit(job(engine, t, options=sampled)) for t in ("Spell dog", "Spell cat")]
-    first, again = seeded(), seeded()
+    def submit(seed=None): return batcher.submit(job(engine, "Spell dog", options=replace(sampled, seed=seed or 0), seed=seed))
+    first, other, unseeded = submit(7), submit(8), [submit() for _ in range(3)]
+    assert len({j.options for j in batcher.jobs}) == 1
     batcher.thread.start()
-    assert first.result(60).text == again.result(60).text != others[0].result(60).text
+    texts = [f.result(60).text for f in (first, other, *unseeded)]
+    assert len(set(texts)) == 5 and submit(7).result(60).text == texts[0]
     batcher.close()
 
 

@@ -271,11 +271,11 @@ def test_a_row_too_large_for_the_memory_is_rejected(monkeypatch):
     write("in.jsonl", [dict(prompt="word "*(200 if i == 3 else i + 1)) for i in range(7)])
     def run(name): return answer("in.jsonl", name, model_name="tiny-text", batch_size=4)
     run("whole.jsonl")
-    complete = TransformersEngine.complete
+    inputs = TransformersEngine.inputs
     def limited(self, batch):
         if len(batch)*max(len(r.example.input_ids) for r in batch) > 400: raise torch.OutOfMemoryError("CUDA out of memory.")
-        return complete(self, batch)
-    monkeypatch.setattr(TransformersEngine, "complete", limited)
+        return inputs(self, batch)
+    monkeypatch.setattr(TransformersEngine, "inputs", limited)
     report = run("out.jsonl")
     (row, line, _, reason, _), = table("out.jsonl.rejects.csv")[1:]
     assert (row, line) == ("4", "4") and "out of memory with this row alone" in reason and "--max-new-tokens" in reason
@@ -296,7 +296,7 @@ def test_batches_as_large_as_memory_allows():
 def test_the_engine_does_not_wait_between_shards(monkeypatch):
     "While the last batch of a shard is generated, the first clips of the next are decoded"
     make_sounds(".", 20)
-    decoded, seen, decode, complete = [], [], Prompter.decode, TransformersEngine.complete
+    decoded, seen, decode, inputs = [], [], Prompter.decode, TransformersEngine.inputs
     def noted(self, pair):
         decoded.append(pair[0].row.line)
         return decode(self, pair)
@@ -305,9 +305,9 @@ def test_the_engine_does_not_wait_between_shards(monkeypatch):
         while len(decoded) < min(20, len(seen) + 3) and time.monotonic() < deadline: time.sleep(.01)
         seen.extend(r.key for r in batch)
         assert len(decoded) >= min(20, len(seen) + 2)
-        return complete(self, batch)
+        return inputs(self, batch)
     monkeypatch.setattr(Prompter, "decode", noted)
-    monkeypatch.setattr(TransformersEngine, "complete", slow)
+    monkeypatch.setattr(TransformersEngine, "inputs", slow)
     report = answer("sounds.csv", "out.csv", batch_size=1, max_new_tokens=1)
     assert report.rows == 20 and not report.rejected and sorted(seen) == list(range(2, 22))
 

@@ -213,7 +213,7 @@ def submit(self:ModelServer,
     "Put a request into the queue"
     from mdl_nbdev.model.engine import GenerationOptions
     text = GrowingText(self.batcher.engine.chat, asked.stop)
-    job = Job(request, GenerationOptions.of(asked.s), text, on_text, alone=asked.seeded and asked.s.do_sample)
+    job = Job(request, GenerationOptions.of(asked.s), text, on_text, asked.s.seed if asked.seeded else None)
     self.batcher.submit(job)
     return job
 

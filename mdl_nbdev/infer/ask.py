@@ -114,5 +114,5 @@ def answer_clip(
     messages = [{'role':'user', 'content':asked}]
     if s.system_prompt: messages.insert(0, text_message('system', s.system_prompt))
     engine.options = GenerationOptions.of(s)
-    found, = engine.complete([request_of(engine, Conversation(messages), s)])
+    found, = engine.generate([request_of(engine, Conversation(messages), s)])
     return Answer(found.text, mean_probability(found), s.user_prompt or None, waveform, name, found.truncated)

@@ -346,15 +346,31 @@ def stop_ids(self:Chat,
     configured = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return sorted({self.tok.eos_token_id, *configured, *trained})
 
+# %% ../../nbs/2_model/03_chat.ipynb #deco0002
 @patch
 def decode_completion(self:Chat,
     ids, # Token ids that the model generated
 )->str: # The answer
     "The text of a completion"
     completion = next(s for s in self.segments(self.family.answered) if s.kind=='completion')
+    return self.without_ends(self.decode_tokens(ids, completion.inner))
+
+@patch
+def decode_tokens(self:Chat,
+    ids, # Token ids that the model generated
+    inner:bool, # Do they stand inside a text?
+)->str: # With what the template writes around an answer
+    "The text of tokens, without control tokens"
     special = set(self.tok.all_special_ids)
     plain = [i for i in map(int, ids) if i not in special]
-    text = self.decode_inner(plain) if completion.inner else self.tok.decode(plain, clean_up_tokenization_spaces=False)
+    return self.decode_inner(plain) if inner else self.tok.decode(plain, clean_up_tokenization_spaces=False)
+
+@patch
+def without_ends(self:Chat,
+    text:str, # Of the tokens of a completion
+)->str: # The answer
+    "A text without what the template writes around an answer"
+    completion = next(s for s in self.segments(self.family.answered) if s.kind=='completion')
     first, last = completion.run[0], completion.run[-1]
     if isinstance(first, str): text = text.removeprefix(first)
     if isinstance(last, str): text = text.removesuffix(last)

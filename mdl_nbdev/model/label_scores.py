@@ -226,6 +226,9 @@ def complete(self:LabelEngine,
     def ids(r, s): return self.label_set.ids(r.example.conversation)[int(s.logprobs.argmax())]
     return [Completion(r.key, ids(r, s)[:-1].tolist(), s.best, False, scores=s) for r,s in zip(batch, scores)]
 
+@patch
+def answers(self:LabelEngine, waiting): return self.whole_batches(waiting)
+
 # %% ../../nbs/2_model/41_label_scores.ipynb #c20
 def load_engine_for(
     s:InferSettings, # Settings of the run
