@@ -37,6 +37,7 @@ from mdl_nbdev.model.midashenglm import QWEN2_7B, MiDashengLMConfig, MiDashengLM
 from mdl_nbdev.model.midashenglm_family import tiny_model
 from mdl_nbdev.model.targets import Trainable
 from mdl_nbdev.train import memory as M
+from mdl_nbdev.train import preview
 from mdl_nbdev.train.fit import load_adapted
 from mdl_nbdev.train.losses import weighted_losses
 
@@ -466,3 +467,17 @@ def test_the_weights_of_a_model_must_fit(tmp_path, monkeypatch, dtype, quantizat
 def test_a_rank_that_no_matrix_can_have_is_noted():
     assert not Trainable(adapt(tiny_model(), dataclasses.replace(settings(), lora_rank=128))).note
     assert "--lora-rank 129: no adapted matrix can be of a higher rank than 128" in Trainable(adapt(tiny_model(), dataclasses.replace(settings(), lora_rank=129))).note
+
+
+@pytest.mark.parametrize("given, device, need, expected", [
+    ("auto", "cuda", 71.9, False), ("auto", "cuda", 72.1, True), ("auto", "cuda", None, True), ("auto", "cpu", 1., True),
+    (True, "cuda", 1., True), (False, "cuda", 100., False)])
+def test_activations_are_kept_where_a_gpu_has_memory_for_them(given, device, need, expected, monkeypatch):
+    "The longest batch has to fit into nine tenths of it; without an estimate they are computed twice"
+    def of_longest(trainer, s):
+        assert s.gradient_checkpointing is False
+        if need is None: raise InputError("no estimate")
+        return SimpleNamespace(total=need, capacity=80.)
+    monkeypatch.setattr(preview, "memory_of_longest", of_longest)
+    s = settings(gradient_checkpointing=given)
+    assert preview.recomputes(SimpleNamespace(s=s, args=SimpleNamespace(device=torch.device(device)))) is expected
