@@ -39,7 +39,7 @@ def draw(model):
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim > 1 and "embed_positions" not in name: p.normal_(0, (2 if "lm_head" in name else 1) / p[0].numel()**.5, generator=g)
+            if p.ndim > 1 and "embed_positions" not in name: p.normal_(0, (2 if "lm_head" in name else 1) / (p.shape[-1] if "experts" in name else p[0].numel())**.5, generator=g)
     return model.eval()
 
 
@@ -58,6 +58,9 @@ class Kind:
     added: str = "" # to its template, after a last answer that would have no end
     shown: Callable = str # what its template shows of an answer
     processor: Callable = hf.AutoProcessor.from_pretrained # its own, from a folder
+    step: int = 1 # samples; several clips of a conversation have a multiple of them each
+    edge: int = 0 # last frames of a clip that its processor makes otherwise where a longer one stands beside it
+    pads_alike: bool = True # whether several clips of a conversation are padded as its processor pads them
     close: float = 1e-5 # how close logits are, where features are not computed by the same function
     spectrograms: Callable = np.asarray # of its features [windows, mels, frames]
     quick: Callable | None = None # builds a model with shorter windows than its processor has, for runs that learn
@@ -88,14 +91,18 @@ You are a helpful assistant.<|im_end|>
 {% endif %}"""
 
 
-class OmniProcessor(hf.Qwen2_5OmniProcessor):
-    "Qwen2.5-Omni's own, without the part for films, which needs torchvision"
+class WithoutFilms:
+    "A processor without the part for films, which needs torchvision"
     def check_argument_for_proper_class(self, name, argument): return None if name == "video_processor" else super().check_argument_for_proper_class(name, argument)
 
     @classmethod
     def of(cls, folder):
         tok, extractor = hf.AutoTokenizer.from_pretrained(folder), hf.AutoFeatureExtractor.from_pretrained(folder)
         return cls(hf.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil(), None, extractor, tok, chat_template=(Path(folder) / "chat_template.jinja").read_text())
+
+
+class OmniProcessor(WithoutFilms, hf.Qwen2_5OmniProcessor): "Qwen2.5-Omni's own"
+class Omni3Processor(WithoutFilms, hf.Qwen3OmniMoeProcessor): "Qwen3-Omni's own"
 
 
 def qwen_omni():
@@ -109,6 +116,28 @@ def qwen_omni():
         video_token_index=ids["VIDEO"], audio_start_token_id=ids["audio_bos"], audio_end_token_id=ids["audio_eos"], vision_start_token_id=ids["vision_bos"])
     model = draw(hf.Qwen2_5OmniThinkerForConditionalGeneration(config))
     return model, tok, hf.WhisperFeatureExtractor(feature_size=128, chunk_length=SECONDS)
+
+
+# Writes what vLLM's examples/generate/multimodal/qwen3_omni prompts the published model with
+OMNI3_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'audio' %}<|audio_start|><|audio_pad|><|audio_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def qwen3_omni():
+    names = {**{f"{kind}_token": f"<|{kind}_pad|>" for kind in ("audio", "image", "video")}, "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>",
+             "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
+    tok = tokenizer(**names)
+    tok.chat_template, ids = OMNI3_TEMPLATE, {name: tok.convert_tokens_to_ids(token) for name, token in names.items()}
+    audio = whisper(output_dim=64, downsample_hidden_size=16, n_window_infer=200)
+    vision = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, num_position_embeddings=16, deepstack_visual_indexes=[0])
+    text = decoder(tok, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, rope_parameters=dict(rope_type="default", rope_theta=10000., mrope_section=[4, 2, 2], mrope_interleaved=True))
+    del text["tie_word_embeddings"]
+    config = hf.Qwen3OmniMoeThinkerConfig(
+        audio_config=audio, vision_config=vision, text_config=text, audio_token_id=ids["audio_token"], image_token_id=ids["image_token"], video_token_id=ids["video_token"],
+        audio_start_token_id=ids["audio_bos_token"], vision_start_token_id=ids["vision_bos_token"])
+    return draw(hf.Qwen3OmniMoeThinkerForConditionalGeneration(config)), tok, hf.WhisperFeatureExtractor(feature_size=128, chunk_length=300)
 
 
 # As transformers' convert_audioflamingo3_to_hf.py and convert_musicflamingo_to_hf.py write them, the latter with a longer system prompt
@@ -288,6 +317,30 @@ def voxtral(seconds=30):
     return model, hf.WhisperFeatureExtractor(feature_size=128, chunk_length=seconds), TextFile("tekken.json", json.dumps(tekken))
 
 
+# As transformers' tests/models/phi4_multimodal/test_processing_phi4_multimodal.py had it
+PHI4_TEMPLATE = "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<|image|>' }}{% elif content['type'] == 'audio' %}{{ '<|audio|>' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}{{ '<|tool|>' + message['tools'] + '<|/tool|>' + '<|end|>' }}{% endif %}{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+
+
+class Phi4Processor(hf.Phi4MultimodalProcessor):
+    "Phi-4's own, without the part for pictures, which needs torchvision"
+    def check_argument_for_proper_class(self, name, argument): return None if name == "image_processor" else super().check_argument_for_proper_class(name, argument)
+
+    @classmethod
+    def of(cls, folder):
+        tok, extractor = hf.AutoTokenizer.from_pretrained(folder), hf.AutoFeatureExtractor.from_pretrained(folder)
+        return cls(None, extractor, tok, chat_template=(Path(folder) / "chat_template.jinja").read_text())
+
+
+def phi4():
+    names = dict(audio_token="<|audio|>", image_token="<|image|>")
+    tok = byte_tokenizer(eos_token="<|endoftext|>", pad_token="<|endoftext|>", extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", *names.values()], **names)
+    tok.chat_template, ids = PHI4_TEMPLATE, {name: tok.convert_tokens_to_ids(token) for name, token in names.items()}
+    audio = dict(hidden_size=32, intermediate_size=64, num_blocks=2, num_attention_heads=4, ext_pw_out_channel=32, depthwise_separable_out_channel=32, nemo_conv_channels=8, audio_token_id=ids["audio_token"])
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, crop_size=28, image_token_id=ids["image_token"])
+    model = hf.Phi4MultimodalForCausalLM(hf.Phi4MultimodalConfig(audio_config=audio, vision_config=vision, **decoder(tok)))
+    return draw(model), tok, hf.Phi4MultimodalFeatureExtractor()
+
+
 @dataclass
 class TextFile:
     "A file that is saved like a processor"
@@ -299,6 +352,8 @@ class TextFile:
 KINDS = {
     "qwen2-audio": Kind(qwen2_audio, 961),
     "qwen2.5-omni": Kind(qwen_omni, 321, processor=OmniProcessor.of),
+    "qwen3-omni": Kind(qwen3_omni, 201, step=160, edge=1, pads_alike=False, processor=Omni3Processor.of),
+    "phi-4": Kind(phi4, 400, step=160, pads_alike=False, apart=False, end="<|end|>", processor=Phi4Processor.of, spectrograms=lambda features: np.moveaxis(features, 1, -1)),
     "audio-flamingo-3": Kind(audio_flamingo, 321, most_clips=1, longest=3 * SECONDS),
     "voxtral": Kind(voxtral, 1, most_clips=2, longest=31, system=False, end="</s>", shown=lambda text: text.rstrip(" "), processor=VoxtralProcessor, quick=lambda: voxtral(SECONDS)),
     "music-flamingo": Kind(music_flamingo, 321, most_clips=1, longest=3 * SECONDS),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASE_FILE', 'name_pattern', 'target_pattern', 'untie_adapted', 'check_pissa', 'lora_config', 'principal_vectors',
            'start_pissa', 'as_plain_lora', 'base_fingerprint', 'make_savable', 'under_all_names', 'quiet_peft',
-           'keep_trainable', 'adapt', 'without_input_casts']
+           'exact_patterns', 'keep_trainable', 'adapt', 'without_input_casts']
 
 # %% ../../nbs/2_model/32_adapters.ipynb #c4
 import copy, hashlib, math, re, warnings
@@ -202,6 +202,18 @@ def quiet_peft():
         warnings.filterwarnings('ignore', 'fan_in_fan_out is set to False')
         yield
 
+# %% ../../nbs/2_model/32_adapters.ipynb #exactpat
+@contextmanager
+def exact_patterns():
+    "Let a pattern of modules mean what it says, in mixtures of experts too"
+    from peft.utils import transformers_weight_conversion as older
+    convert = older.convert_peft_config_for_transformers
+    def convert_names(config, **kwargs):
+        if not isinstance(config.target_modules, str): convert(config, **kwargs)
+    older.convert_peft_config_for_transformers = convert_names
+    try: yield
+    finally: older.convert_peft_config_for_transformers = convert
+
 # %% ../../nbs/2_model/32_adapters.ipynb #c26
 def keep_trainable(
     model:nn.Module, # Perhaps quantized; it is changed
@@ -222,7 +234,7 @@ def adapt(
     base = None if model.device.type == 'meta' else base_fingerprint(model)
     config = lora_config(model, s)
     try:
-        with quiet_peft(): model = get_peft_model(model, config)
+        with quiet_peft(), exact_patterns(): model = get_peft_model(model, config)
     except ValueError as e:
         option = f"--lora-target-modules {s.lora_target_modules}: " if s.lora_target_modules else ''
         raise InputError(option + one_line(e)) from e

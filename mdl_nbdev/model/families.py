@@ -16,9 +16,10 @@ from .glm_asr import GlmAsrFamily
 from .granite_speech import GraniteSpeechFamily, GraniteSpeechPlusFamily
 from .hub import from_hub
 from .midashenglm_family import MiDashengLMFamily
+from .phi4 import Phi4Family
 from .qwen2_audio import Qwen2AudioFamily
 from .qwen3_asr import Qwen3ASRFamily
-from .qwen_omni import QwenOmniFamily
+from .qwen_omni import Qwen3OmniFamily, QwenOmniFamily
 from .text_family import TextFamily
 from .voxtral import VoxtralFamily
 
@@ -26,7 +27,7 @@ from .voxtral import VoxtralFamily
 TEXT = TextFamily() # Takes what none of the audio models' families claims
 FAMILIES[:] = [MiDashengLMFamily(), Qwen2AudioFamily(), QwenOmniFamily(), AudioFlamingoFamily(), MusicFlamingoFamily(),
                VoxtralFamily(), GlmAsrFamily(), GraniteSpeechFamily(), GraniteSpeechPlusFamily(),
-               Qwen3ASRFamily()]
+               Qwen3ASRFamily(), Qwen3OmniFamily(), Phi4Family()]
 
 def add_family(
     family:Family, # Comes before those of the package

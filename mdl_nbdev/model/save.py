@@ -17,8 +17,8 @@ from ..base.files import make_folder, new_output, output_lock, replacing_folder
 from ..base.options import option
 from ..base.settings import MergeSettings, TuneSettings
 from ..base.text import one_line
-from .adapters import BASE_FILE, base_fingerprint, keep_trainable, make_savable, quiet_peft
-from .adapters import untie_adapted
+from .adapters import BASE_FILE, base_fingerprint, exact_patterns, keep_trainable, make_savable
+from .adapters import quiet_peft, untie_adapted
 from .contents import MODEL_FILES
 from .families import load_chat
 from .load import load_model, no_safetensors, pick_dtype
@@ -81,7 +81,7 @@ def load_adapter(
     try:
         untie_adapted(model, config.get('target_modules') or [])
         if trainable: keep_trainable(model)
-        with quiet_peft():
+        with quiet_peft(), exact_patterns():
             warnings.filterwarnings('error', 'Found missing adapter keys')
             return make_savable(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable), base)
     except InputError: raise

@@ -8,7 +8,7 @@ __all__ = ['TEKKEN_TEMPLATE', 'VoxtralFamily']
 # %% ../../nbs/2_model/16_voxtral.ipynb #e8da05c8
 import numpy as np
 from fastcore.basics import patch
-from .processor_family import ProcessorFamily, ProcessorFiles, processor_files
+from .processor_family import FilesFamily
 
 # %% ../../nbs/2_model/16_voxtral.ipynb #bf005a65
 TEKKEN_TEMPLATE = """{{- '<s>' -}}
@@ -31,7 +31,7 @@ TEKKEN_TEMPLATE = """{{- '<s>' -}}
 {%- endfor -%}"""
 
 # %% ../../nbs/2_model/16_voxtral.ipynb #7da76630
-class VoxtralFamily(ProcessorFamily):
+class VoxtralFamily(FilesFamily):
     "Voxtral: a Whisper encoder, a projector that joins four frames, and a Mistral decoder"
     name, model_types = 'Voxtral', ('voxtral',)
     model_name, processor_name = 'VoxtralForConditionalGeneration', 'VoxtralProcessor'
@@ -40,7 +40,7 @@ class VoxtralFamily(ProcessorFamily):
     parts = {'encoder':('audio_tower',), 'projector':('multi_modal_projector',)}
     never_trained = ('audio_tower.embed_positions',) # sinusoids
     fingerprint_facts = ('voxtral',)
-    files = {} # Of the processor, see `processor_files`
+    more_files = ('tekken.json',)
 
     def clip_tokens(self, n_samples): return int(self.windows(n_samples))*self.extractor.nb_max_frames//8
     def clip_cost(self, n_samples, n_clips): return np.maximum(n_clips, self.windows(n_samples))*(self.extractor.nb_max_frames//2)
@@ -55,17 +55,8 @@ class VoxtralFamily(ProcessorFamily):
 
 # %% ../../nbs/2_model/16_voxtral.ipynb #8ca3fc0b
 @patch
-def configured(self:VoxtralFamily, path):
-    family = super(VoxtralFamily, self).configured(path)
-    family.files = processor_files(path, 'tekken.json')
-    return family
-
-@patch
 def load_tokenizer(self:VoxtralFamily, path):
     from transformers import PreTrainedTokenizerFast
     tok = PreTrainedTokenizerFast.from_pretrained(path)
     for name,token in dict(bos_token='<s>', eos_token='</s>', pad_token='<pad>').items(): setattr(tok, name, token)
     return tok
-
-@patch
-def processor(self:VoxtralFamily, tok): return ProcessorFiles(tok, self.files)
