@@ -340,10 +340,9 @@ def plan(small):
     if small: # the same kinds of rows, in seconds
         return [train(2, 2, True, True), generate(2, 2, True, 8, True), *commands, train(2, 1, False, False), generate(1, 2, False, 8, False)]
     return [train(8, 30, True, True), train(8, 30, True, False), train(8, 10, True, False), train(32, 10, True, False),
-            generate(32, 30, True, 100, True),
-            generate(32, 30, False, 100, True), generate(1, 30, False, 100, True), generate(32, 30, True, 100, False), *commands,
+            generate(32, 30, True, 100, True), generate(32, 30, False, 100, True), generate(1, 30, False, 100, True), *commands,
             train(8, 30, False, True), train(8, 30, False, False), train(8, 10, True, True), train(8, 10, False, True), train(8, 10, False, False),
-            generate(8, 30, False, 100, True), generate(128, 30, False, 100, True), generate(200, 30, False, 100, True),
+            generate(8, 30, False, 100, True), generate(128, 30, False, 100, True), generate(200, 30, False, 100, True), generate(32, 30, True, 100, False),
             generate(1, 30, False, 100, False), generate(128, 30, False, 100, False), train(32, 30, True, True)]
 
 
