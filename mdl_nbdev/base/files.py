@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['LOCK_SECONDS', 'cache_dir', 'write_error', 'writing', 'aside', 'replacing', 'write_text', 'write_json', 'append_text',
            'json_lines', 'read_json_lines', 'open_locked', 'lock_file', 'file_lock', 'make_folder', 'output_lock',
-           'open_in_use', 'is_in_use', 'file_digest', 'file_digests', 'check_inputs', 'check_own_files', 'new_output',
-           'share_files', 'replacing_folder', 'remove_folder']
+           'shared_lock', 'open_in_use', 'is_in_use', 'file_digest', 'file_digests', 'check_inputs', 'check_own_files',
+           'new_output', 'share_files', 'replacing_folder', 'remove_folder']
 
 # %% ../../nbs/0_base/03_files.ipynb #c4
 import errno, hashlib, json, os, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 from .errors import InputError, WriteError, disk_is_full, why_not_written
 from .processes import available_cpus, process_name
 
@@ -110,17 +110,18 @@ def read_json_lines(
     "Read lines of JSON; a last line without a line break is left out"
     return [json.loads(line) for line in Path(path).read_bytes().split(b'\n')[:-1] if line.strip()]
 
-# %% ../../nbs/0_base/03_files.ipynb #c15
+# %% ../../nbs/0_base/03_files.ipynb #522518ec
 LOCK_SECONDS = 3 # How long to wait for a lock
 
 def open_locked(
     path:str|Path, # The file to lock; created when missing
+    shared:bool=False, # Whether other processes may share the lock
 ): # The open file, or None while another process holds the lock
     "Try to lock a file; the process that gets the lock writes its name into the file"
     f = open(path, 'a+b', buffering=0)
     if os.name != 'posix': return f
     import fcntl
-    try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    try: fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX)|fcntl.LOCK_NB)
     except BlockingIOError: return f.close()
     except OSError: return f # a file system without locks
     try: stays = os.path.samestat(os.stat(path), os.fstat(f.fileno()))
@@ -134,15 +135,17 @@ def open_locked(
         f.write(f"{process_name()}, since {time.strftime('%d %b %H:%M:%S')}".encode())
     return f
 
+# %% ../../nbs/0_base/03_files.ipynb #1c534cf5
 def lock_file(
     path:str|Path, # The file to lock; created when missing
     name:str|Path|None=None, # What the error calls it; `path` if not given
     patient:bool=False, # Wait as long as it takes, and say so
+    opened:Callable=open_locked, # Path -> the open file, or None while another process holds the lock
 ): # The open file; closing it releases the lock
     "Lock a file for this process; while another process holds it, `InputError` says which one"
     end, holder, waits = time.monotonic() + LOCK_SECONDS, '', False
     with writing(path):
-        while not (f := open_locked(path)):
+        while not (f := opened(path)):
             with suppress(FileNotFoundError): holder = Path(path).read_text(encoding='utf-8', errors='replace')
             message = f"{name or path}: another process is writing this" + (f" ({holder[:200]})" if holder else '')
             late = time.monotonic() > end
@@ -152,7 +155,7 @@ def lock_file(
             time.sleep(.05)
     return f
 
-# %% ../../nbs/0_base/03_files.ipynb #c16
+# %% ../../nbs/0_base/03_files.ipynb #20d6a9b5
 @contextmanager
 def file_lock(
     path:str|Path, # A file for the lock alone
@@ -185,6 +188,35 @@ def output_lock(
     "Hold the lock of an output for a whole run; its file lies beside the output"
     make_folder(Path(path).parent)
     with file_lock(f'{path}.lock', path): yield
+
+# %% ../../nbs/0_base/03_files.ipynb #1ab80897
+@contextmanager
+def shared_lock(
+    path:str|Path, # A file for the lock alone
+    begin:Callable, # What the first process does before others get the lock
+    name:str|Path|None=None, # What it protects, for errors; `path` if not given
+)->Iterator[None]:
+    "Hold a lock together with other processes that call this; the last one removes its file. `file_lock` waits for all of them"
+    def opened(path):
+        f = open_locked(path)
+        if not f: return open_locked(path, shared=True)
+        try:
+            if open_locked(path):
+                raise InputError(f"--join: {Path(path).parent} has no file locks, by which processes know of each other; "
+                                 "choose an --output on a file system that has them, or leave out --join")
+            begin()
+            fcntl.flock(f, fcntl.LOCK_SH)
+        except BaseException:
+            Path(path).unlink(missing_ok=True)
+            raise
+        return f
+    import fcntl
+    with lock_file(path, name, opened=opened) as f:
+        try: yield
+        finally:
+            with suppress(BlockingIOError): # others hold it
+                fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+                Path(path).unlink(missing_ok=True)
 
 # %% ../../nbs/0_base/03_files.ipynb #c18
 def open_in_use(

@@ -186,6 +186,7 @@ class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings, LearnSettin
     input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to convert
     output:Path=opt(location=True) # Folder of the converted dataset
     audio_dtype:Literal['int16', 'float32']='int16' # How waveforms are stored; int16 takes half the space
+    join:bool=opt(False, result=False) # Share the rows with other processes that run this same command; false: they are refused
     overwrite:bool=opt(False, result=False) # Replace an existing output
 
 # %% ../../nbs/0_base/06_settings.ipynb #26407db5

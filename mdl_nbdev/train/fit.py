@@ -31,7 +31,7 @@ from ..model.contents import content_digest, model_digest, model_files
 from ..model.load import check_memory, device_note, load_model, pick_dtype
 from ..model.load import recompute_activations, unwrap_model
 from ..model.probe import check_lengths, check_packing, check_vocabulary
-from ..model.prompts import save_prompts
+from ..model.prompts import read_prompts, save_prompts
 from ..model.save import load_adapter, merge, save_model
 from ..model.targets import Trainable, load_trainable_state
 from .batches import padding_waste
@@ -132,33 +132,39 @@ def make_trainer(
     trainer.size, trainer.stop_ids = Trainable(model), chat.stop_ids(model)
     return trainer
 
-# %% ../../nbs/3_train/20_fit.ipynb #c10
+# %% ../../nbs/3_train/20_fit.ipynb #cc4fad36
 def training_identity(
     trainer:TaskTrainer, # Ready to train
     chat:Chat, # Of the model
 )->dict: # As checkpoints record it
     "What the numbers of a run depend on"
     s, facts = trainer.s, {}
+    saved = load_state(trainer.resumed_from, 'run')['identity'] if trainer.resumed_from else {}
     for use, rows in dict(training=trainer.train_dataset, evaluation=trainer.eval_dataset).items():
         if rows is None: continue
-        facts[f'{use} rows'] = rows.fingerprint()
+        earlier = len(saved.get(f'{use} rows', '')) == 16 # digits, as versions without an index have recorded
+        facts[f'{use} rows'] = rows.fingerprint(earlier)
         if rows.audio_digest(): facts[f'{use} clips'] = rows.audio_digest()
     facts['contents of --model-name'] = trainer.ranks.on_main(model_digest, s.model_name, s.from_modelscope)
     if trainer.heard_rows: facts |= augment_facts(trainer.heard_rows.augmenter)
     if s.adapter: facts['contents of --adapter'] = content_digest(model_files(s.adapter))
     return identity(s, processes=trainer.args.world_size, tokenizer=chat.fingerprint, **facts)
 
+# %% ../../nbs/3_train/20_fit.ipynb #3a09ffad
 def start_run_folder(
     trainer:TaskTrainer, # With its identity
 )->None:
     "What the main process writes and prints before the first step"
     s, ds, size = trainer.s, trainer.train_dataset, trainer.size
+    same_rows = False
     if trainer.resumed_from:
+        saved = load_state(trainer.resumed_from, 'run')['identity']
+        same_rows = saved.get('training rows')==trainer.identity['training rows']
         check_identity(trainer.resumed_from, trainer.identity, s.allow_changes)
         set_aside_later(s.output, trainer.resumed_from)
     save_config(s, s.output/'config.json')
     print(ds)
-    trainer.prompts = ds.prompts()
+    trainer.prompts = (same_rows and read_prompts(trainer.resumed_from)) or ds.prompts()
     padding = padding_waste(ds.n_tokens, trainer.sampler(ds, s.batch_size).batches(0))
     dtype = str(trainer.model.dtype).removeprefix('torch.')
     device = trainer.args.device
@@ -261,8 +267,8 @@ def fit(
     trainer.s = replace(s, gradient_checkpointing=ranks.on_main(recomputes, trainer))
     if trainer.s.gradient_checkpointing: recompute_activations(trainer.model)
     if s.dry_run: return dry_run(trainer, chat)
-    trainer.identity = training_identity(trainer, chat)
     trainer.resumed_from = checkpoint
+    trainer.identity = training_identity(trainer, chat)
     ranks.on_main(start_run_folder, trainer)
     torch.manual_seed(s.seed + trainer.args.process_index) # dropout differs between ranks
     run_loop(trainer)

@@ -10,7 +10,7 @@ __all__ = ['number_tasks', 'Mix', 'BatchRows', 'open_mix', 'describe_conversions
 import hashlib, json
 from copy import copy
 from dataclasses import dataclass, field, replace
-from itertools import chain, compress
+from itertools import compress
 from pathlib import Path
 from typing import Literal, NamedTuple
 import numpy as np
@@ -169,9 +169,12 @@ def prompts(self:Mix)->TrainingPrompts|None: # None: not known
         is_mine = np.zeros(len(ds), bool)
         is_mine[self.row_of[self.dataset_of==number]] = True
         if not is_mine.any(): continue
-        if 'conversation' not in ds.columns: return None
-        batches = (file.batches[i].column('conversation').to_pylist() for file,i in ds.batches)
-        for text in compress(chain.from_iterable(batches), is_mine): counts.add(Conversation.from_json(text))
+        at = 0
+        for _,batch in ds.batches():
+            if 'conversation' not in batch.schema.names: return None
+            texts = compress(batch['conversation'].to_pylist(), is_mine[at:at+len(batch)])
+            for text in texts: counts.add(Conversation.from_json(text))
+            at += len(batch)
     return counts
 
 # %% ../../nbs/3_train/02_mix.ipynb #c24
@@ -192,17 +195,19 @@ def by_task(self:Mix,
 
 # %% ../../nbs/3_train/02_mix.ipynb #c26
 @patch
-def fingerprint(self:Mix)->str: # 16 hexadecimal digits
+def fingerprint(self:Mix,
+    earlier:bool=False, # Whether to compute it as versions without an index did, which reads all tokens
+)->str: # 20 hexadecimal digits; 16 for `earlier`
     "A digest of the rows and their order: tasks, token ids, labels and lengths of audio"
     h = hashlib.sha256(json.dumps(self.task_names).encode())
     for name in ('task_ids', 'n_tokens', 'n_samples', 'dataset_of', 'row_of'):
         h.update(np.ascontiguousarray(getattr(self, name), np.int64))
     for ds in self.datasets:
         for name in ('input_ids', 'labels'):
-            for file,i in ds.batches:
-                values = file.batches[i].column(name).flatten()
-                h.update(np.ascontiguousarray(values.to_numpy(), np.int32))
-    return h.hexdigest()[:16]
+            if not earlier: h.update(' '.join(ds.digests(name)).encode())
+            else:
+                for _,values in ds.values(name): h.update(values)
+    return h.hexdigest()[:16 if earlier else 20]
 
 @patch
 def audio_digest(self:Mix)->str|None: # 16 hexadecimal digits; None if a dataset was converted by an earlier version or another tool
