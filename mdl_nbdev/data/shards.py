@@ -88,7 +88,7 @@ def read_cell(
     if cell.values is None: return np.zeros(0, cell.type.value_type.to_pandas_dtype())
     return np.array(cell.values.to_numpy(zero_copy_only=False))
 
-# %% ../../nbs/1_data/19_shards.ipynb #64d8186d
+# %% ../../nbs/1_data/19_shards.ipynb #e5a3678b
 INDEX = 'rows.index' # The index of all shards of a folder, beside them
 INDEX_SCHEMA = pa.schema(dict( # `start` is where the record batch of the row begins in its shard
     tokens=pa.int32(), samples=pa.int32(), clips=pa.int32(), line=pa.int32(), task=pa.string(), start=pa.int64()))
@@ -105,9 +105,10 @@ def list_sums(
     column:str, # Name of a column with lists of numbers
 )->np.ndarray: # int64 [rows]
     "The sum of the list in each row"
-    totals = np.concatenate([[0], np.cumsum(batch[column].values.to_numpy(zero_copy_only=False), dtype=np.int64)])
+    totals = np.concatenate([[0], np.cumsum(np.from_dlpack(batch[column].values.cast(pa.int64())))])
     return np.diff(totals[np.from_dlpack(batch[column].offsets)])
 
+# %% ../../nbs/1_data/19_shards.ipynb #7dfb6905
 def row_lengths(
     batch:pa.RecordBatch, # Rows as a conversion writes them
 )->dict: # `tokens`, `samples` and `clips` of each row
@@ -115,7 +116,6 @@ def row_lengths(
     clips = 'audio_lengths'
     return dict(tokens=list_lengths(batch, 'input_ids'), samples=list_sums(batch, clips), clips=list_lengths(batch, clips))
 
-# %% ../../nbs/1_data/19_shards.ipynb #2b3ada7b
 def index_batch(
     batch:pa.RecordBatch, # Rows
     start:int, # Where it begins in its shard
