@@ -45,7 +45,7 @@ def record_batch(
         return pa.Array.from_buffers(type, len(values), [None, ends], children=[number_array(np.concatenate(values), type.value_type)])
     return pa.RecordBatch.from_arrays([column(field) for field in schema], schema=schema)
 
-# %% ../../nbs/1_data/19_shards.ipynb #d5899942
+# %% ../../nbs/1_data/19_shards.ipynb #39a34283
 class ShardFile:
     "An Arrow file, mapped into memory"
     def __init__(self,
@@ -80,6 +80,7 @@ class ShardFile:
         self.release()
         return values
 
+# %% ../../nbs/1_data/19_shards.ipynb #b1e995d4
 def read_cell(
     cell:pa.Scalar, # A value in Arrow's memory
 )->object: # A NumPy array for a list, otherwise a Python value
@@ -108,7 +109,7 @@ def list_sums(
     totals = np.concatenate([[0], np.cumsum(np.from_dlpack(batch[column].values.cast(pa.int64())))])
     return np.diff(totals[np.from_dlpack(batch[column].offsets)])
 
-# %% ../../nbs/1_data/19_shards.ipynb #7dfb6905
+# %% ../../nbs/1_data/19_shards.ipynb #5eb685e4
 def row_lengths(
     batch:pa.RecordBatch, # Rows as a conversion writes them
 )->dict: # `tokens`, `samples` and `clips` of each row
