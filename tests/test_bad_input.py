@@ -560,7 +560,7 @@ def test_a_run_that_has_answered_nothing_is_in_nobodys_way(capfd):
     assert len(Path("out.csv").read_text().splitlines()) == 4
 
 
-LIMITS = [("infer", "--temperature", 0, "more than 0"), ("infer", "--top-p", 2, "at most 1"), ("infer", "--repetition-penalty", 0, "more than 0"), ("infer", "--output", "", "a path"),
+LIMITS = [("infer", "--temperature", 0, "at least 1e-06"), ("infer", "--top-p", 2, "at most 1"), ("infer", "--repetition-penalty", 0, "at least 0.01"), ("infer", "--output", "", "a path"),
           ("train", "--lora-dropout", 1.5, "less than 1"), ("train", "--validation-split", 1, "less than 1"), ("train", "--train-dataset", "", "a path")]
 
 

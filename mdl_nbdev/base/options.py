@@ -159,7 +159,7 @@ def default_value(
 
 # %% ../../nbs/0_base/05_options.ipynb #c16
 BOUNDS = dict(minimum=('at least', operator.ge), above=('more than', operator.gt),
-    maximum=('at most', operator.le), below=('less than', operator.lt)) # How to say and to check each bound
+    below=('less than', operator.lt), maximum=('at most', operator.le)) # How to say and to check each bound
 
 class Settings:
     "The base of all settings: a keyword-only dataclass whose values are checked when it is made"
