@@ -32,6 +32,7 @@ from ..data.tables import format_row
 # %% ../../nbs/4_infer/11_review.ipynb #0a48304b
 from .identity import MOST_LABELS
 from .label_errors import assign_folds, doubtful_labels, rank_labels
+from .output import CLEARING
 from .run import infer
 
 # %% ../../nbs/4_infer/11_review.ipynb #48ff436b
@@ -160,7 +161,8 @@ def is_scored(self:Review,
     fold:int, # From 0
 )->bool:
     "Whether all files of a fold's scores are complete"
-    return self.scores(fold).exists() and not Path(f'{self.scores(fold)}.part.json').exists()
+    state = Path(f'{self.scores(fold)}.part.json')
+    return self.scores(fold).exists() and (not state.exists() or state.read_text(encoding='utf-8')==CLEARING)
 
 @patch
 def score_fold(self:Review,
