@@ -66,6 +66,12 @@ def test_recordings(sounds):
     assert len(low.waveform) == pytest.approx(len(file.waveform), abs=2)
 
 
+def test_a_clip_that_does_not_fit_into_memory(sounds, monkeypatch):
+    def fail(*_, **__): raise MemoryError
+    monkeypatch.setattr("mdl_nbdev.model.engine.prefill", fail)
+    with pytest.raises(MemoryError, match="out of memory with this row alone"): ask("tiny", "sounds/0000.wav")
+
+
 def test_refused_and_shown(sounds):
     for clip, message in {"gone.wav": "no such file", "sounds.csv": "sounds.csv"}.items():
         with pytest.raises(InputError, match=message): ask("tiny", clip)

@@ -155,6 +155,17 @@ def test_finished_rows_cost_nothing(monkeypatch):
     assert sum(steps) <= 1.3*sum(r.max_new_tokens - 1 for r in asked)
 
 
+def test_what_rows_have_said_that_left_is_forgotten(monkeypatch):
+    "The tokens that are kept are those of the longest row, however many steps the group has lasted"
+    asked, widths, step = list(requests(load_chat("tiny-text"), False, [2, 5, 3]*20)), [], D.Rows.step
+    def measured(rows):
+        widths.append(rows.ids.shape[1] - rows.length)
+        step(rows)
+    monkeypatch.setattr(D.Rows, "step", measured)
+    list(E.TransformersEngine(tiny_text_model(), load_chat("tiny-text"), batch_size=4).generate(asked))
+    assert len(widths) > 30 and set(widths) == {1}
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_row_draws_the_same_in_any_company(kind):
     "It depends on the seed and its key alone: not on its neighbours, the size of groups or memory that ran out"

@@ -132,7 +132,7 @@ REFUSED = [
     (dict(n=2), "n", "send the request several times"), (dict(logprobs=True), "logprobs", "confidence"), (dict(tools=[{"type": "function"}]), "tools", "not supported"),
     (dict(response_format={"type": "json_object"}), "response_format", "in the prompt"), (dict(presence_penalty=.5), "presence_penalty", "leave it out"), (dict(best_of=2), "best_of", "unknown field"),
     (dict(max_token=2), "max_token", "did you mean max_tokens"), (dict(temperature=3), "temperature", "from 0 to 2"), (dict(temperature="hot"), "temperature", "expected a number"), (dict(temperature=True), "temperature", "expected"),
-    (dict(top_p=0), "top_p", "expected a number"), (dict(max_tokens=0), "max_tokens", "from 1 on"), (dict(max_tokens=1.5), "max_tokens", "whole number"), (dict(max_tokens=1, max_completion_tokens=2), "max_tokens", "keep one"),
+    (dict(top_p=0), "top_p", "expected a number"), (dict(max_tokens=0), "max_tokens", "from 1 to 1048576"), (dict(max_completion_tokens=2**20 + 1), "max_completion_tokens", "from 1 to 1048576"), (dict(max_tokens=1.5), "max_tokens", "whole number"), (dict(max_tokens=1, max_completion_tokens=2), "max_tokens", "keep one"),
     (dict(max_tokens=math.inf), "max_tokens", "whole number"), (dict(temperature=math.nan), "temperature", "expected a number"), (dict(temperature=10**400), "temperature", "expected a number"),
     (dict(messages=[{"role": [], "content": "x"}]), "messages[0].role", "system, user and assistant"), (dict(stop="a"*1000), "stop", "longer than 256"),
     (dict(seed=.5), "seed", "whole number"), (dict(stop=[""]), "stop", "not empty"), (dict(stop=list("abcde")), "stop", "up to 4"), (dict(stream="yes"), "stream", "true or false"), (dict(stream_options=[1]), "stream_options", "a list"),
@@ -151,7 +151,7 @@ REFUSED = [
 @pytest.mark.parametrize("fields, param, message", REFUSED)
 def test_what_cannot_be_done_is_refused_by_name(fields, param, message, tmp_path):
     s = InferSettings(input="requests", output="none", model_name="tiny")
-    with pytest.raises(RequestError, match=re.escape(message)) as e: read_chat({"messages": hello, **fields}, s, tmp_path)
+    with pytest.raises(RequestError, match=re.escape(message)) as e: read_chat({"messages": hello, **fields}, s, tmp_path, 2**20)
     error = e.value.body()["error"]
     assert error["param"] == param and error["type"] == "invalid_request_error" and (param is None or error["message"].startswith(f"{param}: "))
 
@@ -252,7 +252,23 @@ def test_a_fault_of_the_engine_is_said(server, client, http, monkeypatch):
         m.setattr(server.batcher.engine, "generate", fail)
         with pytest.raises(openai.InternalServerError, match="MemoryError: out of memory"): chat(client, hello)
         with pytest.raises(openai.APIError, match="MemoryError: out of memory"): list(chat(client, hello, stream=True))
+        def fail(requests): raise OSError("/home/ann/model: no such file")
+        m.setattr(server.batcher.engine, "generate", fail)
+        with pytest.raises(openai.InternalServerError) as e: chat(client, hello)
+        assert "the server failed (OSError); its log says more" in str(e.value) and "ann" not in str(e.value)
     assert chat(client, hello).choices
+
+
+def test_the_length_of_the_model_bounds_an_answer(server, client):
+    with pytest.raises(openai.BadRequestError, match="max_tokens: got 32769, expected a whole number from 1 to 32768"): chat(client, hello, max_tokens=32769)
+
+
+def test_a_model_in_a_folder_is_called_by_the_end_of_its_path():
+    for path, name in {"/home/ann/runs/digits/final": "digits/final", "/final": "final", "runs/digits/final": "runs/digits/final"}.items():
+        s = InferSettings(input="requests", output="none", model_name="tiny", adapter=path)
+        assert protocol.served_name(s) == name
+        for known in (name, path, None): protocol.check_model(known, s)
+        with pytest.raises(RequestError, match=f"use '{name}'"): protocol.check_model("tiny", s)
 
 
 def test_prompts_of_the_server(sounds, server):

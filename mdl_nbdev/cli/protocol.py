@@ -80,7 +80,7 @@ def number_field(
     if value is None: return None
     is_number = not isinstance(value, bool) and isinstance(value, (int, float)) and low <= value <= high and value < math.inf
     if not is_number or kind(value) != value:
-        bounds = f"from {low:g} on" if high==math.inf else f"from {low:g} to {high:g}"
+        bounds = f"from {low:g} on" if high==math.inf else f"from {low:g} to {high:.7g}"
         raise RequestError(f"got {shorten(repr(value), 40)}, expected {words} {bounds}", name)
     return kind(value)
 
@@ -103,10 +103,11 @@ LEAST_TEMPERATURE = .01 # Logits that are divided by less may overflow; below it
 def with_generation(
     s:InferSettings, # Of the server
     body:dict, # A request
+    most:float=math.inf, # Tokens that the model takes
 )->InferSettings: # With what the request says
     "The settings of one request"
     temperature, top_p = number_field(body, 'temperature', 0, 2), number_field(body, 'top_p', 1e-6, 1)
-    limits = {name:number_field(body, name, 1, kind=int) for name in ('max_tokens', 'max_completion_tokens')}
+    limits = {name:number_field(body, name, 1, most, int) for name in ('max_tokens', 'max_completion_tokens')}
     seed = number_field(body, 'seed', -2**63, 2**63 - 1, int)
     given = {n for n in limits.values() if n}
     if len(given) > 1: raise RequestError("differs from max_completion_tokens; keep one of them", 'max_tokens')
@@ -208,8 +209,9 @@ class ModelRequest:
 def served_name(
     s:InferSettings, # Of the server
 )->str: # Such as `runs/digits/final`
-    "What clients call the model"
-    return str(s.adapter or s.model_name)
+    "What clients call the model; of a path from the root, only the last two folders"
+    path = Path(s.adapter or s.model_name)
+    return '/'.join(path.parts[1:][-2:]) if path.is_absolute() else str(s.adapter or s.model_name)
 
 def check_model(
     name:Any, # The field `model`
@@ -217,7 +219,7 @@ def check_model(
 )->None:
     "Raise `RequestError` if another model is asked for"
     served = served_name(s)
-    if name in (None, served): return
+    if name in (None, served, str(s.adapter or s.model_name)): return
     raise RequestError(f"{shorten(repr(name), 80)} is not served here; use {served!r}", 'model', 404, 'model_not_found')
 
 def flag_field(
@@ -234,6 +236,7 @@ def read_chat(
     body:Any, # The JSON of a request to `/v1/chat/completions`
     s:InferSettings, # Of the server
     folder:Path, # For clips
+    most:float=math.inf, # Tokens that the model takes
 )->ModelRequest:
     "Read a request for a chat completion"
     check_fields(body, CHAT_FIELDS, NOT_SUPPORTED)
@@ -241,7 +244,7 @@ def read_chat(
     options = body.get('stream_options') or {}
     check_fields(options, {'include_usage'}, dict(include_obfuscation=[False]), 'stream_options')
     conversation = conversation_of(body.get('messages'), s, folder)
-    return ModelRequest(conversation, with_generation(s, body), stop_field(body), body.get('seed') is not None,
+    return ModelRequest(conversation, with_generation(s, body, most), stop_field(body), body.get('seed') is not None,
         flag_field(body, 'stream'), flag_field(options, 'include_usage'))
 
 # %% ../../nbs/5_cli/13_protocol.ipynb #0f5fd578

@@ -148,9 +148,10 @@ def too_late(self:ModelServer)->RequestError:
 def internal_error(
     e:Exception, # Any
 )->RequestError:
-    "The error for a fault of the server or of the device, which is logged"
+    "The error for a fault of the server or of the device; the details are for the log alone"
     logging.getLogger('uvicorn.error').error('a request failed', exc_info=e)
-    return RequestError(f"the server failed ({type(e).__name__}: {shorten(str(e), 200)})", status=500)
+    what = f': {shorten(str(e), 200)}' if isinstance(e, MemoryError) else ''
+    return RequestError(f"the server failed ({type(e).__name__}{what}); its log says more", status=500)
 
 # %% ../../nbs/5_cli/15_serve.ipynb #f50d9424
 @patch
@@ -222,7 +223,8 @@ async def post_chat(self:ModelServer, request):
     "`/v1/chat/completions`"
     from starlette.responses import JSONResponse, StreamingResponse
     body, loop = await self.read_body(request, 'application/json', lambda r: r.body()), asyncio.get_running_loop()
-    def read(folder): return read_chat(parse_json(body), self.infer, folder)
+    most = self.batcher.engine.max_tokens
+    def read(folder): return read_chat(parse_json(body), self.infer, folder, most)
     asked, prompt = await loop.run_in_executor(self.readers, self.prepare, read)
     answer = ChatAnswer(served_name(self.infer), len(prompt.example.input_ids))
     if not asked.stream:

@@ -194,7 +194,10 @@ $('form').onsubmit = async e => {
 };
 $('stop').onclick = () => running?.abort();
 $('prompt').onkeydown = e => { if (e.key === 'Enter' && (e.ctrlKey || e.metaKey)) $('form').requestSubmit() };
-fetch('v1/models').then(r => r.json()).then(r => { $('model').textContent = document.title = r.data[0].id });"""
+fetch('v1/models').then(r => r.json()).then(r => {
+  if (r.error) throw new Error(r.error.message);
+  $('model').textContent = document.title = r.data[0].id;
+}).catch(e => note(`The server does not name its model: ${e.message}`));"""
 
 # %% ../../nbs/5_cli/14_serve_page.ipynb #53c5f433
 PAGE = f"""<!doctype html>

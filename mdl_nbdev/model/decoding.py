@@ -126,8 +126,8 @@ def regroup(
         if layer.is_sliding: layer.cumulative_length = n
     # recorded steps have certain numbers of rows: the first row stands for those that are missing
     order = [*range(len(lengths))] + [0]*(recorded.size(len(lengths)) - len(lengths) if recorded else 0)
-    longest = max(group.ids.shape[1] for group in groups)
-    ids = torch.cat([pad_ids(group.ids[rows], longest) for group,rows in parts])[order]
+    longest = min(n + 1, max(group.ids.shape[1] for group in groups)) # no row has more tokens
+    ids = torch.cat([pad_ids(group.ids[rows,-longest:], longest) for group,rows in parts])[order]
     arguments = {k:v for k,v in groups[0].arguments.items() if not torch.is_tensor(v)}
     arguments['attention_mask'] = None
     if recorded or min(lengths) < n:
