@@ -232,6 +232,18 @@ def test_wherever_a_bit_flips(tmp_path):
         with pytest.raises(InputError, match="damaged|of the .* rows|lacks the columns"): open_dataset(folder, CHAT, tmp_path).verify()
 
 
+def test_a_folder_that_was_copied_in_part(tmp_path):
+    "A shard that is missing is found before training, and one that ends early when it is read"
+    folder = convert(settings(make_sounds(tmp_path / "s", 3, seed=1), tmp_path / "d")).path
+    ds = AudioDataset(folder)
+    start, shard = int(ds.read("start")[0]), folder / ds.shards[0]
+    for size in (start, start + 9, 0):
+        os.truncate(shard, size)
+        with pytest.raises(InputError, match=r"\.arrow: is missing or damaged .*convert the file again"): AudioDataset(folder)[0]
+    shard.unlink()
+    with pytest.raises(InputError, match=r"d: is incomplete or damaged .*data-00000-.*; convert the file again"): AudioDataset(folder).verify()
+
+
 def test_a_changed_clip_is_converted_again(tmp_path):
     csv = make_sounds(tmp_path / "s", 5, seed=1)
     out = dict(model_name="tiny", base_dir=csv.parent)

@@ -421,6 +421,7 @@ def a_machine(root, group="/", **files):
 MACHINES = {"a machine": ("/", {}, 9_000_000*1024), "no limit": ("/", {"memory.max": "max\n"}, 9_000_000*1024),
     "a container": ("/", {"memory.max": "4000000000\n", "memory.current": "3000000000\n", "memory.stat": "anon 5\nfile 500000000\nfile_mapped 7\n"}, 1_500_000_000),
     "a job in a group": ("/slurm/job_1", {"slurm/memory.max": "2000000000", "slurm/job_1/memory.max": "max", "memory.max": "3000000000"}, 2_000_000_000),
+    "a kernel that remembers files": ("/", {"memory.max": "4000", "memory.current": "3000", "memory.stat": "file 500\nslab 900\nslab_reclaimable 700\n"}, 2200),
     "full": ("/", {"memory.max": "1000", "memory.current": "2000"}, 0)}
 
 @pytest.mark.parametrize("name", MACHINES)

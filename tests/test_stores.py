@@ -1,9 +1,11 @@
 "Clips in stores, in tar archives and in Parquet files: the waveforms of the files themselves, and what is said where there is none"
 import io
 import json
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -16,7 +18,7 @@ from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings, InferSettings, TrainSettings
 from mdl_nbdev.data import remote
 from mdl_nbdev.data.audio import audio_info, load_audio
-from mdl_nbdev.data.clips import clip_stamp, clip_state, local_file, resolve
+from mdl_nbdev.data.clips import clip_stamp, clip_state, local_file, prepare_clips, resolve
 from mdl_nbdev.data.remote import cached_path, refresh_cache
 from mdl_nbdev.data.rows import to_conversation
 from mdl_nbdev.data.sources import open_rows
@@ -107,6 +109,31 @@ def test_archives_that_cannot_be_read(shard, spoil, member, message):
     if spoil: spoil(shard)
     with pytest.raises(InputError, match=message) as e: load_audio(f"{shard}/{member}")
     assert str(e.value).startswith(f"{shard}/{member}: ") and "\n" not in str(e.value)
+
+
+def test_a_sparse_file_in_an_archive_is_refused(clips):
+    "Its bytes are not in one piece there, and what follows it is another file's"
+    sf.write(clips/"holes.wav", np.concatenate([np.full(9000, .1), np.zeros(100_000), np.full(9000, .1)]), 16_000)
+    data = (clips/"holes.wav").read_bytes()
+    with open(clips/"holes.wav", "wb") as f:
+        f.write(data[:20_000])
+        f.seek(200_000)
+        f.write(data[200_000:])
+    sf.write(clips/"next.wav", np.zeros(200_000), 16_000)
+    subprocess.run(["tar", "--sparse", "--hole-detection=raw", "-cf", "holes.tar", "holes.wav", "next.wav"], cwd=clips, check=True)
+    assert len(load_audio(f"{clips}/holes.tar/next.wav"))==200_000
+    with pytest.raises(InputError, match="links and sparse files are not read"): load_audio(f"{clips}/holes.tar/holes.wav")
+
+
+def test_an_archive_is_downloaded_again_within_its_own_limits(shard, store, monkeypatch, capsys):
+    "Which are those of its first download, not those of a clip"
+    monkeypatch.setattr(remote.update, "__defaults__", (10, *remote.update.__defaults__[1:]))
+    clip = "memory://bucket/shard.tar/in/a.wav"
+    store.pipe("/bucket/shard.tar", shard.read_bytes())
+    load_audio(clip)
+    store.pipe("/bucket/shard.tar", archive(shard, {"in/a.wav": Path(shard.parent/"b.flac").read_bytes()}).read_bytes())
+    prepare_clips(SimpleNamespace(allow_private_hosts=True, refresh_cache=True, num_workers=1), [clip])
+    assert "asked for again, 1 changed" in capsys.readouterr().err
 
 
 class NoStore(fsspec.AbstractFileSystem):

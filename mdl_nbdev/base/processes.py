@@ -57,7 +57,7 @@ def available_memory(
     for folder in [inside, *(p for p in inside.parents if p.is_relative_to(sys_))]:
         limit = number(folder, 'memory.max')
         if limit is None: continue # `max`, or no group
-        cached = number(folder, 'memory.stat', 'file') or 0
+        cached = sum(number(folder, 'memory.stat', name) or 0 for name in ('file', 'slab_reclaimable'))
         left.append(max(0, limit - (number(folder, 'memory.current') or 0) + cached))
     return min(left)
 

@@ -159,7 +159,7 @@ def archive_members(
 )->dict[str,tuple[int,int]]: # Name -> position and size
     "Where the files in an archive are"
     with tarfile.open(archive, 'r:') as tar:
-        return {os.path.normpath(m.name):(m.offset_data, m.size) for m in tar if m.isreg()}
+        return {os.path.normpath(m.name):(m.offset_data, m.size) for m in tar if m.isreg() and not m.issparse()}
 
 # %% ../../nbs/1_data/02_clips.ipynb #archive1
 def read_member(
@@ -170,7 +170,9 @@ def read_member(
     "Read a clip in an archive; raises `AudioError`"
     try:
         found = archive_members(archive, archive.stat().st_mtime_ns).get(os.path.normpath(member))
-        if not found: raise AudioError(f'{src}: no such file in this archive; correct the path')
+        if not found:
+            raise AudioError(f'{src}: no such file in this archive, where links and sparse files are not read; '
+                             'correct the path')
         with open(archive, 'rb') as f:
             f.seek(found[0])
             data = f.read(found[1])
@@ -208,7 +210,10 @@ def prepare_clips(
 )->None:
     "Apply the options for downloads, and say where downloads are kept"
     set_host_policy(s.allow_private_hosts)
-    urls = dict.fromkeys(whole_file(clip) for clip in clips if is_url(clip))
+    urls = {}
+    for clip in filter(is_url, clips):
+        whole, member = split_archive(split_segment(clip).clip)
+        urls[whole] = ARCHIVE_LIMITS if member else {}
     if urls: note_cache(cache_dir()/'audio')
     if urls and s.refresh_cache: refresh_cache(urls, s.num_workers)
 

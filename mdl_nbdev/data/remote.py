@@ -382,13 +382,13 @@ def fetch(
 
 # %% ../../nbs/1_data/00_remote.ipynb #c41
 def refresh_cache(
-    clips:Iterable[str], # Paths and addresses; only clips in the cache are asked for
+    clips:Iterable[str], # Paths and addresses, or a dict with their limits of `update`; files that are not cached are left out
     num_workers:int, # Requests at a time
 )->list[str]: # Addresses of the clips that have changed
     "Download the cached clips that have changed on their servers, and print what was found"
     urls = [url for url in dict.fromkeys(clips) if is_url(url) and cached_path(url).exists()]
     def ask(url):
-        try: return update(url, clip_record(cached_path(url)))
+        try: return update(url, clip_record(cached_path(url)), **(clips[url] if isinstance(clips, dict) else {}))
         except InputError as e: return e
     with DaemonPool(num_workers) as pool:
         asked = pool.map(ask, urls, ahead=4*num_workers)

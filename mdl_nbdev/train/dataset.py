@@ -190,10 +190,11 @@ def verify(self:AudioDataset,
     shards = {name:digests['xxh3'] for name,digests in files.items() if 'xxh3' in digests}
     if required and not shards:
         raise InputError(f"--verify: {self.path} has no checksums to compare; convert the file again, or leave --verify out")
-    for name,digest in zip(shards, file_digests(self.path, shards, xxh3_128)):
-        if digest != shards[name]:
-            remedy = f'delete the folder {self.path}, then run the same command again' if self.in_use else 'convert the file again'
-            raise InputError(f"{self.path/name}: is damaged: its contents are not what was converted; {remedy}")
+    remedy = f'delete the folder {self.path}, then run the same command again' if self.in_use else 'convert the file again'
+    try: digests = file_digests(self.path, shards, xxh3_128)
+    except OSError as e: raise InputError(f"{self.path}: is incomplete or damaged ({one_line(e, 200)}); {remedy}") from None
+    changed = [name for name,digest in zip(shards, digests) if digest != shards[name]]
+    if changed: raise InputError(f"{self.path/changed[0]}: is damaged: its contents are not what was converted; {remedy}")
 
 # %% ../../nbs/3_train/01_dataset.ipynb #4c25d598
 @patch
@@ -207,7 +208,7 @@ def __getitem__(self:AudioDataset,
     starts = self.read('start')[first:i+1]
     path = self.path/self.shards[shard]
     try: row = self.open(path).row(int(starts[-1]), len(starts) - 1 - int(np.searchsorted(starts, starts[-1])))
-    except (OSError, ValueError, IndexError, pa.ArrowException) as e:
+    except (OSError, EOFError, ValueError, IndexError, pa.ArrowException) as e:
         raise InputError(f"{path}: is missing or damaged ({one_line(e, 200)}); convert the file again") from None
     return (self.layout or layout_of(row)).example(row, self.source, self.name)
 
