@@ -217,6 +217,16 @@ def test_a_model_that_counts_positions_itself_is_not_regrouped(monkeypatch):
     assert outcome(engine.generate(asked)) == outcome(engine.complete([r])[0] for r in asked)
 
 
+def test_a_minimum_of_tokens_is_counted_from_the_prompt(monkeypatch):
+    "A checkpoint may ask for one; what counts a row's tokens by the width of a group would be wrong once rows have joined"
+    chat, model = load_chat("tiny-text"), tiny_text_model()
+    asked = unequal(chat, False, np.random.default_rng(1), 20)
+    monkeypatch.setattr(model.generation_config, "min_new_tokens", 6)
+    engine = E.TransformersEngine(model, chat, batch_size=4)
+    engine.stops = engine.stops + [c.ids[1] for c in map(lambda r: engine.complete([r])[0], asked[:6]) if len(c.ids) > 2]
+    assert outcome(engine.generate(asked)) == outcome(engine.complete([r])[0] for r in asked)
+
+
 def test_other_caches_end_as_a_whole():
     "Nothing is known of how rows leave the states of Mamba"
     torch.manual_seed(0)
