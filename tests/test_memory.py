@@ -454,15 +454,16 @@ def test_estimates_of_what_must_fit_change_no_result(monkeypatch):
     for (name, p), (_, q) in zip(model.named_parameters(), expected.named_parameters(), strict=True): assert torch.equal(p, q), name
 
 
-@pytest.mark.parametrize("dtype, quantization, need, remedy", [(torch.float32, None, "28.4 GiB", "use --bf16 true, --q"), (torch.bfloat16, None, "14.2 GiB", "use --q"), ("auto", None, "14.2 GiB", "use --q"),
+@pytest.mark.parametrize("dtype, quantization, need, remedy", [(torch.float32, None, "28.4 GiB", "use --bf16 true, --q"), (torch.bfloat16, None, "14.2 GiB", "use --q"), ("auto", None, "14.2 GiB", "use --q"), (None, None, "14.2 GiB", "use --q"),
     (torch.bfloat16, "8bit", "7.1 GiB", "use --q"), (torch.float32, "4bit", "3.5 GiB", "use --q")])
 def test_the_weights_of_a_model_must_fit(tmp_path, monkeypatch, dtype, quantization, need, remedy):
-    "The configuration alone decides: there are no weights in this folder"
-    Qwen2Config(**QWEN2_7B, dtype="bfloat16", architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
+    "The configuration alone decides, as there are no weights in this folder; None: a configuration without a type"
+    stored = None if dtype is None else "bfloat16"
+    Qwen2Config(**QWEN2_7B, dtype=stored, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
     monkeypatch.setattr("mdl_nbdev.model.load.available_memory", lambda: 2**31)
     monkeypatch.setattr("mdl_nbdev.model.load.quantization_config", lambda *args: None)
     with pytest.raises(InputError, match=f"--model-name .*: its weights need {need}, and 2.0 GiB of memory are free on cpu; {remedy}"):
-        load_model(str(tmp_path), dtype=dtype, quantization=quantization, device=torch.device("cpu"))
+        load_model(str(tmp_path), dtype=dtype or "auto", quantization=quantization, device=torch.device("cpu"))
 
 
 def test_a_rank_that_no_matrix_can_have_is_noted():

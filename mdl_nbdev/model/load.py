@@ -172,7 +172,7 @@ def check_weights_fit(
     quantization:str|None, # `4bit`, `8bit` or None
 )->None:
     "`InputError` if the weights of a model are larger than what is free of the machine's memory"
-    dtype = getattr(config, 'dtype', None) if dtype=='auto' else dtype
+    if dtype=='auto': dtype = getattr(config, 'dtype', None) or torch.bfloat16 # unless the files have a larger type
     make = getattr(model_class, 'from_config', None) or model_class._from_config # an Auto class, or a model's own
     with torch.device('meta'): model = make(copy.deepcopy(config), dtype=dtype)
     bits = {'4bit':4, '8bit':8}.get(quantization, 8*model.dtype.itemsize)
