@@ -16,7 +16,6 @@ import pytest
 import soundfile as sf
 from training_runs import finish, start
 
-from mdl_nbdev import audio
 from mdl_nbdev.cli import commands as cli
 from mdl_nbdev.data import remote
 from mdl_nbdev.data.sounds import make_sounds
@@ -29,7 +28,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(audio.fetch, "__defaults__", (5000, 0.5, 2., 0)) # max_bytes, timeout, deadline, retries
+    monkeypatch.setattr(remote.update, "__defaults__", (5000, 0.5, 2., 0)) # max_bytes, timeout, deadline, retries
     monkeypatch.setattr(remote, "_silent", {}) # hosts that other tests waited for
 
 

@@ -243,7 +243,7 @@ def menu(self:SettingsForm,
     tp = self.fields[name].type
     kinds = get_args(tp) if get_origin(tp) in (Union, types.UnionType) else (tp,)
     choices = next((get_args(k) for k in kinds if get_origin(k) is Literal), ())
-    if set(kinds)=={bool, type(None)}: choices = (True, False)
+    if bool in kinds and len(kinds)==2: choices = (*choices, True, False) # `bool|None` or `bool|Literal['auto']`
     if int in kinds: choices = ()
     if choices and type(None) in kinds: choices = (None, *choices)
     return [(python_text(c), c) for c in choices]

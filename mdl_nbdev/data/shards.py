@@ -232,7 +232,7 @@ def finished_shard(
         index = map_table(facts_path(path))
         return Shard(path, len(index), index.replace_schema_metadata(), **json.loads(index.schema.metadata[b'facts']))
     facts = ShardFacts()
-    for start,batch,extra in ShardFile(path).batches(): facts.add(start, batch, json.loads(extra.get('notes', '{}')))
+    for start,batch,extra in ShardFile(path).batches(): facts.add(start, batch, json.loads(extra.get(b'notes', b'{}')))
     return facts.shard(path, file_digest(path, xxh3_128))
 
 # %% ../../nbs/1_data/19_shards.ipynb #14c07604

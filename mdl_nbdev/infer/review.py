@@ -146,8 +146,8 @@ def score_settings(self:Review,
         values['input'] = self.folder/f'rows-{fold+1}{end}'
         rows = (self.source.format(r, r.prediction) for r,f in zip(self.rows, self.fold_of) if f==fold)
         write_text(values['input'], ''.join([self.source.header(), *rows]))
-    values |= dict(output=self.scores(fold), labels=self.folder/'labels.txt', label_scores=True)
-    return InferSettings(**values, batch_size=s.eval_batch_size or s.batch_size)
+    values |= dict(output=self.scores(fold), labels=self.folder/'labels.txt', batch_size=s.eval_batch_size or s.batch_size)
+    return InferSettings(**values, label_scores=True)
 
 @patch
 def scores(self:Review,
@@ -156,6 +156,7 @@ def scores(self:Review,
     "The file of the scores of a fold"
     return self.folder/f'scores-{fold+1}{self.source.out_suffix}'
 
+# %% ../../nbs/4_infer/11_review.ipynb #c1scored
 @patch
 def is_scored(self:Review,
     fold:int, # From 0

@@ -354,13 +354,14 @@ def convert(
         else: begin()
         shared.check()
         total = sum(len(job.conversations) for job in jobs)
-        with progress_bar(total, 'converting', 'row') as bar, phase('converting', total) as at:
-            try:
-                for n in convert_shards(shared, chat, s.num_workers):
-                    bar.update(n - bar.n)
-                    at(bar.n)
-            except WriteError:
-                if shared.is_running(): raise # otherwise the others have finished while this process was suspended
-        finish_conversion(s, chat, shared)
+        with phase('converting', total) as at:
+            with progress_bar(total, 'converting', 'row') as bar:
+                try:
+                    for n in convert_shards(shared, chat, s.num_workers):
+                        bar.update(n - bar.n)
+                        at(bar.n)
+                except WriteError:
+                    if shared.is_running(): raise # otherwise the others have finished while this process was suspended
+            finish_conversion(s, chat, shared)
     manifest = json.loads((out/MANIFEST).read_text(encoding='utf-8'))
     return ConvertReport(out, manifest['rows'], manifest['audio_seconds'], manifest['notes'])
