@@ -55,7 +55,8 @@ class Collator:
         arrays = pad_tokens(rows, self.pad_id, self.side=='right' or packed)
         position = arrays.pop('position_ids')
         if packed: arrays['position_ids'] = self.family.packed_positions(position)
-        elif self.side=='left' or self.family.masks_padding: arrays['attention_mask'] = (arrays['sample']>=0).astype(np.int64)
+        elif self.side=='left' or self.family.masks_padding:
+            arrays['attention_mask'] = (arrays['sample']>=0).astype(np.int64)
         examples = [e for row in rows for e in row]
         clips = [c for e in examples for c in e.clips]
         lengths = np.array([len(c) for c in clips], np.int64)
@@ -64,11 +65,12 @@ class Collator:
             masks = [np.zeros((len(e.clips), 4, 2), np.float32) if e.masks is None else e.masks for e in examples]
             arrays = self.family.mask_clips(arrays, lengths, np.concatenate(masks))
         before_label = np.pad(arrays['labels'][:,1:] != -100, ((0, 0), (0, 1)))
-        arrays |= dict(task=np.array([e.task_id for e in examples], np.int64), n_samples=lengths, label_at=np.flatnonzero(before_label))
+        arrays |= dict(task=np.array([e.task_id for e in examples], np.int64), n_samples=lengths)
+        arrays |= dict(label_at=np.flatnonzero(before_label))
         return Batch(tree_map_only(np.ndarray, torch.from_numpy, arrays), self.family.sample_rate)
 
 # %% ../../nbs/2_model/05_collate.ipynb #c11
-DESCRIPTIONS = ('sample', 'task', 'n_samples', 'label_at') # Tensors of a batch that describe it and are not for the model
+DESCRIPTIONS = ('sample', 'task', 'n_samples', 'label_at') # Tensors of a batch that are not for the model
 SAMPLE_COLOURS = [('#b7e4c7', '#2d6a4f'), ('#bfdbfe', '#1d4ed8'), ('#fde68a', '#b45309'),
     ('#fbcfe8', '#be185d'), ('#ddd6fe', '#6d28d9'), ('#a5f3fc', '#0e7490')] # Without and with loss
 

@@ -226,6 +226,7 @@ def read_weights(
     quantization:str|None, # `4bit`, `8bit` or None
     device:torch.device, # Where to put them
     model_class=None, # Class to load; None: that of its family
+    must_fit:bool=False, # Refuse weights that are larger than the machine's free memory
     **kwargs # For `from_pretrained`
 ): # The model, in eval mode
     "Load weights onto one device; every weight must be there"
@@ -237,7 +238,7 @@ def read_weights(
         raise InputError(f"--model-name {source}: its weights are quantized already ({stored}); {remedy}")
     if quantization: kwargs['quantization_config'] = quantization_config(quantization, dtype)
     try:
-        if device.type=='cpu' and not stored: check_weights_fit(source, model_class, config, dtype, quantization)
+        if must_fit and device.type=='cpu' and not stored: check_weights_fit(source, model_class, config, dtype, quantization)
         model, found = model_class.from_pretrained(
             source, dtype=dtype, device_map={'':device}, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
@@ -273,16 +274,16 @@ def load_model(
     from_modelscope:bool=False, # Download from ModelScope?
     dtype:torch.dtype|str|None=None, # Of the weights; 'auto': as they were saved; None: `pick_dtype`
     quantization:str|None=None, # `4bit`, `8bit` or None
-    device:torch.device|None=None, # None: `pick_device`
+    device:torch.device|None=None, # None: `pick_device`, where the model must fit
 ): # A transformers causal language model in eval mode
     "Load a model onto this process's device"
-    device = torch.device(device or pick_device())
+    must_fit, device = device is None, torch.device(device or pick_device())
     dtype = dtype or pick_dtype(device=device)
     if builtin_family(name):
         return load_built_in(name, torch.float32 if dtype == 'auto' else dtype, quantization, device)
     if holds_adapter(name): # transformers would load its base, and ignore what else is there
         raise InputError(f"--model-name {name}: {adapter_as_model(name)}")
-    return from_hub(read_weights, name, from_modelscope, dtype=dtype, quantization=quantization, device=device)
+    return from_hub(read_weights, name, from_modelscope, dtype=dtype, quantization=quantization, device=device, must_fit=must_fit)
 
 # %% ../../nbs/2_model/30_load.ipynb #c27
 def load_processor(

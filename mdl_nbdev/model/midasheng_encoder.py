@@ -309,7 +309,7 @@ class MiDashengAudioEncoder(ChunkEmbedding):
         at_once, device = max(1, 2**21 // waveform.shape[1]), waveform.device # clips
         sizes = self.span, self.fold
         if plan is None: plan = tree_map_only(torch.Tensor, lambda t: t.to(device), plan_chunks(n_samples.cpu(), *sizes))
-        if plan.sizes != sizes: raise ValueError(f"a plan for {plan.sizes} patches in a chunk and a token, the encoder has {sizes}")
+        if plan.sizes != sizes: raise ValueError(f"the plan is for {plan.sizes} patches, the encoder has {sizes}")
         n_samples = n_samples.to(device)
         parts = zip(waveform.split(at_once), n_samples.split(at_once))
         mel = torch.cat([log_mel(w, lengths, self.config) for w, lengths in parts])

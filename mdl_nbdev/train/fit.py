@@ -98,7 +98,7 @@ def load_adapted(
 ): # A model with adapters, or with `tuning='full'` the model itself
     "The model with the parts that are to be trained"
     model = load_model(s.model_name, s.from_modelscope, pick_dtype(s.bf16), s.quantization, device)
-    if not s.adapter: check_trainable_fits(model, s)
+    if not s.adapter and device is None: check_trainable_fits(model, s) # a given one is for saving
     model = load_adapter(model, s.adapter, trainable=True) if s.adapter else adapt(model, s)
     return model
 
