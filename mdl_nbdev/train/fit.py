@@ -28,7 +28,7 @@ from ..model.augmented_rows import AugmentedRows, augment_facts, open_augmenter
 from ..model.chat import Chat, silent_example
 from ..model.collate import Collator
 from ..model.contents import content_digest, model_digest, model_files
-from ..model.load import check_memory, device_note, load_model, pick_dtype
+from ..model.load import check_memory, device_note, free_memory, load_model, pick_dtype
 from ..model.load import recompute_activations, unwrap_model
 from ..model.probe import check_lengths, check_packing, check_vocabulary
 from ..model.prompts import read_prompts, save_prompts
@@ -84,9 +84,13 @@ def check_trainable_fits(
     """`InputError` if what is trained is larger than the memory that is left.
 
     On a CPU, where the system would kill the process, gradients and moments of AdamW count too."""
+    lora, free = s.tuning=='lora', free_memory(model.device)
+    in_full = not lora or {'embed_tokens', 'lm_head'} & set(s.train_target)
+    most = sum(p.numel()*bool(in_full) + s.lora_rank*sum(p.flatten(1).shape) for p in model.parameters() if p.ndim > 1)
+    if free is None or 16*most < free: return # four float32 numbers for each: no model has to be built to see this
     new = model_without_data(model, replace(s, use_dora=False))
     trained = sum(p.nbytes for p in new.parameters() if p.requires_grad)
-    lora, learns = s.tuning=='lora', model.device.type=='cpu' and not s.dry_run and not shards_weights()
+    learns = model.device.type=='cpu' and not s.dry_run and not shards_weights()
     parts = ["the adapters"]*lora + ["gradients and AdamW's moments"]*learns
     what, less = (f"--lora-rank {s.lora_rank}", "a lower rank") if lora else ("--tuning full", "--tuning lora")
     check_memory((lora + 3*learns)*trained, f"{what}: {', '.join(parts)} need", model.device,
