@@ -357,7 +357,7 @@ def finish_output(
         out.finish_clearing()
         if s.join and not out.is_running(): return
         report.rejected, report.truncated, report.notes = out.finish(shard_rows, report.rows)
-        if s.join: out.others_alive(name) # which removes the locks of processes that were killed
+        out.others_alive(name) # which removes the locks of processes that were killed
 
 # %% ../../nbs/4_infer/02_run.ipynb #c28
 def infer(

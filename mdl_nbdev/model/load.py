@@ -172,6 +172,8 @@ def check_weights_fit(
     quantization:str|None, # `4bit`, `8bit` or None
 )->None:
     "`InputError` if the weights of a model are larger than what is free of the machine's memory"
+    kind = getattr(model_class, 'config_class', None)
+    if kind and not isinstance(config, kind): return # the folder holds more than this model
     if dtype=='auto': dtype = getattr(config, 'dtype', None) or torch.bfloat16 # unless the files have a larger type
     make = getattr(model_class, 'from_config', None) or model_class._from_config # an Auto class, or a model's own
     with torch.device('meta'): model = make(copy.deepcopy(config), dtype=dtype)
