@@ -643,4 +643,4 @@ def test_a_lost_process_keeps_nobody_up(whole):
     assert (code, other) == (2, -9)
     assert "70 rows in out.csv" in printed and "8 rows without an answer" in printed
     assert Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
-    assert leftovers("out.csv") == ["out.csv.part-1.lock", "out.csv.rejects.csv"]
+    assert leftovers("out.csv") == ["out.csv.rejects.csv"]
