@@ -34,21 +34,7 @@ def start(folder, output, *args):
     return process
 
 
-def wait_until(condition, seconds=200):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(.01)
-    return found
-
-
-def holders(folder):
-    "The processes that hold claims"
-    pids = set()
-    for path in (folder/"out.csv.part.claims").glob("*"):
-        try: pids.add(int(path.read_text().split()[1]))
-        except (OSError, IndexError): pass
-    return pids
+def holders(folder): return training_runs.claim_holders((folder/"out.csv.part.claims").glob("*"))
 
 
 def finish_together(folder, rows, world, n_killed):
@@ -58,7 +44,7 @@ def finish_together(folder, rows, world, n_killed):
     training_runs.finish(whole, whole.log, 2)
     running = [start(folder, "out.csv", "--join", "true") for _ in range(world)]
     def caught(sign):
-        found = wait_until(lambda: [p for p in running if p.pid in holders(folder)])[0]
+        found = training_runs.until(lambda: [p for p in running if p.pid in holders(folder)])[0]
         os.kill(found.pid, sign)
         running.remove(found)
         return found
@@ -89,7 +75,7 @@ def test_a_process_that_joins_later_continues(tmp_path):
     "All are killed, which leaves claims and locks; the next one, which joins nobody, does not wait for them"
     table(tmp_path, 48)
     first = start(tmp_path, "out.csv", "--join", "true")
-    wait_until(lambda: [log for log in tmp_path.glob("out.csv.part-*.log") if log.stat().st_size])
+    training_runs.until(lambda: [log for log in tmp_path.glob("out.csv.part-*.log") if log.stat().st_size])
     first.kill()
     first.join()
     assert list((tmp_path/"out.csv.part.claims").glob("*.0"))
@@ -107,7 +93,7 @@ def test_only_those_that_say_so_join(tmp_path):
     table(tmp_path, 48)
     for first, second in [("false", "true"), ("true", "false")]:
         one = start(tmp_path, "out.csv", "--join", first)
-        wait_until(lambda pid=one.pid: pid in holders(tmp_path))
+        training_runs.until(lambda pid=one.pid: pid in holders(tmp_path))
         os.kill(one.pid, signal.SIGSTOP)
         two = start(tmp_path, "out.csv", "--join", second)
         assert "another process is writing this" in training_runs.finish(two, two.log, 2)

@@ -89,21 +89,7 @@ def be_slow():
     module.write_shard = lambda *a: (written(*a), time.sleep(.5))[0]
 
 
-def wait_until(condition, seconds=200):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(.01)
-    return found
-
-
-def holders(part):
-    "The processes that hold claims"
-    pids = set()
-    for path in (part / CLAIMS).glob("*.[0-9]"):
-        try: pids.add(int(path.read_text().split()[1]))
-        except (OSError, IndexError): pass
-    return pids
+def holders(part): return training_runs.claim_holders((part / CLAIMS).glob("*.[0-9]"))
 
 
 def contents(folder): return {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -126,7 +112,7 @@ def test_four_processes_of_which_one_is_killed_and_one_stopped(many, tmp_path):
     whole, out = convert(settings(many, tmp_path / "whole")).path, tmp_path / "out"
     running = [start(many, out, "--join", "true", prepare=be_slow) for _ in range(4)]
     def caught(sign):
-        found = wait_until(lambda: [p for p in running if p.pid in holders(tmp_path / "out.part")])[0]
+        found = training_runs.until(lambda: [p for p in running if p.pid in holders(tmp_path / "out.part")])[0]
         os.kill(found.pid, sign)
         running.remove(found)
         return found
@@ -145,7 +131,7 @@ def test_only_those_that_say_so_share_a_conversion(many, tmp_path):
     for first, second in [("false", "true"), ("true", "false")]:
         out = tmp_path / f"out-{first}"
         one = start(many, out, "--join", first, prepare=be_slow)
-        wait_until(lambda pid=one.pid, out=out: pid in holders(Path(f"{out}.part")))
+        training_runs.until(lambda pid=one.pid, out=out: pid in holders(Path(f"{out}.part")))
         os.kill(one.pid, signal.SIGSTOP)
         two = start(many, out, "--join", second)
         assert "another process is writing this" in training_runs.finish(two, two.log, 2)

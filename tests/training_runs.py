@@ -63,6 +63,24 @@ def wait_until(condition, process, seconds=300):
         time.sleep(.001)
 
 
+def until(condition, seconds=200):
+    "Wait until something is found, and return it"
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(.01)
+    return found
+
+
+def claim_holders(files):
+    "The processes that hold these claims"
+    pids = set()
+    for path in files:
+        try: pids.add(int(path.read_text().split()[1]))
+        except (OSError, IndexError): pass
+    return pids
+
+
 def kill_later(process, most):
     "Kill -9 within some seconds"
     process.join(random.Random(os.urandom(8)).uniform(0, most))
