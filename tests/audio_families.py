@@ -61,7 +61,6 @@ class Kind:
     step: int = 1 # samples; several clips of a conversation have a multiple of them each
     edge: int = 0 # last frames of a clip that its processor makes otherwise where a longer one stands beside it
     pads_alike: bool = True # whether several clips of a conversation are padded as its processor pads them
-    close: float = 1e-5 # how close logits are, where features are not computed by the same function
     spectrograms: Callable = np.asarray # of its features [windows, mels, frames]
     quick: Callable | None = None # builds a model with shorter windows than its processor has, for runs that learn
 
@@ -238,13 +237,13 @@ GRANITE_PLUS_TEMPLATE = """{%- if messages[0]['role'] != 'system' %}{{- '<|start
 
 
 class MelSpectrogram:
-    "torchaudio's, by transformers' own Fourier transform, for where torchaudio is not installed"
+    "torchaudio's, with the filters that its 2.11 computes, for where torchaudio is not installed"
     def __init__(self, n_fft, win_length, hop_length, n_mels, sample_rate):
-        filters = hf.audio_utils.mel_filter_bank(n_fft // 2 + 1, n_mels, 0, sample_rate / 2, sample_rate, mel_scale="htk")
-        self.options = dict(window=hf.audio_utils.window_function(win_length, "hann"), frame_length=win_length, hop_length=hop_length, fft_length=n_fft, power=2., mel_filters=filters, mel_floor=0.)
+        with np.load(Path(__file__).parent / "fixtures" / "torchaudio_filters.npz") as file: self.filters = torch.from_numpy(file["htk"])
+        self.options = dict(n_fft=n_fft, win_length=win_length, hop_length=hop_length, window=torch.hann_window(win_length), return_complex=True)
 
     def to(self, device): return self
-    def __call__(self, waves): return torch.stack([torch.from_numpy(hf.audio_utils.spectrogram(w.double().numpy(), **self.options)).float() for w in waves])
+    def __call__(self, waves): return (torch.stft(waves, **self.options).abs().pow(2).transpose(-1, -2) @ self.filters).transpose(-1, -2)
 
 
 class GraniteProcessor:
@@ -255,7 +254,8 @@ class GraniteProcessor:
             module.torchaudio = SimpleNamespace(transforms=SimpleNamespace(MelSpectrogram=MelSpectrogram))
             module.requires_backends = lambda *args: None
         tok = hf.AutoTokenizer.from_pretrained(folder)
-        self.own, self.ends = hf.GraniteSpeechProcessor(module.GraniteSpeechFeatureExtractor(), tok), "end_of_text" in tok.chat_template
+        self.own = hf.GraniteSpeechProcessor(module.GraniteSpeechFeatureExtractor(), tok)
+        self.ends = any(end in tok.chat_template for end in ("end_of_text", "eos_token")) # of answers: 4.1 has them where it was saved by us
 
     def apply_chat_template(self, messages, return_tensors=None, tokenize=True, return_dict=True, **kw):
         def text(m): return "".join(p.get("text", "<|audio|>") for p in m["content"]) + ("" if self.ends or m["role"] != "assistant" else "<|end_of_text|>")
@@ -359,6 +359,6 @@ KINDS = {
     "music-flamingo": Kind(music_flamingo, 321, most_clips=1, longest=3 * SECONDS),
     "glm-asr": Kind(glm_asr, 961, most_clips=1, longest=3 * SECONDS, end="<|user|>", added="<|user|>", shown=str.strip),
     "qwen3-asr": Kind(qwen3_asr, 8000, most_clips=1, longest=3 * SECONDS, prompts=False),
-    "granite-speech": Kind(granite_speech, 257, longest=3 * SECONDS, system=False, end="<|end_of_text|>", apart=False, recomputes=False, close=3e-5, processor=GraniteProcessor, spectrograms=unpaired),
-    "granite-speech-plus": Kind(granite_speech_plus, 257, longest=3 * SECONDS, end="<|end_of_text|>", apart=False, recomputes=False, close=3e-5, processor=GraniteProcessor, spectrograms=unpaired),
+    "granite-speech": Kind(granite_speech, 257, longest=3 * SECONDS, system=False, end="<|end_of_text|>", apart=False, recomputes=False, processor=GraniteProcessor, spectrograms=unpaired),
+    "granite-speech-plus": Kind(granite_speech_plus, 257, longest=3 * SECONDS, end="<|end_of_text|>", apart=False, recomputes=False, processor=GraniteProcessor, spectrograms=unpaired),
 }
