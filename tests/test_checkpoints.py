@@ -318,6 +318,10 @@ def test_killed_at_any_moment(tmp_path, capsys):
             assert int(found.name[11:]) >= last
             last = int(found.name[11:])
     assert "skipped:" not in capsys.readouterr().out, "a kill leaves no damaged checkpoint, be it while writing or while removing"
+    (tmp_path/"epoch-1.part").mkdir()
+    C.write_checkpoint(tmp_path, last + 1, write)
+    C.keep(tmp_path, 2)
+    assert not list(tmp_path.glob("*.part")), "nor does what it left stay in the way"
 
 
 def test_all_is_on_disk_before_the_name(tmp_path, monkeypatch):

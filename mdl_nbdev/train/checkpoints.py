@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'sealed', 'list_files', 'is_inner_name', 'is_entry', 'read_manifest', 'is_checkpoint', 'checkpoint_step',
            'newest_first', 'check_checkpoint', 'sync', 'fill_folder', 'check_is_visible', 'set_aside',
            'finish_checkpoint', 'is_disk_error', 'folder_size', 'disk_message', 'Attempt', 'write_checkpoint',
-           'check_run_inputs', 'last_checkpoint', 'set_aside_later', 'keep']
+           'check_run_inputs', 'unfinished', 'last_checkpoint', 'set_aside_later', 'keep']
 
 # %% ../../nbs/3_train/08_checkpoints.ipynb #c4
 import errno, hashlib, json, math, os, shutil
@@ -265,12 +265,17 @@ def check_run_inputs(
     names = ('final', 'config.json', 'too_long.csv', 'metrics.jsonl', 'samples.jsonl')
     for path in [*(Path(run)/name for name in names), *newest_first(run)]: check_inputs(path, inputs)
 
+def unfinished(
+    run:str|Path, # A run folder
+)->list[Path]: # Sorted by name
+    "What killed runs left of checkpoints that they were writing or removing"
+    return sorted([*Path(run).glob('checkpoint-*.part'), *Path(run).glob('epoch-*.part')])
+
 def last_checkpoint(
     run:str|Path, # A run folder
 )->Path|None: # None if there is none
     "The newest complete checkpoint; those that are skipped are listed and left as they are"
-    parts = [*Path(run).glob('checkpoint-*.part'), *Path(run).glob('epoch-*.part')]
-    for p in sorted(parts): print(f"{p}: was never finished; skipped")
+    for p in unfinished(run): print(f"{p}: was never finished; skipped")
     for p in newest_first(run):
         reason = check_checkpoint(p)
         if not reason: return p
@@ -296,7 +301,8 @@ def keep(
     best:Path|None=None, # The checkpoint with the best evaluation; it stays
     apart:set[str]=frozenset(), # Names of further checkpoints that stay and do not count
 )->list[Path]: # Those removed
-    "Remove old checkpoints"
+    "Remove old checkpoints, and what killed runs left of others; called while none is being written"
+    for part in unfinished(run): shutil.rmtree(part)
     if limit is None: return []
     counted = [p for p in newest_first(run, ('checkpoint',)) if p.name not in apart]
     whole = [p for p in counted if not check_checkpoint(p, contents=False)]
@@ -304,8 +310,5 @@ def keep(
     others = [p for p in whole if p not in better]
     stay = better + others[:max(limit - len(better), 0)] + whole[:1]
     gone = [p for p in whole if p not in stay]
-    for p in gone:
-        part = p.with_name(f'{p.name}.part')
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(p.rename(part))
+    for p in gone: shutil.rmtree(p.rename(p.with_name(f'{p.name}.part')))
     return gone
