@@ -182,7 +182,7 @@ def table(rows):
 def machine(peer_python):
     "Where and with what this was measured"
     packages = ["torch", "transformers", "datasets", "peft", "accelerate"]
-    ask = "import sys, importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
+    ask = "import sys, importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:] if [*m.distributions(name=p)]), sep=', ')"
     versions = {tool: subprocess.check_output([python, "-c", ask, package, *packages], text=True).strip()
                 for tool, python, package in [(OURS, sys.executable, "mdl_nbdev"), (PEER, peer_python, "mdl-toolkit")] if python}
     model = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
