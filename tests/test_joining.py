@@ -10,10 +10,13 @@ import pytest
 import training_runs
 
 import mdl_nbdev.base.claims as claims
+import mdl_nbdev.infer.output as output
 from mdl_nbdev.base.claims import Claims
+from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import InferSettings
 from mdl_nbdev.data.sounds import make_sounds
+from mdl_nbdev.infer.run import infer
 
 ARGS = ["--model-name", "tiny", "--batch-size", "2", "--max-new-tokens", "4", "--num-workers", "1"] # 16 rows a shard
 
@@ -86,6 +89,22 @@ def test_a_process_that_joins_later_continues(tmp_path):
     assert time.monotonic() - begin < 60
     third = start(tmp_path, "out.csv", "--join", "true")
     assert "the output exists already" in training_runs.finish(third, third.log, 2)
+
+
+def test_others_finish_while_a_shard_is_being_written(tmp_path, monkeypatch):
+    "It has been taken over meanwhile, and the file that it would go into is gone"
+    table(tmp_path, 32)
+    digest, others = output.clips_digest, []
+    def slow_digest(clips):
+        if not others:
+            others.append(start(tmp_path, "out.csv", "--join", "true"))
+            training_runs.finish(others[0], others[0].log, 2)
+        return digest(clips)
+    monkeypatch.setattr(output, "clips_digest", slow_digest)
+    monkeypatch.setattr(claims, "BEAT", 100)
+    monkeypatch.chdir(tmp_path)
+    infer(from_args(InferSettings, ["rows.csv", "--output", "out.csv", *ARGS, "--join", "true"], "mdl_infer"))
+    assert len(others) == 1 and sorted(p.name for p in tmp_path.glob("out.csv*")) == ["out.csv", "out.csv.rejects.csv"]
 
 
 def test_only_those_that_say_so_join(tmp_path):

@@ -13,7 +13,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Iterable, Iterator
 from fastcore.basics import chunked, patch
-from ..base.errors import InputError
+from ..base.errors import InputError, WriteError
 from ..base.files import (
     check_inputs, file_lock, make_folder, new_output, open_locked, replacing, write_json, write_text, writing)
 from ..base.parts import OutputPart, shard_digest
@@ -274,7 +274,7 @@ def write(self:InferOutput,
     first:int, # Number of its first row in the input, from 0
     rows:list, # Its `PromptedRow`s, with their predictions
 )->None:
-    "Write a finished shard"
+    "Write a finished shard, unless others have finished the run by now, which removes the part"
     numbered = [*enumerate(rows, first+1)]
     rejects = [(str(n), str(r.row.line), r.row.audio or '', r.reason) for n,r in numbered if r.reason is not None]
     truncated = [(str(n), str(r.row.line)) for n,r in numbered if r.truncated]
@@ -282,7 +282,10 @@ def write(self:InferOutput,
     output_text = ''.join(self.text(r.row, r.prediction, r.scores) for r in rows)
     clips, notes = clips_digest(self.clips(r.row for r in rows)), {}
     for r in rows: count_notes(notes, r.notes)
-    part.append(number, input_text, output_text, len(rows), rejects=rejects, truncated=truncated, clips=clips, notes=notes)
+    found = dict(rejects=rejects, truncated=truncated, clips=clips, notes=notes)
+    try: part.append(number, input_text, output_text, len(rows), **found)
+    except (OSError, WriteError):
+        if self.is_running(): raise
 
 # %% ../../nbs/4_infer/01_output.ipynb #c30
 REJECT_COLUMNS = ['row', 'line', 'audio', 'reason', 'run'] # Of `<output>.rejects.csv`; the last one is from `answers_digest`
