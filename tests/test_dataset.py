@@ -22,7 +22,7 @@ from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.processes import Ranks
 from mdl_nbdev.base.settings import ConvertSettings, TrainSettings
 from mdl_nbdev.data.audio import load_audio, to_int16
-from mdl_nbdev.data.shards import facts_path, finished_shard, record_batch, write_facts
+from mdl_nbdev.data.shards import INDEX, MANIFEST, facts_path, finished_shard, record_batch, write_facts
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.data.tables import read_rows
 from mdl_nbdev.model.families import load_chat
@@ -242,6 +242,25 @@ def test_a_folder_that_was_copied_in_part(tmp_path):
         with pytest.raises(InputError, match=r"\.arrow: is missing or damaged .*convert the file again"): AudioDataset(folder)[0]
     shard.unlink()
     with pytest.raises(InputError, match=r"d: is incomplete or damaged .*data-00000-.*; convert the file again"): AudioDataset(folder).verify()
+
+
+def test_a_folder_that_is_replaced_while_a_run_reads_it(tmp_path):
+    "By another conversion, whose shards have other names; by one whose rows are in shards of the same names; and by nothing"
+    def made(name, n): return convert(settings(make_sounds(tmp_path / f"s{n}", n, seed=n), tmp_path / name)).path
+    first, second = made("d", 70), made("e", 75)
+    shards = [sorted(p.name for p in folder.glob("data-*")) for folder in (first, second)]
+    replaced = r"d: was replaced or removed after it had been opened; restore it and resume the run, or start a new one"
+    ds = AudioDataset(first)
+    first.rename(tmp_path / "old")
+    second.rename(first)
+    for rows in (75, None):
+        with pytest.raises(InputError, match=replaced): ds[69]
+        if rows: shutil.copytree(first, second), shutil.rmtree(first)
+    shutil.copytree(second, first)
+    for old, new in zip(*shards): (first / new).rename(first / old)
+    with pytest.raises(InputError, match=replaced): ds[69]
+    for name in (MANIFEST, INDEX): shutil.copy(tmp_path / "old" / name, first)
+    with pytest.raises(InputError, match=r"data-00001-.*: is missing or damaged \(this row is not the one in the index\)"): AudioDataset(first)[69]
 
 
 def test_a_changed_clip_is_converted_again(tmp_path):

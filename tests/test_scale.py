@@ -12,8 +12,8 @@ import training_runs
 
 import mdl_nbdev.base.claims as claims
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import ConvertSettings
-from mdl_nbdev.data.shards import CLAIMS, finished_shard
+from mdl_nbdev.base.settings import ConvertSettings, TrainSettings
+from mdl_nbdev.data.shards import CLAIMS, ShardFile, finished_shard
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.train.convert import convert, write_small_files
@@ -72,6 +72,39 @@ def test_opening_reads_no_shard(csv, tmp_path):
 def test_a_million_rows_open_within_two_seconds_and_300_mb(csv, tmp_path):
     rows, opened, prepared, megabytes, _ = open_many(csv, tmp_path, 15_625)
     assert rows == 1_000_000 and opened < 2 and prepared < 5 and megabytes < 300
+
+
+@pytest.mark.slow
+def test_resuming_at_row_500_000_reads_no_row_before_it(csv, tmp_path, monkeypatch):
+    "The rows and shards that a resumed run reads are those of its own steps"
+    from transformers import TrainerCallback
+
+    from mdl_nbdev.train.batches import StepSampler
+    from mdl_nbdev.train.run import train
+
+    class From(TrainerCallback):
+        "Two steps from this one on"
+        def __init__(self, step): self.step = step
+        def on_step_begin(self, args, state, control, **kw):
+            if not state.global_step: state.global_step = self.step
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == self.step + 2: control.should_save = control.should_training_stop = True
+
+    data = repeated(csv, tmp_path, 15_625)
+    def run(step, **kw):
+        s = TrainSettings(output=tmp_path / "run", train_dataset=[data], model_name="tiny", num_workers=1, gradient_checkpointing=False, verify=False, **kw)
+        return train(s, [From(step)])
+    assert run(62_498).checkpoint.name == "checkpoint-62500" # of 125,000 in the epoch
+    rows, shards, read, init = [], set(), AudioDataset.__getitem__, ShardFile.__init__
+    monkeypatch.setattr(AudioDataset, "__getitem__", lambda self, i: (rows.append(int(i)), read(self, i))[1])
+    monkeypatch.setattr(ShardFile, "__init__", lambda self, path: (shards.add(str(path)), init(self, path))[1])
+    monkeypatch.setattr(ShardFile, "batches", None) # which reads a shard as a whole
+    began = time.process_time()
+    assert run(62_500, resume_from_checkpoint=True).checkpoint.name == "checkpoint-62502"
+    ds = AudioDataset(data)
+    order = StepSampler(ds.n_tokens + CHAT.family.clip_cost(ds.n_samples, ds.n_clips), 8, 42, task_ids=ds.tasks[1]).order(0)
+    assert rows == [row for step in order[62_500:62_502] for row in step.tolist()] and time.process_time() - began < 30
+    assert shards == {str(data / f"data-{row//64:05d}-copy.v2.arrow") for row in rows}
 
 
 def start(csv, out, *args, prepare=None):

@@ -6,7 +6,7 @@
 __all__ = ['INDEX', 'INDEX_SCHEMA', 'HASHED_COLUMNS', 'MANIFEST', 'CLAIMS', 'OWN_FILES', 'number_array', 'record_batch',
            'ShardFile', 'read_cell', 'list_lengths', 'list_sums', 'row_lengths', 'index_batch', 'join_index',
            'index_values', 'write_table', 'map_table', 'HashedFile', 'Shard', 'ShardFacts', 'facts_path', 'write_facts',
-           'finished_shard', 'ShardJob', 'rows_digest', 'SharedShards']
+           'finished_shard', 'ShardJob', 'dataset_manifest', 'rows_digest', 'SharedShards']
 
 # %% ../../nbs/1_data/19_shards.ipynb #aaf866d3
 import hashlib, json, mmap, os, secrets, shutil
@@ -19,6 +19,7 @@ import numpy as np, pyarrow as pa
 from xxhash import xxh3_128
 from ..base.errors import InputError
 from ..base.files import check_own_files, file_digest, make_folder, replacing, write_text, writing
+from ..base.text import one_line
 from .clips import clip_state, count_notes
 from .rows import BadRow, bad_rows_error
 
@@ -269,6 +270,19 @@ MANIFEST = 'mdl_nbdev.json' # What a converted folder says about itself
 CLAIMS = 'claims' # During a conversion: a folder for `Claims`, with a mark for each finished shard
 # All that a converted folder holds
 OWN_FILES = (MANIFEST, INDEX, 'data-*.arrow', 'data-*.facts', 'data-*.tmp', 'dataset_info.json', 'state.json', 'key', CLAIMS)
+
+def dataset_manifest(
+    path:Path, # A converted folder
+)->dict: # Empty for a folder of another tool
+    "What a converted folder says about itself"
+    manifest = path/MANIFEST
+    if not manifest.exists(): return {}
+    try:
+        values = json.loads(manifest.read_text(encoding='utf-8'))
+        notes = {str(kind):[int(n), str(where)] for kind,(n,where) in values.get('notes', {}).items()}
+        return dict(values, rows=int(values['rows']), sample_rate=int(values.get('sample_rate', 16_000)), notes=notes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"{manifest}: is damaged ({one_line(e, 200)}); convert the file again") from None
 
 def rows_digest(
     jobs:list[ShardJob], # From `plan_shards`
