@@ -58,6 +58,39 @@ def test_steps_are_the_same_however_the_work_is_shared(lengths, epoch, pack, shu
     assert all(len(s) == 8 * b for s in order[:-1]), "only the last step is short"
 
 
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(0, 3), st.sampled_from([1, 700, 5000]), st.lists(st.integers(0, 1), min_size=200, max_size=200))
+def test_a_budget_bounds_every_batch(lengths, epoch, budget, tasks):
+    "Each row occurs once an epoch; only a row that is longer by itself exceeds the budget; ranks share the batches of a step"
+    lengths = np.array(lengths)
+    args = dict(lengths=lengths, seed=7, budget=budget, task_ids=np.array(tasks)[:len(lengths)])
+    alone = [b.rows for b in StepSampler(batch_size=1, accumulation=4, **args)]
+    assert sorted(sum(alone, [])) == list(range(len(lengths)))
+    assert all(len(b)*lengths[b].max() <= budget or len(b) == 1 for b in alone)
+    assert {frozenset(b.rows) for b in StepSampler(batch_size=1, **args)} == set(map(frozenset, alone))
+    for world, accumulation in [(2, 2), (4, 1)]:
+        ranks = []
+        for r in range(world):
+            s = StepSampler(batch_size=1, world_size=world, rank=r, accumulation=accumulation, **args)
+            s.set_epoch(epoch)
+            ranks.append(list(s))
+            assert len(ranks[-1]) == len(s) == len(ranks[0])
+        one = StepSampler(batch_size=1, accumulation=4, **args)
+        one.set_epoch(epoch)
+        expected = [b.rows for b in one]
+        assert sorted(b.rows for r in ranks for b in r if not b.dummy) == sorted(expected)
+        assert all(len(b.rows) == 1 for r in ranks for b in r if b.dummy)
+        each = [sorted(b.rows for r in ranks for b in r[at:at+accumulation] if not b.dummy) for at in range(0, len(ranks[0]), accumulation)]
+        assert each == [sorted(expected[at:at+4]) for at in range(0, len(expected), 4)], "steps are the same"
+
+
+def test_epochs_with_a_budget_have_the_same_batches_in_another_order():
+    sampler = StepSampler(np.random.default_rng(0).integers(1, 900, 3000), 1, 0, budget=9000)
+    epochs = [[tuple(b) for b in sampler.batches(e)] for e in (0, 1)]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1])
+    assert padding_waste(sampler.lengths, sampler.batches(0)) < .05
+
+
 def test_epochs_differ_and_seeds_differ():
     rows = np.random.default_rng(0).integers(1, 900, 3000)
     for pack in (None, 1000):

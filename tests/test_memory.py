@@ -250,6 +250,7 @@ class Rows:
     "Stands for a mix of rows: tokens, and seconds of audio"
     def __init__(self, n_tokens, seconds):
         self.n_tokens, self.lengths = np.array(n_tokens), np.array(n_tokens) + 25*np.array(seconds)
+        self.task_ids = np.zeros(len(n_tokens), int)
     def __getitem__(self, i): return i
 
 
@@ -262,6 +263,7 @@ def test_longest_batch():
     short = Rows([60]*8 + [40]*8, [0]*16)
     packs = M.longest_batch(short, settings(batch_size=4, packing=True, seq_length=100), as_list)
     assert [sum(short.n_tokens[pack]) for pack in packs] == [100]*4, "long rows are filled up with short ones, as in training"
+    assert M.longest_batch(ds, settings(batch_tokens=90), as_list) == [1] and sorted(M.longest_batch(ds, settings(batch_tokens=100), as_list)) == [1, 4]
     with pytest.raises(InputError, match="--seq-length 5"): M.longest_batch(ds, settings(seq_length=5), as_list)
 
 

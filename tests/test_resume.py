@@ -40,10 +40,11 @@ def cheap(csv, **kw):
 
 
 ALL_SORTS = dict(num_workers=2, gradient_accumulation_steps=3, batch_size=2, num_epochs=3, augment="speed,room,noise,gain,specaugment")
-CASES = [ALL_SORTS, dict(), dict(num_workers=2), dict(gradient_accumulation_steps=3, batch_size=2, num_epochs=3)]
+BY_TOKENS = dict(num_workers=2, gradient_accumulation_steps=2, batch_tokens=150, batch_size=8, num_epochs=2)
+CASES = [ALL_SORTS, dict(), BY_TOKENS, dict(num_workers=2), dict(gradient_accumulation_steps=3, batch_size=2, num_epochs=3)]
 
 
-@pytest.mark.parametrize("make, case, kills", [(cheap, ALL_SORTS | dict(num_epochs=2), (0, 2)), *(pytest.param(arguments, c, range(5), marks=pytest.mark.slow) for c in CASES)])
+@pytest.mark.parametrize("make, case, kills", [(cheap, ALL_SORTS | dict(num_epochs=2), (0, 2)), (cheap, BY_TOKENS, (0,)), *(pytest.param(arguments, c, range(5), marks=pytest.mark.slow) for c in CASES)])
 def test_killed_at_several_moments(csv, tmp_path, make, case, kills):
     args, log, run = make(csv, **case), tmp_path/"log", tmp_path/"run"
     finish(start([*args, "--output", tmp_path/"whole"], log), log)

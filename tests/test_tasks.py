@@ -101,6 +101,13 @@ def test_packing_trains_alike(tasks, tmp_path):
     for name in ("loss", "loss_copy", "loss_shout", "grad_norm"): assert packed.metrics[0][name] == pytest.approx(plain.metrics[0][name], rel=1e-4)
 
 
+def test_batches_of_a_token_budget_train_alike(tasks, tmp_path):
+    "All rows in one step: the same loss and gradient, in one batch or in many of unequal numbers of rows"
+    s = settings(tasks, tmp_path/"a", batch_size=32, max_steps=1, validation_split=0)
+    plain, budgeted = train(s), train(replace(s, output=tmp_path/"b", batch_size=8, batch_tokens=60, gradient_accumulation_steps=100))
+    for name in ("loss", "loss_copy", "loss_shout", "grad_norm"): assert budgeted.metrics[0][name] == pytest.approx(plain.metrics[0][name], rel=1e-4)
+
+
 def test_too_long_rows_are_listed(tasks, tmp_path):
     r = train(settings(tasks, tmp_path/"r", seq_length=21, max_steps=1, validation_split=0))
     listed = (r.output/"too_long.csv").read_text().splitlines()
@@ -214,6 +221,9 @@ BAD = {
     "no such evaluation": (dict(eval_dataset=["nowhere.csv"], validation_split=0), "nowhere.csv"),
     "a floor above the peak": (dict(lr=1e-4, min_lr=1e-3), "--min-lr 0.001: above --lr"),
     "packs of changing number": (dict(packing=True, seq_length=64, task_sampling={"shout": .5}), "--packing: --task-sampling must be whole numbers"),
+    "batches of changing number": (dict(batch_size=8, batch_tokens=64, task_sampling={"shout": .5}), "--batch-tokens: --task-sampling must be whole numbers"),
+    "a budget and packing": (dict(batch_size=8, batch_tokens=64, packing=True), "--batch-tokens: --packing also decides"),
+    "a budget and a number of rows": (dict(batch_size=4, batch_tokens=64), "--batch-tokens: --batch-size also decides"),
     "quantized and full": (dict(tuning="full", quantization="4bit"), "quantization"),
 }
 

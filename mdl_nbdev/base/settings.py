@@ -148,8 +148,7 @@ class EvaluationSettings(Settings):
     # Metric of the model's answers to evaluation rows, such as accuracy, wer or macro-f1: any of mdl_eval, or
     # module:function for one of your own. It chooses the best checkpoint and stops early; null: the loss does
     eval_metric:str|None=None
-    # Evaluation rows that are answered for eval_metric, the same ones each time
-    eval_metric_rows:int=opt(200, minimum=1)
+    eval_metric_rows:int=opt(200, minimum=1) # Evaluation rows answered for eval_metric, always the same
     # What is done to answers and references before eval_metric compares them, as by --normalizer of mdl_eval
     eval_normalizer:Literal[NORMALIZERS]='none'
     # What separates the labels of an answer, for rows of several labels; null: one label
@@ -196,10 +195,8 @@ class AugmentSettings(Settings):
     # What is changed of clips, anew in every epoch: speed, room, noise, gain, specaugment, as NAME or
     # NAME=LOW..HIGH@PROBABILITY, such as speed=0.9..1.1@0.5,noise=10..30
     augment:list[str]=opt(list)
-    # Folder of recordings that noise is taken from; null: it is generated
-    noise_folder:Path|None=opt(None, resume=True)
-    # Folder of impulse responses of rooms; null: they are generated
-    room_folder:Path|None=opt(None, resume=True)
+    noise_folder:Path|None=opt(None, resume=True) # Folder of recordings for noise; null: it is generated
+    room_folder:Path|None=opt(None, resume=True) # Folder of impulse responses; null: they are generated
 
 # %% ../../nbs/0_base/06_settings.ipynb #c14
 @dataclass(kw_only=True)
@@ -223,6 +220,9 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     weight_decay:float=opt(0., minimum=0) # Weight decay of AdamW
     max_grad_norm:float=opt(1., minimum=0) # Clip gradients to this norm; 0: no clipping
     batch_size:int=opt(8, minimum=1, maximum=10**6) # Rows per batch, on each device
+    # Instead of batch_size for training: as many rows as fit into this many tokens, with padding and audio tokens;
+    # a longer row is a batch of its own
+    batch_tokens:int|None=opt(None, minimum=1, maximum=10**9)
     gradient_accumulation_steps:int=opt(1, minimum=1) # Batches per optimizer step
     # Recompute activations in the backward pass: less memory, more time; auto: unless the GPU's memory can keep them
     gradient_checkpointing:bool|Literal['auto']=opt('auto', result=False)

@@ -27,19 +27,20 @@ class StepSampler:
     task_ids:np.ndarray|None=None # [rows]: the task of each row
     sampling:dict[int,float]=field(default_factory=dict) # Task -> how often an epoch visits its rows; otherwise once
     pack:int|None=None # Pack rows into sequences of at most this length
+    budget:int|None=None # Or fill batches to this many positions; then `batch_size` is 1
     shuffle:bool=True # False: from the longest to the shortest, for evaluation
     epoch = 0 # Which pass over the data is iterated over
     drop_last = False # accelerate looks for it
-    _packed = None # (key, packs) of the last call of `packs`
+    _packed = None # (key, groups) of the last call of `packs`
 
     def __post_init__(self):
         self.lengths = np.asarray(self.lengths)
-        if not self.pack: return
-        if any(f != int(f) for f in self.sampling.values()):
-            raise InputError("--packing: --task-sampling must be whole numbers, since parts of a task would fill a "
-                             "different number of sequences in each epoch; choose whole numbers, or use --task-weights")
+        fills = '--packing' if self.pack else '--batch-tokens' if self.budget else None
+        if fills and any(f != int(f) for f in self.sampling.values()):
+            raise InputError(f"{fills}: --task-sampling must be whole numbers, since parts of a task would make epochs "
+                             "of different numbers of steps; choose whole numbers, or use --task-weights")
         longest = self.lengths.max()
-        if longest > self.pack:
+        if self.pack and longest > self.pack:
             raise InputError(f"packing: a row has {longest:,} tokens, and a sequence {self.pack:,}; use a larger --seq-length")
 
     @property
@@ -70,10 +71,10 @@ def by_length(self:StepSampler,
 @patch
 def order(self:StepSampler,
     epoch:int, # Which pass over the data
-)->list: # For each step an array of rows, or with packing a list of packs (tuples of rows)
+)->list: # For each step an array of rows, or a list of packs (tuples of rows); with a budget, of batches
     "The global batches of an epoch, each sorted by length; the last one may be short"
     rng, size = np.random.default_rng([self.seed, epoch]), self.step_size
-    if self.pack: steps = self.packed_steps(epoch, rng)
+    if self.pack or self.budget: steps = self.packed_steps(epoch, rng)
     elif self.shuffle:
         pools = cut(rng.permutation(self.rows(epoch)), size*int(np.clip(4096//size, 8, 64)))
         rows = np.concatenate([self.by_quantile_in_task(pool) for pool in pools])
@@ -120,13 +121,15 @@ def rows(self:StepSampler,
 # %% ../../nbs/3_train/03_batches.ipynb #c14
 @patch
 def deal(self:StepSampler,
-    items, # The rows or packs of a step
+    items, # The rows, packs or groups of a step
 )->list: # Micro-batches: the first of every rank, then the second of every rank, ...; some may be empty
     "Cut a step into micro-batches of nearly equal size"
     size = len(items)
     n = -(-size//(self.batch_size*self.world_size))*self.world_size
     edges = [size*i//n for i in range(n+1)]
-    return [items[a:b] for a,b in zip(edges, edges[1:])]
+    parts = [items[a:b] for a,b in zip(edges, edges[1:])]
+    if not self.budget: return parts
+    return [np.array([row for group in part for row in group], int) for part in parts]
 
 @patch
 def batches(self:StepSampler,
@@ -140,14 +143,16 @@ def batches(self:StepSampler,
 def __iter__(self:StepSampler)->Iterator[BatchRows]:
     packed = bool(self.pack)
     for items in self.order(self.epoch):
-        if not packed: items = items.tolist()
-        for rows in self.deal(items)[self.rank::self.world_size]:
+        batches = [b if packed else b.tolist() for b in self.deal(items)]
+        for rows in batches[self.rank::self.world_size]:
             if rows: yield BatchRows(rows, packed, epoch=self.epoch)
-            else: yield BatchRows([items[0][-1:]] if packed else items[:1], packed, dummy=True)
+            else:
+                first = [items[0][-1:]] if packed else next(filter(None, batches))[:1]
+                yield BatchRows(first, packed, dummy=True)
 
 @patch
 def __len__(self:StepSampler):
-    n = len(self.packs(self.epoch) if self.pack else self.rows(self.epoch))
+    n = len(self.packs(self.epoch) if self.pack or self.budget else self.rows(self.epoch))
     full, rest = divmod(n, self.step_size)
     return full*self.accumulation + -(-rest//(self.batch_size*self.world_size))
 
@@ -187,14 +192,16 @@ def pack_rows(
 def packs(self:StepSampler,
     epoch:int, # Which pass over the data
 )->list[tuple[int,...]]: # Rows of each pack, from the longest to the shortest within each pool
-    "The packs of an epoch"
+    "The packs of an epoch, or with a budget its batches"
     key = epoch if self.sampling else 0
     if self._packed and self._packed[0]==key: return self._packed[1]
     rows = np.random.default_rng([self.seed, 0]).permutation(self.rows(key))
-    ends, pool_size = self.lengths[rows].cumsum(), self.pack*max(512, 8*self.step_size)
+    ends, pool_size = self.lengths[rows].cumsum(), (self.pack or self.budget)*max(512, 8*self.step_size)
     pools = np.split(rows, np.searchsorted(ends, np.arange(pool_size, ends[-1], pool_size)))
-    def packs_of(pool): return [tuple(pool[p].tolist()) for p in pack_rows(self.lengths[pool], self.pack)]
-    packs = [pack for pool in pools for pack in packs_of(pool)]
+    def packs_of(pool):
+        if self.budget: return [tuple(part.tolist()) for part in self.fill(self.by_quantile_in_task(pool))]
+        return [tuple(pool[p].tolist()) for p in pack_rows(self.lengths[pool], self.pack)]
+    packs = [pack for pool in pools if len(pool) for pack in packs_of(pool)]
     self._packed = key, packs
     return packs
 
@@ -209,3 +216,17 @@ def packed_steps(self:StepSampler,
     if not self.shuffle: return cut(sorted(packs, key=tokens, reverse=True), self.step_size)
     shuffled = [packs[i] for i in rng.permutation(len(packs))]
     return [sorted(s, key=tokens) for s in cut(shuffled, self.step_size)]
+
+# %% ../../nbs/3_train/03_batches.ipynb #budget02
+@patch
+def fill(self:StepSampler,
+    rows:np.ndarray, # Row numbers, in an order that puts similar lengths together
+)->list[np.ndarray]: # The same, cut into batches
+    "Cut rows so that each batch, padded to its longest row, is within the budget"
+    edges, longest = [0], 0
+    for i,n in enumerate(self.lengths[rows].tolist()):
+        longest = max(longest, n)
+        if (i + 1 - edges[-1])*longest > self.budget and i > edges[-1]:
+            edges.append(i)
+            longest = n
+    return np.split(rows, edges[1:])

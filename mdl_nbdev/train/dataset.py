@@ -191,8 +191,8 @@ def lost_row(
     "The error for a row that is not what the index says"
     if dataset_manifest(shard.parent)==manifest:
         return InputError(f"{shard}: is missing or damaged ({why}); convert the file again")
-    return InputError(f"{shard.parent}: was replaced or removed after it had been opened; restore it and resume the run, "
-                      "or start a new one with the rows that it holds now")
+    return InputError(f"{shard.parent}: was replaced or removed after it had been opened; restore it and resume the "
+                      "run, or start a new one with the rows that it holds now")
 
 @patch
 def __getitem__(self:AudioDataset,
@@ -208,7 +208,8 @@ def __getitem__(self:AudioDataset,
     except (OSError, EOFError, ValueError, IndexError, pa.ArrowException) as e:
         raise lost_row(path, self.manifest, one_line(e, 200)) from None
     example = (self.layout or layout_of(row)).example(row, self.source, self.name)
-    if (len(example.input_ids), example.line)==(self.read('tokens')[i], self.read('line')[i]): return example
+    expected = self.read('tokens')[i], self.read('line')[i]
+    if (len(example.input_ids), example.line)==expected: return example
     raise lost_row(path, self.manifest, "this row is not the one in the index")
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c0f2c52e

@@ -61,7 +61,8 @@ def update_identity(
 # %% ../../nbs/3_train/07_identity.ipynb #c12
 EVALUATION = ('evaluation rows', 'evaluation clips') # They decide on the best checkpoint; a run may begin or cease to evaluate
 LATER_FACTS = ('training clips', *EVALUATION, 'contents of --model-name', 'contents of --adapter') # Not in all checkpoints
-ROWS_OF_A_STEP = ('--batch-size', '--gradient-accumulation-steps', '--packing', '--seq-length', 'processes') # What decides on them
+# What decides on them
+ROWS_OF_A_STEP = ('--batch-size', '--batch-tokens', '--gradient-accumulation-steps', '--packing', '--seq-length', 'processes')
 
 def check_identity(
     checkpoint:Path, # From which the run resumes

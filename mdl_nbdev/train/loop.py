@@ -50,8 +50,10 @@ class OrderedRows(Trainer):
         if not train: return StepSampler(ds.lengths, batch_size, world_size=world, rank=rank, shuffle=False)
         pack = (s.seq_length or int(ds.n_tokens.max())) if s.packing else None
         sampling = ds.by_task(s.task_sampling, '--task-sampling')
-        return StepSampler(ds.n_tokens if pack else ds.lengths, batch_size, self.args.seed, world, rank,
-                           s.gradient_accumulation_steps, ds.task_ids, sampling, pack)
+        lengths = ds.n_tokens if pack or s.batch_tokens else ds.lengths
+        size = 1 if s.batch_tokens else batch_size
+        return StepSampler(lengths, size, self.args.seed, world, rank, s.gradient_accumulation_steps,
+                           ds.task_ids, sampling, pack, s.batch_tokens)
 
     def loader(self, ds, batches)->EpochLoader:
         "Batches of a dataset in the order that a sampler gives"

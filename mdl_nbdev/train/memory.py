@@ -328,12 +328,16 @@ def smaller_steps(
 )->list[tuple[str, dict]]: # Their price, and the settings that they change
     "Settings that may save memory"
     rows, lora = s.batch_size, s.tuning=='lora'
-    sizes = {next(n for n in range(rows//2, 0, -1) if rows % n==0), 1} if rows > 1 else ()
+    fixed = rows > 1 and not s.batch_tokens
+    sizes = {next(n for n in range(rows//2, 0, -1) if rows % n==0), 1} if fixed else ()
     targets = [t for t in s.train_target if t not in ('embed_tokens', 'lm_head')] or ['decoder']
     longer = '' if s.packing else '; longer rows are left out, or truncated with --too-long truncate'
     again = 'half' if lora else 'a third' # one more forward pass; frozen weights need no gradients
     fewer = [dict(batch_size=n, gradient_accumulation_steps=s.gradient_accumulation_steps*rows//n) for n in sizes]
+    budget, twice = s.batch_tokens or 0, 2*s.gradient_accumulation_steps
     ways = [(True, "the same steps, slower", changed) for changed in fewer] + [
+        (budget > tokens, "steps of about as many rows, slower",
+         dict(batch_tokens=budget//2, gradient_accumulation_steps=twice)),
         (tokens > 1, f"the longest row has {tokens:,} tokens{longer}", dict(seq_length=tokens//2)),
         (not s.gradient_checkpointing, f"the same steps, about {again} as much time again", dict(gradient_checkpointing=True)),
         (not lora, "trains adapters only", dict(tuning='lora')),
@@ -374,7 +378,11 @@ def longest_batch(
     rows = np.flatnonzero(dataset.n_tokens <= limit)
     if not len(rows): raise InputError(f"--seq-length {limit}: every row has more tokens; use a larger one")
     cost = dataset.lengths[rows]
-    if not settings.packing: return collate([dataset[int(i)] for i in rows[np.argsort(-cost, kind='stable')[:size]]])
-    packs = StepSampler(dataset.n_tokens[rows], size, settings.seed, pack=limit).packs(0)
-    fullest = sorted(packs, key=lambda pack: -cost[list(pack)].sum())[:size]
-    return collate([[dataset[int(rows[i])] for i in pack] for pack in fullest])
+    if not (settings.packing or settings.batch_tokens):
+        return collate([dataset[int(i)] for i in rows[np.argsort(-cost, kind='stable')[:size]]])
+    budget, fills = settings.batch_tokens, dict(pack=limit)
+    if budget: fills = dict(budget=budget, task_ids=dataset.task_ids[rows])
+    packs = StepSampler(dataset.n_tokens[rows], size, settings.seed, **fills).packs(0)
+    fullest = sorted(packs, key=lambda pack: -cost[list(pack)].sum())[:1 if budget else size]
+    found = [[dataset[int(rows[i])] for i in pack] for pack in fullest]
+    return collate(found[0] if budget else found)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'ANSWER_OPTIONS', 'check_schedule', 'named_as_in_training', 'shards_weights', 'check_eval_metric',
-           'check_trackers', 'check_settings', 'find_checkpoint', 'open_run_folder', 'open_chat', 'open_mixes',
-           'convert_datasets', 'limit_mixes', 'hold_out_groups', 'print_notes', 'open_datasets']
+           'check_trackers', 'check_batch_tokens', 'check_settings', 'find_checkpoint', 'open_run_folder', 'open_chat',
+           'open_mixes', 'convert_datasets', 'limit_mixes', 'hold_out_groups', 'print_notes', 'open_datasets']
 
 # %% ../../nbs/3_train/12_prepare.ipynb #c4
 import os, re, sys
@@ -93,6 +93,15 @@ def check_trackers(
     raise InputError(f"--report-to {min(unknown)}: not installed, or no such tracker; installed are: {installed}")
 
 # %% ../../nbs/3_train/12_prepare.ipynb #a3f71043
+def check_batch_tokens(
+    s:TrainSettings, # The run's settings
+)->None:
+    "`InputError` for options that decide on the same as `batch_tokens`"
+    if not s.batch_tokens: return
+    size = next(f for f in fields(s) if f.name=='batch_size')
+    rival = '--packing' if s.packing else '--batch-size' if s.batch_size != default_value(size) else None
+    if rival: raise InputError(f"--batch-tokens: {rival} also decides on the rows of a batch; leave out one of them")
+
 def check_settings(
     s:TrainSettings, # As they were given
 )->None:
@@ -104,6 +113,7 @@ def check_settings(
         from mdl_nbdev.model.save import check_continued
         check_continued(s)
     check_trackers(s.report_to)
+    check_batch_tokens(s)
     if s.min_lr > s.lr: raise InputError(f"--min-lr {s.min_lr:g}: above --lr, which is {s.lr:g}; lower --min-lr or raise --lr")
     if s.validation_split and s.eval_dataset:
         raise InputError("--validation-split: there is an --eval-dataset already; give one of the two")
