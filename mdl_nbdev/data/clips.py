@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
+from ..base.cache import CACHE_ROOM, cached_file, mark_used
 from ..base.errors import InputError
 from ..base.files import cache_dir, writing
 from ..base.progress import spelt_here
 from ..base.stores import as_written
 from ..base.text import one_line, plural, shorten
-from .remote import AudioError, cached_file, clip_version, fetch, is_url, note_cache, refresh_cache, set_host_policy
+from .remote import AudioError, clip_version, fetch, is_url, note_cache, refresh_cache, set_host_policy
 
 # %% ../../nbs/1_data/02_clips.ipynb #c7
 _TIMES, _CHANNEL = r't=(?=,?\d)(?:\d+(?:\.\d+)?)?(?:,\d+(?:\.\d+)?)?', r'channel=(?:mix|left|right|\d{1,4})'
@@ -185,11 +186,14 @@ def read_member(
 def bytes_file(
     data:bytes, # Of a sound file
     name:str, # Its name, of which the suffix is kept
+    folder:str='cells', # Of the cache
 )->Path: # In the cache
     "A file of its own for a clip that another file holds"
-    path = cache_dir()/'cells'/f'{hashlib.sha256(data).hexdigest()[:32]}{Path(name).suffix}'
+    path = cache_dir()/folder/f'{hashlib.sha256(data).hexdigest()[:32]}{Path(name).suffix}'
+    mark_used(path)
     if not path.exists():
         with writing(path, 'clip'), cached_file(path) as f: f.write(data)
+        CACHE_ROOM.added(path)
     return path
 
 # %% ../../nbs/1_data/02_clips.ipynb #c20
@@ -201,7 +205,7 @@ def local_file(
     if is_url(src): path = fetch(archive, **(ARCHIVE_LIMITS if member else {}))
     else: path = Path(os.path.expanduser(archive))
     if not os.path.isfile(path) or not os.path.getsize(path): raise AudioError(no_clip(str(src)))
-    return bytes_file(read_member(path, member, src), member) if member else path
+    return bytes_file(read_member(path, member, src), member, 'members') if member else path
 
 # %% ../../nbs/1_data/02_clips.ipynb #c23
 def prepare_clips(

@@ -6,15 +6,16 @@
 __all__ = ['NAT64', 'MAX_REDIRECTS', 'CONDITIONS', 'SKIP_AFTER', 'SKIP_SECONDS', 'AudioError', 'is_url', 'TryAgain', 'NoAnswer',
            'SilentHost', 'check_response', 'is_public', 'is_private_host', 'PrivateHost', 'PublicNetwork',
            'set_host_policy', 'only_public_hosts', 'names_proxy', 'http_client', 'open_url', 'decompressed',
-           'NotModified', 'open_source', 'write_body', 'cached_path', 'note_cache', 'cached_file', 'clip_record',
-           'record_clip', 'clip_version', 'download', 'call_within', 'note_answer', 'update', 'fetch', 'refresh_cache']
+           'NotModified', 'open_source', 'write_body', 'cached_path', 'note_cache', 'clip_record', 'record_clip',
+           'clip_version', 'download', 'call_within', 'note_answer', 'update', 'fetch', 'refresh_cache']
 
 # %% ../../nbs/1_data/00_remote.ipynb #c4
-import concurrent.futures, hashlib, ipaddress, json, multiprocessing, os, re, secrets, socket, sys, time, urllib.request, zlib
+import concurrent.futures, hashlib, ipaddress, json, multiprocessing, os, re, socket, sys, time, urllib.request, zlib
 from functools import lru_cache
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable, Iterator
+from ..base.cache import CACHE_ROOM, cached_file, mark_used
 from ..base.errors import InputError
 from ..base.files import cache_dir, file_digest
 from ..base.processes import DaemonPool, is_main_process
@@ -250,18 +251,6 @@ def note_cache(
     if is_main_process() and not multiprocessing.parent_process():
         print(f'downloaded clips are kept in {folder}; MDL_CACHE names another folder', file=sys.stderr, flush=True)
 
-@contextmanager
-def cached_file(
-    path:Path, # The file to write
-)->Iterator: # An open file
-    "Write a file of the cache under a name of its own, and rename it once it is complete: others may write the same"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}-{secrets.token_hex(8)}.part')
-    try:
-        with open(part, 'xb') as out: yield out # as readable as any new file, unlike those of `tempfile`
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
 # %% ../../nbs/1_data/00_remote.ipynb #c24
 def clip_record(
     path:Path, # From `cached_path`
@@ -375,9 +364,11 @@ def fetch(
 )->Path: # The file in the cache
     "Download a clip unless the cache has it; raises `AudioError`; safe from many threads and processes"
     path = cached_path(url)
+    mark_used(path)
     if not path.exists() or only_public_hosts() and not clip_record(path).get('public'):
         note_cache(path.parent)
         update(url, {}, **limits)
+        CACHE_ROOM.added(path)
     return path
 
 # %% ../../nbs/1_data/00_remote.ipynb #c41
