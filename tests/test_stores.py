@@ -1,9 +1,11 @@
 "Clips in stores, in tar archives and in Parquet files: the waveforms of the files themselves, and what is said where there is none"
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
+from mdl_nbdev.base import cache as base_cache
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings, InferSettings, TrainSettings
+from mdl_nbdev.cli import commands
 from mdl_nbdev.data import remote
 from mdl_nbdev.data.audio import audio_info, load_audio
 from mdl_nbdev.data.clips import clip_stamp, clip_state, local_file, prepare_clips, resolve
-from mdl_nbdev.data.remote import cached_path, refresh_cache
+from mdl_nbdev.data.remote import cached_path, clip_version, fetch, refresh_cache
 from mdl_nbdev.data.rows import to_conversation
 from mdl_nbdev.data.sources import open_rows
 
@@ -205,5 +209,95 @@ def test_a_run_converts_and_answers_an_archive(clips):
     for a, b in zip(*mixes, strict=True): assert np.array_equal(a.clips[0], b.clips[0])
 
 
-def test_tables_in_stores_are_refused():
-    with pytest.raises(InputError, match="s3://bucket/rows.csv: only clips are read from there"): open_rows(Path("s3://bucket/rows.csv"))
+def run(command, *args):
+    "The exit code of a command"
+    with pytest.raises(SystemExit) as e: getattr(commands, command)([str(a) for a in args])
+    return e.value.code
+
+
+def table_of(store, clips, folder="/bucket/data"):
+    "A table and its clips, here and in a store"
+    for name in NAMES: store.pipe(f"{folder}/{name}", (clips/name).read_bytes())
+    table = clips/"rows.csv"
+    table.write_text("".join(f"{row}\n" for row in ["audio,prediction", *(f"{name},word" for name in NAMES)]))
+    store.pipe(f"{folder}/rows.csv", table.read_bytes())
+    return table
+
+
+def test_commands_read_tables_from_stores(store, clips, monkeypatch, capsys):
+    "The same output as from files, and from the table as it is now; relative clips start from its folder"
+    table, address = table_of(store, clips), "memory://bucket/data/rows.csv"
+    model = ("--model-name", "tiny", "--max-new-tokens", 2, "--num-workers", 1)
+    assert run("mdl_infer", table, "--output", clips/"here.csv", "--base-dir", clips, *model) == 0
+    assert run("mdl_infer", address, "--output", clips/"there.csv", *model) == 0
+    assert (clips/"here.csv").read_bytes() == (clips/"there.csv").read_bytes()
+    assert run("mdl_check", address) == 0 and run("mdl_convert", address, "--output", clips/"set", "--model-name", "tiny", "--num-workers", 1) == 0
+    store.pipe("/bucket/data/rows.csv", b"audio,prediction\na.wav,word\nlost.wav,word\n")
+    capsys.readouterr()
+    assert run("mdl_check", address) == 2
+    assert "rows.csv:3: memory://bucket/data/lost.wav: no such file" in capsys.readouterr().out
+    assert run("mdl_check", "memory://bucket/none.csv") == 2
+    assert "memory://bucket/none.csv: no such file; check the address" in capsys.readouterr().err
+
+
+def test_tables_of_several_folders_need_a_base_dir(store, clips, capsys):
+    table_of(store, clips)
+    store.pipe("/bucket/more/rows.csv", b"audio,prediction\na.wav,word\n")
+    both = "memory://bucket/data/rows.csv", "memory://bucket/more/rows.csv"
+    assert run("mdl_check", *both) == 2 and "--base-dir: give the folder" in capsys.readouterr().err
+    assert run("mdl_check", *both, "--base-dir", "memory://bucket/data") == 0
+
+
+def test_in_python_the_message_names_the_way():
+    with pytest.raises(InputError, match="s3://bucket/rows.csv: only commands read tables from there"): open_rows(Path("s3://bucket/rows.csv"))
+
+
+def put(store, n, size=1000):
+    "Clips in the store, which differ, and the addresses of them"
+    for i in range(n): store.pipe(f"/bucket/{i:02d}.wav", bytes([i])*size)
+    return [f"memory://bucket/{i:02d}.wav" for i in range(n)]
+
+
+def test_the_cache_stays_within_its_limit(store, monkeypatch):
+    "The files that were not used for longest go, and are downloaded again when a row needs them"
+    monkeypatch.setenv("MDL_CACHE_LIMIT", str(10_000/2**30))
+    monkeypatch.setattr(base_cache, "RECENT", 0)
+    monkeypatch.setattr(base_cache, "CACHE_ROOM", base_cache.CacheRoom())
+    monkeypatch.setattr(remote, "CACHE_ROOM", base_cache.CACHE_ROOM)
+    urls = put(store, 40)
+    paths = [cached_path(url) for url in urls]
+    for url in urls:
+        fetch(url)
+        fetch(urls[0]) # a file of every row, as an archive is
+        assert sum(p.stat().st_size for p in paths if p.exists()) <= 10_000
+    kept = [p.exists() for p in paths]
+    assert kept[0] and 7 <= sum(kept) <= 10 and all(kept[-6:])
+    gone = kept.index(False)
+    before = clip_version(urls[gone])
+    assert fetch(urls[gone]).read_bytes() == bytes([gone])*1000 and clip_version(urls[gone]) == before
+    store.pipe(f"/bucket/{gone:02d}.wav", b"another clip")
+    paths[gone].unlink()
+    fetch(urls[gone])
+    assert clip_version(urls[gone]) != before, "that a clip has changed is noticed, although it was removed in between"
+
+
+def test_files_in_use_stay_in_the_cache(store, monkeypatch):
+    "A process of its own has just asked for them; without a limit nothing goes at all"
+    monkeypatch.setenv("MDL_CACHE_LIMIT", str(3000/2**30))
+    urls = put(store, 12)
+    for url in urls: fetch(url)
+    assert all(cached_path(url).exists() for url in urls)
+    for i, url in enumerate(urls): os.utime(cached_path(url), (time.time() - 3600 + i, 0))
+    monkeypatch.delenv("MDL_CACHE_LIMIT")
+    base_cache.CacheRoom().added(cached_path(urls[0]))
+    assert all(cached_path(url).exists() for url in urls)
+    monkeypatch.setenv("MDL_CACHE_LIMIT", str(3000/2**30))
+    fetch(urls[3])
+    base_cache.CacheRoom().added(cached_path(urls[0]))
+    assert [i for i, url in enumerate(urls) if cached_path(url).exists()] == [0, 3]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "50GB"])
+def test_a_limit_that_is_none(store, monkeypatch, limit):
+    monkeypatch.setenv("MDL_CACHE_LIMIT", limit)
+    with pytest.raises(InputError, match=f"MDL_CACHE_LIMIT: got '{limit}', expected a number of GiB above 0"): fetch(put(store, 1)[0])
