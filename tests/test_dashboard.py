@@ -321,6 +321,17 @@ def test_a_form_spells_values_as_python_does():
     assert not f.faults and "seq_length" not in f.values
 
 
+@pytest.mark.parametrize("width,look", [(390, "block"), (1000, "table-cell")])
+def test_the_picture_of_a_form_fits_its_page(browser, width, look):
+    page = browser.new_page(viewport=dict(width=width, height=844))
+    form = SettingsForm(TrainSettings, train_dataset="clips/train.csv", output="runs/first")
+    page.set_content(f"<body style='margin:0'>{form._repr_html_()}")
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("getComputedStyle(document.querySelector('td')).display") == look
+    page.close()
+
+
 def test_a_form_warns(sounds, tmp_path, monkeypatch):
     "Of valid values that cannot be meant; the command may be for another machine, so it is shown all the same"
     monkeypatch.chdir(tmp_path)

@@ -211,11 +211,11 @@ def _repr_html_(self:SettingsForm):
         is_open = 'open' if set(options) & set(self.values) else ''
         summary = f'<summary>{as_html(self.group_title(title, options))}</summary>'
         shown.append(Html(f'<details {is_open}>{summary}{html_table(map(cells, options))}</details>'))
-    return html_box(*shown, self.verdict())
+    return Html(f'{FORM_STYLE}<div class="mdl-filled">{html_box(*shown, self.verdict())}</div>')
 
 # %% ../../nbs/5_cli/07_form.ipynb #c26
 FORM_STYLE = """<style>
-.mdl-form {container-type:inline-size; max-width:1000px}
+:is(.mdl-form, .mdl-filled) {container-type:inline-size; max-width:1000px}
 .mdl-form :focus-visible {outline:2px solid #3b82f6 !important; outline-offset:1px}
 .mdl-form :is(input, textarea)::placeholder {color:inherit !important; opacity:.7}
 .mdl-form .widget-html-content > div {max-width:none !important}
@@ -224,8 +224,7 @@ FORM_STYLE = """<style>
 .mdl-form .mdl-group {width:auto; height:auto; padding:5px 10px; box-shadow:none !important;
                      font-weight:600; line-height:1.4; white-space:normal; text-align:left}
 .mdl-form .mdl-field {display:grid; grid-template-columns:minmax(0,460px) minmax(0,1fr); gap:0 14px; flex:none}
-.mdl-form .mdl-field > * {width:auto}
-.mdl-form .mdl-set label {font-weight:700}
+.mdl-form .mdl-field > * {width:auto} .mdl-form .mdl-set label {font-weight:700}
 @container (max-width:780px) {
   .mdl-form .mdl-fields {max-height:36vh}
   .mdl-form .mdl-field {grid-template-columns:minmax(0,1fr); padding-bottom:8px}
@@ -233,7 +232,8 @@ FORM_STYLE = """<style>
   .mdl-form :is(.widget-text, .widget-dropdown, .widget-textarea) > label {width:auto !important; text-align:left}
   .mdl-form :is(select, textarea) {flex:none; min-height:28px}
   .mdl-form .widget-checkbox > label:empty {display:none}
-}</style>""" # The container is the form, which may be narrower than the window
+}
+@container (max-width:560px) {.mdl-filled td {display:block; overflow-wrap:anywhere}}</style>"""
 
 @patch
 def menu(self:SettingsForm,
