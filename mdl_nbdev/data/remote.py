@@ -44,7 +44,7 @@ class SilentHost(AudioError):
 
 def check_response(
     r, # The response of httpx, before its body is read
-    url:str, # The address as the row gives it
+    url:str, # Address, as the row gives it
     max_bytes:int, # Refuse a larger file
 )->None:
     "Raise `TryAgain` or `AudioError` for a response that does not carry the file"
@@ -162,7 +162,7 @@ def open_url(
 # %% ../../nbs/1_data/00_remote.ipynb #c18
 def decompressed(
     r, # The response of httpx
-    url:str, # The address as the row gives it
+    url:str, # Address, as the row gives it
 )->Iterator[bytes]: # At most a mebibyte each
     "The body of a response, without the compression of gzip"
     encoding = r.headers.get('content-encoding', 'identity').strip().lower()
@@ -186,7 +186,7 @@ CONDITIONS = {'etag':'If-None-Match', 'last-modified':'If-Modified-Since'} # Hea
 
 @contextmanager
 def open_source(
-    url:str, # The address as the row gives it
+    url:str, # Address, as the row gives it
     max_bytes:int, # Refuse a larger file
     timeout:float, # Seconds to wait for a connection, or for the next bytes
     known:dict, # The record of the file that the cache has; empty: download in any case
@@ -207,7 +207,7 @@ def open_source(
 
 # %% ../../nbs/1_data/00_remote.ipynb #stores3
 def write_body(
-    url:str, # http or https address
+    url:str, # Address, as the row gives it
     out:BinaryIO, # Open file that receives the body
     max_bytes:int, # Refuse a larger file
     timeout:float, # Seconds to wait for a connection, or for the next bytes
@@ -238,7 +238,7 @@ def write_body(
 
 # %% ../../nbs/1_data/00_remote.ipynb #c22
 def cached_path(
-    url:str, # http or https address
+    url:str, # Address, as the row gives it
 )->Path: # It may not exist
     "The file of a clip in the cache"
     return cache_dir()/'audio'/hashlib.sha256(url.encode(errors='surrogatepass')).hexdigest()[:32]
@@ -275,7 +275,7 @@ def record_clip(
     return changed
 
 def clip_version(
-    url:str, # http or https address
+    url:str, # Address, as the row gives it
 )->str|None: # The digest of its bytes; None while it is the one that was downloaded first, or not in the cache
     "Which version of a clip the cache has"
     path = cached_path(url)
@@ -288,7 +288,7 @@ def clip_version(
 
 # %% ../../nbs/1_data/00_remote.ipynb #c26
 def download(
-    url:str, # http or https address
+    url:str, # Address, as the row gives it
     path:Path, # The file to write
     max_bytes:int, # Refuse a larger file
     timeout:float, # Seconds to wait for a connection, or for the next bytes
@@ -330,7 +330,7 @@ def note_answer(
     else: _silent.pop(host, None)
 
 def update(
-    url:str, # http or https address
+    url:str, # Address, as the row gives it
     known:dict, # The record of the file that the cache has; empty: download in any case
     max_bytes:int=256 * 2**20, # Refuse a larger file
     timeout:float=20., # Seconds to wait for a connection, or for the next bytes
@@ -359,7 +359,7 @@ def update(
 
 # %% ../../nbs/1_data/00_remote.ipynb #c33
 def fetch(
-    url:str, # http or https address
+    url:str, # Address, as the row gives it
     **limits # Of `update`: max_bytes, timeout, deadline, retries
 )->Path: # The file in the cache
     "Download a clip unless the cache has it; raises `AudioError`; safe from many threads and processes"

@@ -174,7 +174,7 @@ class HashedFile:
 
 # %% ../../nbs/1_data/19_shards.ipynb #f7abcfa3
 class Shard(NamedTuple):
-    "What became of a shard"
+    "A shard that was converted, or the bad rows in its input"
     path:Path # Its file; absent if it has bad rows
     rows:int # Rows of the input that it is made from
     index:pa.Table|None=None # Of its rows
@@ -191,7 +191,7 @@ class Shard(NamedTuple):
 HASHED_COLUMNS = 'audio', 'input_ids', 'labels'
 
 class ShardFacts:
-    "What is to be known of a shard, gathered while it is read or written"
+    "What is known of a shard, gathered while it is read or written"
     def __init__(self): self.batches, self.notes, self.hashes = [], {}, {name:xxh3_128() for name in HASHED_COLUMNS}
     def add(self,
         start:int, # Where the next record batch begins
@@ -215,13 +215,13 @@ class ShardFacts:
 def facts_path(
     path:Path, # A shard
 )->Path:
-    "The file with the facts on a shard"
+    "The file with the facts about a shard"
     return path.with_suffix('.facts')
 
 def write_facts(
     shard:Shard, # Complete
 )->None:
-    "Write the facts on a shard"
+    "Write the facts about a shard"
     facts = json.dumps(dict(digests=shard.digests, notes=shard.notes))
     write_table(facts_path(shard.path), shard.index.replace_schema_metadata(dict(facts=facts)))
 
