@@ -1,6 +1,8 @@
 "The memory that a step is estimated to need, beside what PyTorch keeps and allocates on the CPU; the advice; errors that mean out of memory"
 import dataclasses
+import gc
 import re
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
@@ -456,17 +458,40 @@ def test_estimates_of_what_must_fit_change_no_result(monkeypatch):
     for (name, p), (_, q) in zip(model.named_parameters(), expected.named_parameters(), strict=True): assert torch.equal(p, q), name
 
 
-@pytest.mark.parametrize("dtype, quantization, need, remedy", [(torch.float32, None, "28.4 GiB", "use --bf16 true, --q"), (torch.bfloat16, None, "14.2 GiB", "use --q"), ("auto", None, "14.2 GiB", "use --q"), (None, None, "14.2 GiB", "use --q"),
-    (torch.bfloat16, "8bit", "7.1 GiB", "use --q"), (torch.float32, "4bit", "3.5 GiB", "use --q")])
-def test_the_weights_of_a_model_must_fit(tmp_path, monkeypatch, dtype, quantization, need, remedy):
+@pytest.mark.parametrize("stored, dtype, quantization, need, remedy", [("bfloat16", torch.float32, None, "28.4 GiB", "use --bf16 true, --q"), ("float32", torch.bfloat16, None, "14.2 GiB", "use --q"), (None, torch.bfloat16, None, "14.2 GiB", "use --q"),
+    ("bfloat16", torch.bfloat16, "8bit", "7.1 GiB", "use --q"), ("bfloat16", torch.float32, "4bit", "3.5 GiB", "use --q")])
+def test_the_weights_of_a_model_must_fit(tmp_path, monkeypatch, stored, dtype, quantization, need, remedy):
     "The configuration alone decides, as there are no weights in this folder; None: a configuration without a type"
-    stored = None if dtype is None else "bfloat16"
     Qwen2Config(**QWEN2_7B, dtype=stored, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
     monkeypatch.setattr("mdl_nbdev.model.load.available_memory", lambda: 2**31)
     monkeypatch.setattr("mdl_nbdev.model.load.quantization_config", lambda *args: None)
     with pytest.raises(InputError, match=f"--model-name .*: its weights need {need}, and 2.0 GiB of memory are free on cpu; {remedy}"):
-        load_model(str(tmp_path), dtype=dtype or "auto", quantization=quantization)
-    with pytest.raises(InputError, match="safetensors|no file"): load_model(str(tmp_path), dtype=dtype or "auto", device="cpu") # at the end of a run nothing is refused
+        load_model(str(tmp_path), dtype=dtype, quantization=quantization)
+    with pytest.raises(InputError, match="safetensors|no file"): load_model(str(tmp_path), dtype=dtype, device="cpu") # at the end of a run nothing is refused
+
+
+@pytest.mark.parametrize("stored, dtype", [("bfloat16", torch.bfloat16), ("float32", torch.float32), ("bfloat16", "auto"), (None, "auto")])
+def test_weights_in_the_type_of_their_files_take_no_memory(tmp_path, monkeypatch, stored, dtype):
+    "They are memory-mapped, so more of them than the memory holds are not refused"
+    Qwen2Config(**QWEN2_7B, dtype=stored, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
+    monkeypatch.setattr("mdl_nbdev.model.load.available_memory", lambda: 2**31)
+    with pytest.raises(InputError, match="safetensors|no file"): load_model(str(tmp_path), dtype=dtype)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux says what is memory-mapped")
+def test_weights_are_memory_mapped(tmp_path):
+    "What is not of a file grows by the weights in another type alone; this is why the others need not fit"
+    def own(): return 1024*int(re.search(r"^Anonymous:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1])
+    config = Qwen2Config(vocab_size=2**16, hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
+    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path) # 64 MiB
+    grown = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        gc.collect()
+        before = own()
+        model = load_model(str(tmp_path), dtype=dtype)
+        grown[dtype] = (own() - before)/2**20
+        assert model.dtype==dtype
+    assert grown[torch.bfloat16] < 32 < 96 < grown[torch.float32], grown
 
 
 def test_a_rank_that_no_matrix_can_have_is_noted():

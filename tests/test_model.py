@@ -649,7 +649,8 @@ def test_a_model_that_does_not_fit_in_memory_is_not_damaged(tmp_path, monkeypatc
     base = M.save_model(M.tiny_text_model(), tok, tmp_path/"base")
     def full(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 130.00 MiB")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(InputError, match="base: does not fit in the memory of cpu; use --quantization 4bit"): M.load_model(str(base), device="cpu")
+    with pytest.raises(InputError, match="base: does not fit in the memory of cpu; use --quantization 4bit"): M.load_model(str(base))
+    with pytest.raises(InputError, match="base: does not fit in the memory of cpu; end other programs, or use a machine with more memory"): M.load_model(str(base), device="cpu") # to be merged
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "compressed-tensors"])

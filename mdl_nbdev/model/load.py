@@ -172,9 +172,9 @@ def check_weights_fit(
     quantization:str|None, # `4bit`, `8bit` or None
 )->None:
     "`InputError` if the weights of a model are larger than what is free of the machine's memory"
+    if not quantization and dtype in ('auto', getattr(config, 'dtype', None)): return # they stay in their files, memory-mapped
     kind = getattr(model_class, 'config_class', None)
     if kind and not isinstance(config, kind): return # the folder holds more than this model
-    if dtype=='auto': dtype = getattr(config, 'dtype', None) or torch.bfloat16 # unless the files have a larger type
     make = getattr(model_class, 'from_config', None) or model_class._from_config # an Auto class, or a model's own
     with torch.device('meta'): model = make(copy.deepcopy(config), dtype=dtype)
     bits = {'4bit':4, '8bit':8}.get(quantization, 8*model.dtype.itemsize)
@@ -189,11 +189,13 @@ def explain_weights(
     error:Exception, # What `from_pretrained` raised
     device:torch.device, # Where the model should go
     config, # Its configuration
+    for_saving:bool=False, # Whether the model is on the CPU to be saved, as after merging
 )->InputError: # To be raised; None: the error does not come from reading weights
     "What is wrong with the weights of a model"
     where, why = f"--model-name {source}", one_line(error)
     if is_out_of_memory(error):
         remedy = "use --quantization 4bit or a smaller model"
+        if for_saving: remedy = "end other programs, or use a machine with more memory"
         return InputError(f"{where}: does not fit in the memory of {device}; {remedy} ({why[:120]})")
     method = stored_quantization(config)
     if method and isinstance(error, (ImportError, RuntimeError, ValueError)):
@@ -248,7 +250,7 @@ def read_weights(
         check_end_tokens(model)
         freeze_statistics(model)
     except Exception as e:
-        explained = explain_weights(source, e, device, config)
+        explained = explain_weights(source, e, device, config, device.type=='cpu' and not must_fit)
         if explained is None: raise
         raise explained from e
     return model
