@@ -1,4 +1,5 @@
 "The server as its clients see it: the official client, many at once, ones that leave, ones that send nonsense, and the end"
+import asyncio
 import base64
 import json
 import math
@@ -16,12 +17,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mdl_nbdev import InferSettings, ServeSettings, ask, infer
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.cli import protocol, serve
+from mdl_nbdev.cli import guard, protocol, serve
 from mdl_nbdev.cli.protocol import RequestError, read_chat
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.infer.ask import request_of
@@ -57,7 +59,7 @@ def audio(path): return {"type": "input_audio", "input_audio": {"data": base64.b
 def text(words): return {"type": "text", "text": words}
 def asked(clip, words="What is it?"): return [{"role": "user", "content": [audio(clip), text(words)]}]
 def chat(client, messages, **kw): return client.chat.completions.create(model="tiny", messages=messages, **kw)
-def idle(server): return not server.batcher.jobs and not server.active
+def idle(server): return not server.batcher.jobs and not server.guard.active
 
 
 def until(happens, seconds=30):
@@ -234,6 +236,7 @@ def test_a_client_that_leaves(server, http, sounds, stream):
 
 def test_limits_of_time_and_number(server, http, sounds, monkeypatch):
     monkeypatch.setattr(server, "s", replace(server.s, timeout=1))
+    assert http.get("/health").json() == {"status": "ok"}
     slow, answer = threading.Event(), server.batcher.answer
     monkeypatch.setattr(server.batcher, "answer", lambda batch: (slow.wait(20), answer(batch)))
     late = http.post("/v1/chat/completions", json=dict(messages=hello))
@@ -241,7 +244,13 @@ def test_limits_of_time_and_number(server, http, sounds, monkeypatch):
     assert late.status_code == 504 and "no answer within 1.0 s (--timeout)" in late.json()["error"]["message"]
     assert json.loads(streamed.text.split("\n\n")[-2].removeprefix("data: "))["error"]["message"] == late.json()["error"]["message"]
     slow.set()
-    monkeypatch.setattr(serve, "MOST_REQUESTS", 0)
+    read = threading.Event()
+    with monkeypatch.context() as m:
+        m.setattr(server, "prepare", lambda _: read.wait(20))
+        undecoded = http.post("/v1/chat/completions", json=dict(messages=hello))
+        read.set()
+    assert undecoded.status_code == 504 and "not decoded within 1.0 s (--timeout)" in undecoded.json()["error"]["message"]
+    monkeypatch.setattr(guard, "MOST_REQUESTS", 0)
     busy = http.get("/v1/models")
     assert busy.status_code == 503 and busy.json()["error"]["type"] == "server_error"
 
@@ -257,6 +266,51 @@ def test_a_fault_of_the_engine_is_said(server, client, http, monkeypatch):
         with pytest.raises(openai.InternalServerError) as e: chat(client, hello)
         assert "the server failed (OSError); its log says more" in str(e.value) and "ann" not in str(e.value)
     assert chat(client, hello).choices
+
+
+def test_a_gpu_that_has_failed(server, client, http, monkeypatch):
+    "After an illegal memory access nothing is computed in the process any more; here the device is one that is not there"
+    def fail(requests): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    with monkeypatch.context() as m:
+        m.setattr(server.batcher.engine, "generate", fail)
+        assert http.post("/v1/chat/completions", json=dict(messages=hello)).status_code == 500
+        assert http.get("/health").status_code == 200, "an error alone says nothing of the device"
+        m.setattr(type(server.batcher.engine.model), "device", torch.device("cuda"))
+        lost = http.post("/v1/chat/completions", json=dict(messages=hello))
+    try:
+        for r in (lost, http.get("/health"), http.post("/v1/chat/completions", json=dict(messages=hello))):
+            assert r.status_code == 503 and "the GPU has failed" in r.json()["error"]["message"]
+        with pytest.raises(openai.APIError, match="the GPU has failed"): list(chat(client, hello, stream=True))
+    finally: server.batcher.lost = None
+    assert chat(client, hello).choices
+
+
+def test_who_leaves_before_a_stream_begins(server):
+    "Its answer is not generated for nobody"
+    jobs, submit = [], server.submit
+    async def ask():
+        body, left = json.dumps(dict(messages=hello, stream=True, max_tokens=10**4)).encode(), []
+        async def receive():
+            if not left: return left.append(1) or dict(type="http.request", body=body)
+            return dict(type="http.disconnect")
+        async def send(message): pass
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        await server.guard(dict(type="http", method="POST", path="/v1/chat/completions", query_string=b"", headers=headers, asgi=dict(spec_version="2.3")), receive, send)
+    server.submit = lambda *args: jobs.append(submit(*args)) or jobs[0]
+    try: asyncio.run(ask())
+    finally: del server.submit
+    assert jobs[0].future.cancelled()
+    until(lambda: idle(server))
+
+
+def test_a_key_keeps_others_out(monkeypatch):
+    "As the official client sends it; the page is for everyone, since it asks for the key"
+    monkeypatch.setenv("MDL_API_KEY", "sesame")
+    with serve.ModelServer(ServeSettings(model_name="tiny", port=0, max_new_tokens=2)) as own:
+        def client(key): return openai.OpenAI(base_url=f"{own.url}/v1", api_key=key, max_retries=0)
+        assert chat(client("sesame"), hello).choices
+        with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"): chat(client("Sesame"), hello)
+        assert [httpx.get(f"{own.url}{path}").status_code for path in ("/", "/health", "/v1/models")] == [200, 200, 401]
 
 
 def test_the_length_of_the_model_bounds_an_answer(server, client):
@@ -295,6 +349,20 @@ def started(*args):
         lines.append(line)
         if found := re.search(r"page (http://\S+), API", line): return p, found[1], lines
     raise AssertionError("".join(lines))
+
+
+def test_any_second_signal_ends_a_server_immediately(monkeypatch):
+    "Also one of the other kind"
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    class Server:
+        started, answered, url = time.time(), 0, ""
+        def __init__(self, s): self.infer, self.thread = InferSettings(input="requests", output="none", model_name="tiny"), threading.current_thread()
+        def start(self, level): signal.raise_signal(signal.SIGTERM)
+        def stop(self): self.during = {n: signal.getsignal(n) for n in handlers}
+    found = []
+    monkeypatch.setattr(serve, "ModelServer", lambda s: found.append(Server(s)) or found[0])
+    serve.serve(ServeSettings(model_name="tiny"))
+    assert set(found[0].during.values()) == {signal.SIG_DFL} and {n: signal.getsignal(n) for n in handlers} == handlers
 
 
 @pytest.mark.slow

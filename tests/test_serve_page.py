@@ -84,6 +84,30 @@ def test_a_recording(page, server):
     assert answer(page) and page.locator("#percent").is_visible()
 
 
+def test_a_double_click_records_once(page):
+    "The second click comes while the browser asks for the microphone, and starts no second recording, which nothing would end"
+    page.evaluate("() => { window.asked = 0; const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices); navigator.mediaDevices.getUserMedia = o => { window.asked++; return ask(o) } }")
+    page.evaluate("() => { const b = document.getElementById('record'); b.click(); b.click() }")
+    stop = page.get_by_role("button", name="Stop recording")
+    stop.wait_for()
+    assert page.evaluate("asked") == 1
+    page.wait_for_timeout(500)
+    stop.click()
+    page.get_by_role("status").filter(has_text="recording, ").wait_for()
+
+
+def test_a_key_is_asked_for(page, server, monkeypatch):
+    monkeypatch.setattr(server.guard, "key", "sesame")
+    page.reload()
+    page.get_by_role("status").filter(has_text="the API key is missing").wait_for()
+    page.get_by_label("API key").fill("sesame")
+    page.get_by_label("Question").fill("Hello")
+    page.get_by_role("heading", name="Ask tiny").wait_for()
+    assert page.get_by_role("status").inner_text().startswith("or drop a file here")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    assert answer(page)
+
+
 def test_faults_are_shown(page, tmp_path):
     page.get_by_role("button", name="Ask", exact=True).click()
     assert page.get_by_role("alert").inner_text() == "Record or choose a clip, or write a question"
@@ -102,9 +126,9 @@ def test_stop_ends_the_answer(page, server):
     page.get_by_role("button", name="Stop", exact=True).click()
     page.get_by_role("alert").filter(has_text="stopped").wait_for()
     for _ in range(200):
-        if not server.active: break
+        if not server.guard.active: break
         page.wait_for_timeout(50)
-    assert not server.active
+    assert not server.guard.active
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -339,7 +339,8 @@ class ServeSettings(LoadSettings):
     model_name:str=opt(location=True) # Hub id, folder, or a built-in model: `tiny` (audio), `tiny-text`
     adapter:Path|None=opt(None, location=True) # Folder of a LoRA adapter to apply to the model
     chat_template:Path|None=opt(None, location=True) # Jinja file with a chat template, instead of the model's own
-    host:str='127.0.0.1' # Address to listen on; 0.0.0.0: all of this machine. Anyone who reaches it can use the model
+    host:str='127.0.0.1' # Address to listen on; 0.0.0.0: all of this machine, which needs a key
+    api_key:str|None=None # Key that clients have to send; better in the environment, as MDL_API_KEY
     port:int=opt(8000, minimum=0, maximum=65535) # Port to listen on; 0: a free one
     system_prompt:str|None=None # System prompt of requests without one; null and an empty text as for mdl_infer
     user_prompt:str|None=None # Prompt of requests that are only clips; null and an empty text as for mdl_infer
@@ -347,15 +348,14 @@ class ServeSettings(LoadSettings):
     max_new_tokens:int|None=opt(None, minimum=1, maximum=10**7) # Maximum tokens of an answer, where a request names none; null: 256
     max_audio_seconds:float=opt(600., minimum=0.1) # Maximum length of a clip in seconds
     max_request_mb:int=opt(64, minimum=1) # Maximum size of a request in MiB, with its clips
-    timeout:float=opt(300., minimum=1, maximum=10**6) # Maximum seconds for a request to arrive, and again for its answer
+    timeout:float=opt(300., minimum=1, maximum=10**6) # Maximum seconds for each step of a request
     num_workers:int=opt(half_the_cores, minimum=1, below=1000) # Parallel readers of audio, by default half the cores, at most 32
 
 # %% ../../nbs/0_base/06_settings.ipynb #a261fdd4
 @dataclass(kw_only=True)
 class CompareSettings(Settings):
     "Compare two files of answers, or two run folders: which is better, by how much, and whether that may be chance"
-    # File with answers, as mdl_infer writes it, or the run folder of a training
-    a:Path=opt(positional=True, location=True)
+    a:Path=opt(positional=True, location=True) # File with answers of mdl_infer, or a run folder
     b:Path=opt(positional=True, location=True) # Another one, of the same rows
     # File with the references of the answers: the same rows in the same order
     reference:Path|None=opt(None, location=True)

@@ -8,6 +8,8 @@ __all__ = ['PAGE_BODY', 'PAGE_STYLE', 'PAGE_CLIP', 'PAGE_RECORD', 'PAGE_ASK', 'P
 # %% ../../nbs/5_cli/14_serve_page.ipynb #77754e77
 PAGE_BODY = """<main>
 <h1>Ask <span id="model">the model</span></h1>
+<label id="key-box" hidden>API key of this server
+  <input type="password" id="key" autocomplete="current-password"></label>
 <form id="form">
   <fieldset id="clip-box">
     <legend>Clip</legend>
@@ -54,11 +56,13 @@ button:disabled {opacity:.6; cursor:default}
 .main {background:var(--main); color:var(--on-main); border-color:var(--main); font-weight:600}
 #record[aria-pressed=true] {background:var(--fault); color:Canvas; border-color:var(--fault)}
 #file {position:absolute; width:1px; height:1px; opacity:0}
-button:focus-visible, textarea:focus-visible, #file:focus-visible + *, label:has(+ #file:focus-visible)
+button:focus-visible, textarea:focus-visible, #key:focus-visible, #file:focus-visible + *,
+label:has(+ #file:focus-visible)
   {outline:3px solid var(--main); outline-offset:2px}
 label {display:block; margin-bottom:4px}
 .row label {margin:0}
-textarea {font:inherit; width:100%; padding:8px; border:1px solid var(--line); border-radius:8px; margin-bottom:12px;
+textarea, #key {font:inherit; width:100%; padding:8px; border:1px solid var(--line); border-radius:8px;
+  margin-bottom:12px;
   background:Canvas; color:CanvasText}
 audio {width:100%; margin-top:4px}
 #clip-note {margin:.5em 0}
@@ -97,11 +101,14 @@ async function recorded(chunks) {
 }"""
 
 # %% ../../nbs/5_cli/14_serve_page.ipynb #cee08adc
-PAGE_RECORD = """async function startRecording() {
+PAGE_RECORD = """let opening = false;
+async function startRecording() {
   if (!navigator.mediaDevices) return note('This address may not use the microphone: open it as http://localhost, or use https');
   let stream;
+  opening = true;
   try { stream = await navigator.mediaDevices.getUserMedia({audio:true}) }
   catch (e) { return note(`The microphone cannot be used: ${e.message}`) }
+  finally { opening = false }
   const chunks = [];
   recorder = new MediaRecorder(stream);
   recorder.ondataavailable = e => chunks.push(e.data);
@@ -116,7 +123,7 @@ PAGE_RECORD = """async function startRecording() {
   note('recording …');
   $('record').textContent = 'Stop recording'; $('record').setAttribute('aria-pressed', 'true');
 }
-$('record').onclick = () => recorder ? recorder.stop() : startRecording();
+$('record').onclick = () => recorder ? recorder.stop() : opening || startRecording();
 $('remove').onclick = () => { useClip(null); $('file').value = ''; $('record').focus() };
 $('file').onchange = () => { const f = $('file').files[0]; if (f) useClip(f, f.name) };
 const drag = on => document.body.classList.toggle('dragging', on);
@@ -177,6 +184,10 @@ function end() {
   running = null;
   $('answer').setAttribute('aria-busy', 'false'); $('ask').disabled = false; $('stop').hidden = true;
 }
+function call(path, options = {}) {
+  const key = $('key').value, more = key ? {Authorization:`Bearer ${key}`} : {};
+  return fetch(path, {...options, headers:{...options.headers, ...more}});
+}
 $('form').onsubmit = async e => {
   e.preventDefault();
   if (running) return;
@@ -184,7 +195,8 @@ $('form').onsubmit = async e => {
   begin();
   try {
     const headers = {'Content-Type':'application/json'}, body = JSON.stringify(await question());
-    const response = await fetch('v1/chat/completions', {method:'POST', headers, body, signal:running.signal});
+    const signal = running.signal;
+    const response = await call('v1/chat/completions', {method:'POST', headers, body, signal});
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const data of events(response)) show(data);
   } catch (e) {
@@ -194,10 +206,15 @@ $('form').onsubmit = async e => {
 };
 $('stop').onclick = () => running?.abort();
 $('prompt').onkeydown = e => { if (e.key === 'Enter' && (e.ctrlKey || e.metaKey)) $('form').requestSubmit() };
-fetch('v1/models').then(r => r.json()).then(r => {
-  if (r.error) throw new Error(r.error.message);
-  $('model').textContent = document.title = r.data[0].id;
-}).catch(e => note(`The server does not name its model: ${e.message}`));"""
+async function nameModel() {
+  const response = await call('v1/models'), found = await response.json();
+  if (response.status === 401) $('key-box').hidden = false;
+  if (found.error) throw new Error(found.error.message);
+  $('model').textContent = document.title = found.data[0].id;
+}
+const unnamed = e => note(`The server does not name its model: ${e.message}`);
+$('key').onchange = () => nameModel().then(() => clip || useClip(null)).catch(unnamed);
+nameModel().catch(unnamed);"""
 
 # %% ../../nbs/5_cli/14_serve_page.ipynb #53c5f433
 PAGE = f"""<!doctype html>

@@ -126,6 +126,7 @@ class Batcher:
         engine, # Completes prompts; nobody else uses it
     ):
         self.engine, self.jobs, self.closed = engine, [], False
+        self.lost = None # the error after which the device computes nothing more
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self.run, daemon=True, name='batcher')
 
@@ -156,12 +157,17 @@ def answer(self:Batcher,
     batch:list[Job], # That share their options
 )->None:
     "Generate a batch"
+    from mdl_nbdev.model.load import still_computes
+    if self.lost:
+        for job in batch: job.settle(self.lost)
+        return
     jobs = {job.request.key:job for job in batch}
     self.engine.options = batch[0].options
     try:
         requests = [job.request for job in batch]
         for completion in self.engine.generate(requests): jobs[completion.key].finish(completion)
     except Exception as e:
+        if not still_computes(self.engine.model.device): self.lost = e
         for job in batch: job.settle(e)
 
 @patch

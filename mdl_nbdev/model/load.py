@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'device_note', 'quantization_config', 'stored_quantization', 'load_config',
-           'check_trainable', 'no_safetensors', 'check_weights', 'check_end_tokens', 'is_out_of_memory', 'free_memory',
-           'check_memory', 'check_weights_fit', 'explain_weights', 'in_eval_mode', 'freeze_statistics', 'read_weights',
-           'load_built_in', 'load_model', 'load_processor', 'unwrap_model', 'recompute_activations', 'eval_mode']
+           'check_trainable', 'no_safetensors', 'check_weights', 'check_end_tokens', 'is_out_of_memory',
+           'still_computes', 'free_memory', 'check_memory', 'check_weights_fit', 'explain_weights', 'in_eval_mode',
+           'freeze_statistics', 'read_weights', 'load_built_in', 'load_model', 'load_processor', 'unwrap_model',
+           'recompute_activations', 'eval_mode']
 
 # %% ../../nbs/2_model/30_load.ipynb #c4
 import copy, errno, os, pickle
@@ -145,6 +146,13 @@ def is_out_of_memory(
     said = isinstance(e, RuntimeError) and any(w in str(e).lower() for w in ('out of memory', "can't allocate memory", 'alloc_failed'))
     return said or is_out_of_memory(e.__cause__ or e.__context__)
 
+def still_computes(
+    device:torch.device, # A GPU, or the CPU
+)->bool: # False after an error such as an illegal memory access, which ends CUDA for the whole process
+    "Whether this process can use a device after an error"
+    try: return torch.ones(1, device=device).item()==1
+    except Exception as e: return is_out_of_memory(e)
+
 # %% ../../nbs/2_model/30_load.ipynb #5be1f00d
 def free_memory(
     device:torch.device, # A GPU, or the CPU
@@ -172,7 +180,8 @@ def check_weights_fit(
     quantization:str|None, # `4bit`, `8bit` or None
 )->None:
     "`InputError` if the weights of a model are larger than what is free of the machine's memory"
-    if not quantization and dtype in ('auto', getattr(config, 'dtype', None)): return # they stay in their files, memory-mapped
+    as_stored = not quantization and dtype in ('auto', getattr(config, 'dtype', None))
+    if as_stored: return # they stay in their files, memory-mapped
     kind = getattr(model_class, 'config_class', None)
     if kind and not isinstance(config, kind): return # the folder holds more than this model
     make = getattr(model_class, 'from_config', None) or model_class._from_config # an Auto class, or a model's own
