@@ -103,6 +103,16 @@ def test_a_second_start_is_refused_before_it_writes(made, name):
     assert not Path(lock).exists()
 
 
+def test_joining_needs_file_locks(monkeypatch, tmp_path):
+    "Neither some network file systems nor Windows have any; Windows has no module fcntl either"
+    monkeypatch.setattr(files, "open_locked", lambda path, shared=False: open(path, "a+b"))
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    def begin(): raise AssertionError
+    with pytest.raises(InputError, match=f"--join: {tmp_path} has no file locks, .*; choose an --output on a file system that has them, not on Windows"):
+        with files.shared_lock(tmp_path/"set.lock", begin): pass
+    assert not (tmp_path/"set.lock").exists()
+
+
 def test_a_lock_outlives_its_killed_process_only_by_its_workers(monkeypatch):
     "A restart right after a kill waits for the workers of the killed process, which may still write"
     code = ("import os, sys, time; from mdl_nbdev.base.files import lock_file; f = lock_file('x.lock')\n"

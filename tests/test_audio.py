@@ -1,6 +1,7 @@
 "Clips of many formats, rates and channels against what they were made from; cut and odd files; downloads from a server that misbehaves"
 import http.server
 import itertools
+import re
 import struct
 import threading
 import time
@@ -14,9 +15,9 @@ import soundfile as sf
 import mdl_nbdev.data.remote as remote
 from mdl_nbdev.base.html import audio_player
 from mdl_nbdev.data.audio import audio_info, from_int16, load_audio, to_int16
-from mdl_nbdev.data.clips import collected_notes, resolve
+from mdl_nbdev.data.clips import collected_notes, note_clip, resolve
 from mdl_nbdev.data.pictures import spectrogram_html, waveform_html
-from mdl_nbdev.data.remote import AudioError, fetch
+from mdl_nbdev.data.remote import AudioError, cached_path, clip_record, fetch
 
 rates = [8000, 11025, 16000, 22050, 44100, 48000, 96000]
 TONES = [220., 440., 1000., 3000.] # Hz; all below half of the lowest rate
@@ -337,6 +338,23 @@ def test_a_clip_is_fetched_once(tmp_path, site):
     assert Server.hits == {"/ok/a.wav": 1}
     load_audio(f"{site}/ok/a.wav?x=1")
     assert len(cached(tmp_path)) == 2, "another address is another clip"
+
+
+def test_secrets_of_addresses_are_not_shown(tmp_path, site):
+    "Neither in messages, such as those of rejected rows and of notes, nor in the records of the cache"
+    where = site.replace("://", "://ann:sesame@")
+    with pytest.raises(AudioError) as e: load_audio(f"{where}/gone/a.wav?X-Amz-Signature=sesame==&Expires=12#t=0,1")
+    shown = site.replace("://", "://…@")
+    assert str(e.value) == f"{shown}/gone/a.wav?X-Amz-Signature=…&Expires=…: the server answered 410 Gone; check the address"
+    with pytest.raises(AudioError, match=rf"{re.escape(shown)}/ok/a.wav\?…#t=5: outside the clip"): load_audio(f"{where}/ok/a.wav?sesame#t=5")
+    assert clip_record(cached_path(f"{where}/ok/a.wav?sesame"))["sha256"] and not any("sesame" in p.read_text() for p in tmp_path.rglob("*.json"))
+    with collected_notes("t.csv:2") as notes: note_clip("silent", f"{where}/a.wav")
+    assert notes["silent"][1] == f"t.csv:2, {shown}/a.wav"
+
+
+def test_a_host_that_is_silent_is_named_without_a_password(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_silent", {"host.example": (3, float("inf"))})
+    with pytest.raises(AudioError, match="since host.example did not send"): remote.update("https://ann:sesame@host.example/a.wav", {})
 
 
 @pytest.mark.parametrize("kind, hits", [("busy", 3), ("cut", 2)])

@@ -588,3 +588,13 @@ def test_unknown_model_says_that_it_is_offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True) # else the hub client tries for a minute
     with pytest.raises(InputError, match="no such folder, and it cannot be fetched") as e: load_tokenizer("nobody/no-such-model")
     assert str(e.value).endswith(".") # the hub's own words end with a sentence
+
+
+def test_shapes_are_forgotten_once_they_are_too_many():
+    "A server meets conversations of new shapes for as long as it runs; texts are tokenized alike before and after"
+    chat = Chat(copy.deepcopy(TINY), load_chat("tiny").family)
+    first = Conversation([{"role": "user", "content": [text("a")]}])
+    before = chat.tokenize([first])[0].ids
+    for n in range(600, 700): chat.tokenize([Conversation([{"role": "user", "content": [text("b")]*n}])])
+    assert 0 < len(chat.plans) < 60 and 0 < len(chat.renderings) < 60
+    assert chat.tokenize([first])[0].ids == before

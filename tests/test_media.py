@@ -98,6 +98,21 @@ def test_a_truncated_avi(tmp_path):
     with pytest.raises(InputError, match="a.avi: truncated, it is shorter than its header promises; copy"): length(tmp_path/"a.avi")
 
 
+def test_ffmpeg_opens_no_other_file_or_host(tmp_path):
+    "What a file begins with does not decide what FFmpeg takes it for: this one names a host, as a playlist names files"
+    pytest.importorskip("av")
+    (tmp_path/"a.wv").write_bytes(b"wvpk\nv=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5000 RTP/AVP 0\n")
+    with pytest.raises(InputError, match="a.wv: WavPack, not readable .Invalid argument."): load_audio(tmp_path/"a.wv")
+
+
+def test_a_name_with_a_colon(tmp_path, monkeypatch):
+    "It does not begin the protocol of an address"
+    pytest.importorskip("av")
+    (tmp_path/"12:30.m4a").write_bytes((folder/"aac.m4a").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(load_audio("12:30.m4a"), load_audio(folder/"aac.m4a"))
+
+
 def test_without_pyav(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(InputError, match=r'aac.m4a: MP4, M4A or QuickTime, which needs the optional library PyAV; install "mdl_nbdev\[media\]", or convert it'): load_audio(folder/"aac.m4a")

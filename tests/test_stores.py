@@ -1,12 +1,14 @@
 "Clips in stores, in tar archives and in Parquet files: the waveforms of the files themselves, and what is said where there is none"
 import io
 import json
+import ntpath
 import os
+import posixpath
 import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 
 import fsspec
@@ -19,10 +21,11 @@ import soundfile as sf
 from mdl_nbdev.base import cache as base_cache
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings, InferSettings, TrainSettings
+from mdl_nbdev.base.stores import as_written
 from mdl_nbdev.cli import commands
 from mdl_nbdev.data import remote
 from mdl_nbdev.data.audio import audio_info, load_audio
-from mdl_nbdev.data.clips import clip_stamp, clip_state, local_file, prepare_clips, resolve
+from mdl_nbdev.data.clips import clip_stamp, clip_state, local_file, prepare_clips, resolve, split_archive
 from mdl_nbdev.data.remote import cached_path, clip_version, fetch, refresh_cache
 from mdl_nbdev.data.rows import to_conversation
 from mdl_nbdev.data.sources import open_rows
@@ -73,6 +76,22 @@ def test_waveforms_are_those_of_files(clips, shard, store, name):
         for src in sources:
             assert np.array_equal(load_audio(src + part), expected), src
             assert audio_info(src + part).samples == audio_info(f"{clips}/{name}{part}").samples
+
+
+def test_a_query_names_no_archive():
+    "Such an address is that of a file, also where `.tar/` is in it; in a store and on a disk a question mark is a character"
+    for url in ("https://host/get?file=a.tar/b.wav", "https://host/a.tar/b.wav?sig=x", "https://host/a.tar?sig=x/y"): assert split_archive(url) == (url, "")
+    assert split_archive("https://host/a.tar/b.wav") == ("https://host/a.tar", "b.wav")
+    assert split_archive("s3://bucket/a.tar/b?.wav") == ("s3://bucket/a.tar", "b?.wav") and split_archive("a.tar/b?.wav") == ("a.tar", "b?.wav")
+
+
+@pytest.mark.parametrize("path", [Path("s3://bucket/clips"), PureWindowsPath("s3://bucket/clips")])
+def test_an_address_that_has_been_a_path(path, monkeypatch):
+    "On Windows too, where paths are joined with backslashes; in the name of a file a backslash stays"
+    monkeypatch.setattr("mdl_nbdev.data.clips.os", SimpleNamespace(path=ntpath if isinstance(path, PureWindowsPath) else posixpath))
+    assert as_written(path) == "s3://bucket/clips" and as_written("s3://bucket/a\\b") == "s3://bucket/a\\b"
+    assert as_written(PureWindowsPath("C:/clips")) == "C:\\clips"
+    assert resolve("a/b.wav", path) == "s3://bucket/clips/a/b.wav"
 
 
 def test_a_changed_archive_is_noticed(clips, shard):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOCK_SECONDS', 'cache_dir', 'write_error', 'writing', 'aside', 'replacing', 'write_text', 'write_json', 'append_text',
            'json_lines', 'read_json_lines', 'open_locked', 'lock_file', 'file_lock', 'make_folder', 'output_lock',
-           'shared_lock', 'open_in_use', 'is_in_use', 'file_digest', 'file_digests', 'check_inputs', 'check_own_files',
-           'new_output', 'share_files', 'replacing_folder', 'remove_folder']
+           'check_locking', 'shared_lock', 'open_in_use', 'is_in_use', 'file_digest', 'file_digests', 'check_inputs',
+           'check_own_files', 'new_output', 'share_files', 'replacing_folder', 'remove_folder']
 
 # %% ../../nbs/0_base/03_files.ipynb #c4
 import errno, hashlib, json, os, shutil, sys, time
@@ -190,6 +190,16 @@ def output_lock(
     with file_lock(f'{path}.lock', path): yield
 
 # %% ../../nbs/0_base/03_files.ipynb #1ab80897
+def check_locking(
+    path:str|Path, # A lock that this process holds
+)->None:
+    "`InputError` if another process could hold it too"
+    f = open_locked(path)
+    if not f: return
+    f.close()
+    raise InputError(f"--join: {Path(path).parent} has no file locks, by which processes know of each other; "
+                     "choose an --output on a file system that has them, not on Windows, or leave out --join")
+
 @contextmanager
 def shared_lock(
     path:str|Path, # A file for the lock alone
@@ -201,19 +211,19 @@ def shared_lock(
         f = open_locked(path)
         if not f: return open_locked(path, shared=True)
         try:
-            if open_locked(path):
-                raise InputError(f"--join: {Path(path).parent} has no file locks, by which processes know of each other; "
-                                 "choose an --output on a file system that has them, or leave out --join")
+            check_locking(path)
+            import fcntl
             begin()
             fcntl.flock(f, fcntl.LOCK_SH)
         except BaseException:
+            if os.name != 'posix': f.close() # Windows removes no open file
             Path(path).unlink(missing_ok=True)
             raise
         return f
-    import fcntl
     with lock_file(path, name, opened=opened) as f:
         try: yield
         finally:
+            import fcntl
             with suppress(BlockingIOError): # others hold it
                 fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
                 Path(path).unlink(missing_ok=True)

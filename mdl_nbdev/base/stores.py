@@ -27,8 +27,10 @@ def protocol_of(
 def as_written(
     path:str|Path, # A path or an address
 )->str: # With two slashes behind a protocol, of which `Path` keeps one
-    "An address that has been a `Path`"
-    return re.sub(r'\A([a-z][a-z0-9+.-]+):/+', r'\1://', str(path), flags=re.I)
+    "An address that has been a `Path`, which has backslashes on Windows"
+    text = str(path)
+    if re.match(r'[a-z][a-z0-9+.-]+:\\', text, re.I): text = text.replace('\\', '/')
+    return re.sub(r'\A([a-z][a-z0-9+.-]+):/+', r'\1://', text, flags=re.I)
 
 # %% ../../nbs/0_base/13_stores.ipynb #697b4ccc
 BY_EXTRA = ('s3', 's3a', 'gs', 'gcs') # Protocols whose packages the extra `remote` installs

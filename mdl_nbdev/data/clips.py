@@ -21,10 +21,10 @@ from typing import Any, Iterable, Iterator, NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
 from ..base.cache import CACHE_ROOM, cached_file, mark_used
-from ..base.errors import InputError
+from ..base.errors import InputError, without_secrets
 from ..base.files import cache_dir, writing
 from ..base.progress import spelt_here
-from ..base.stores import as_written
+from ..base.stores import as_written, protocol_of
 from ..base.text import one_line, plural, shorten
 from .remote import AudioError, clip_version, fetch, is_url, note_cache, refresh_cache, set_host_policy
 
@@ -135,7 +135,9 @@ def resolve(
     "Join a relative path to `base_dir`; absolute paths and web addresses stay as they are"
     if channel != 'mix' and not split_segment(audio).channel: audio = name_part(str(audio), channel=channel)
     if '://' in str(audio): return str(audio)
-    return os.path.join(os.path.expanduser(as_written(base_dir or '')), os.path.expanduser(audio))
+    folder, path = os.path.expanduser(as_written(base_dir or '')), os.path.expanduser(audio)
+    if is_url(folder) and not os.path.isabs(path): return f"{folder.rstrip('/')}/{path}"
+    return os.path.join(folder, path)
 
 # %% ../../nbs/1_data/02_clips.ipynb #archive0
 ARCHIVE_LIMITS = dict(max_bytes=2**40, deadline=6*3600.) # Of the download of an archive
@@ -143,7 +145,8 @@ ARCHIVE_LIMITS = dict(max_bytes=2**40, deadline=6*3600.) # Of the download of an
 def split_archive(
     clip:str|Path, # Path or address
 )->tuple[str,str]: # The archive, and the name in it; the clip itself, and nothing, if it is a file of its own
-    "Split the name of a clip in a tar archive"
+    "Split the name of a clip in a tar archive; a web address with a query is that of a file"
+    if protocol_of(clip) in ('http', 'https') and '?' in str(clip): return str(clip), ''
     m = re.fullmatch(r'(.+?\.tar)/(.+)', str(clip), re.S | re.I)
     return (m[1], m[2]) if m and not os.path.isdir(m[1]) else (str(clip), '')
 
@@ -360,7 +363,7 @@ def note_clip(
     "Note something about a clip, inside `collected_notes`"
     if not _collected.get(): return
     counts, where = _collected.get()
-    count_notes(counts, {kind: [1, f'{where}, {shorten(str(src), 200)}']})
+    count_notes(counts, {kind: [1, f'{where}, {shorten(without_secrets(str(src)), 200)}']})
 
 # %% ../../nbs/1_data/02_clips.ipynb #c39
 def note_lines(

@@ -164,6 +164,8 @@ def has_second_beginning(
 
 # %% ../../nbs/1_data/01_media.ipynb #c19
 NEEDS_PYAV = 'install "mdl_nbdev[media]", or convert it: ffmpeg -i OLD NEW.wav' # What to do about a file that libsndfile does not read
+# The containers of `MEDIA`, as FFmpeg calls them: no playlist, which could lead to other files and hosts
+_CONTAINERS = 'mov,matroska,webm,asf,avi,flv,amr,aac,ac3,eac3,mpegts,wv,tta,ape'
 _STATES_DURATION = ('mov', 'matroska', 'asf') # Containers that state their duration; of others, FFmpeg guesses it
 
 class MediaFile:
@@ -178,7 +180,8 @@ class MediaFile:
         except ImportError: raise InputError(f'{src}: {kind}, which needs the optional library PyAV; {NEEDS_PYAV}') from None
         self.src, self.error, self.container = src, av.FFmpegError, None
         try:
-            self.container = av.open(os.fspath(path))
+            only = dict(format_whitelist=_CONTAINERS, protocol_whitelist='file')
+            self.container = av.open(f'file:{path}', options=only) # else a colon ends a protocol
             self.stream = next(iter(self.container.streams.audio), None)
         except self.error as e: raise InputError(f'{src}: {kind}, not readable ({e.strerror}); copy or download it again') from None
         if self.stream is None: raise InputError(f'{src}: {kind} without sound; remove the row')

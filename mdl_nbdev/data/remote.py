@@ -225,7 +225,7 @@ def write_body(
                 out.write(chunk)
                 digest.update(chunk)
             if not out.tell(): raise AudioError(f'{url}: the server sent an empty file; check the address')
-            return dict(url=url, sha256=digest.hexdigest(), **facts)
+            return dict(sha256=digest.hexdigest(), **facts)
     except httpx.UnsupportedProtocol as e:
         raise AudioError(f'{url}: not an address that can be downloaded ({e}); check it') from None
     except InputError: raise
@@ -338,7 +338,7 @@ def update(
     retries:int=2, # Further attempts after a connection error, 429 or 5xx, with growing pauses
 )->bool: # Whether the cache had another file
     "Download a clip into the cache; raises `AudioError`"
-    end, host = time.monotonic() + deadline, re.split('[/?#]', url + '/')[2]
+    end, host = time.monotonic() + deadline, re.split('[/?#]', url + '/')[2].rpartition('@')[2]
     clips, until = _silent.get(host, (0, 0))
     if time.monotonic() < until:
         raise SilentHost(f'{url}: not asked for, since {shorten(host)} did not send the last {clips} clips; try again later')

@@ -15,7 +15,8 @@ from typing import Iterable, Iterator
 from fastcore.basics import chunked, patch
 from ..base.errors import InputError, WriteError
 from ..base.files import (
-    check_inputs, file_lock, make_folder, new_output, open_locked, replacing, write_json, write_text, writing)
+    check_inputs, check_locking, file_lock, make_folder, new_output, open_locked, replacing, write_text, writing)
+from ..base.files import write_json
 from ..base.parts import OutputPart, shard_digest
 from ..base.processes import Ranks
 from ..base.settings import InferSettings
@@ -151,17 +152,6 @@ def others_alive(self:InferOutput,
             f.close()
         elif path.with_suffix('.log').exists(): alive.append(path)
     return alive
-
-@patch
-def check_locking(self:InferOutput,
-    name:str, # Of this process, which holds its lock
-)->None:
-    "`InputError` if two processes can hold a lock at once"
-    f = open_locked(f'{self.part(name).path}.lock')
-    if not f: return
-    f.close()
-    raise InputError(f"--join: {self.path.parent} has no file locks, by which processes know of each other; "
-                     "choose an --output on a file system that has them, or leave out --join")
 
 # %% ../../nbs/4_infer/01_output.ipynb #c22
 @patch
@@ -357,7 +347,7 @@ def lock_output(
     def lock_joined():
         with out.gate(s.join), out.lock(): # so there is no run that is not shared
             lock_mine()
-            out.check_locking(name)
+            check_locking(f'{out.part(name).path}.lock')
             check_output(out, s)
     ranks.on_main(lock_joined if s.join else lock_main)
     ranks.agree(lambda: None if ranks.is_main else lock_mine())

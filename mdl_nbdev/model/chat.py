@@ -140,20 +140,22 @@ def segments(self:Chat,
     shape:tuple, # From `shape_of`
 )->tuple[Segment, ...]: # In order
     "The segments of a shape, worked out once"
-    if shape not in self.plans:
+    found = self.plans.get(shape)
+    if found is None:
         n_clips, family = sum(kinds.count('audio') for _,kinds in shape), self.family
         if n_clips > family.max_clips:
             raise InputError(f"{n_clips} clips in one conversation; {family.name} takes at most {family.max_clips}")
         hears_only = 'text' not in family.answered[0][1]
         if hears_only and any(role=='user' and 'text' in kinds for role,kinds in shape):
             raise InputError(f"{family.name} takes clips of the user and no text; leave it out, or make it the system prompt")
-        found = segments_of(self.tok, family, shape)
+        bare = segments_of(self.tok, family, shape)
         def inner(i):
             if shape==TEXT_RECORD or self.inner_tok is self.tok: return False
-            return i > 0 and (self.inner_after_control or found[i-1].kind=='text')
-        turns = segment_turns(shape, found)
-        self.plans[shape] = tuple(replace(s, inner=inner(i), turns=turns[i]) for i,s in enumerate(found))
-    return self.plans[shape]
+            return i > 0 and (self.inner_after_control or bare[i-1].kind=='text')
+        turns = segment_turns(shape, bare)
+        plan = tuple(replace(s, inner=inner(i), turns=turns[i]) for i,s in enumerate(bare))
+        return self.remember(self.plans, shape, plan)
+    return found
 
 @patch
 def learned_turns(self:Chat,
@@ -185,10 +187,12 @@ def shown_texts(self:Chat,
     if shape==TEXT_RECORD: return texts
     def marked(): return render_shape(self.tok, self.family, shape, is_prompt)
     def split(marked): return re.split('\ue000(\\d+)\ue001', marked)
-    if shape not in self.renderings:
+    rendering = self.renderings.get(shape)
+    if rendering is None:
         known = marked()
-        self.renderings[shape] = known, find_premises(self.tok, self.family, shape, is_prompt, known)
-    known, premises = self.renderings[shape]
+        premises = find_premises(self.tok, self.family, shape, is_prompt, known)
+        rendering = self.remember(self.renderings, shape, (known, premises))
+    known, premises = rendering
     if premises and premises.hold(texts): return texts
     shown = render(self.tok, self.family, messages, is_prompt)
     if shown==''.join(texts[int(p)] if i % 2 else p for i,p in enumerate(split(known))): return texts
@@ -227,6 +231,12 @@ def plan(self:Chat,
         return self.segments(shape_of(conversation.messages)), self.shown_texts(conversation.messages)
     except InputError as e:
         raise InputError(f"{conversation.where}: {e}" if conversation.file else str(e)) from e.__cause__
+
+@patch
+def remember(self:Chat, known:dict, shape:tuple, found):
+    "Keep what was found for a shape; a server meets new ones all the time, so all are forgotten once they are too many"
+    if sum(len(kinds) for other in known for _,kinds in other) > 2**15: known.clear()
+    return known.setdefault(shape, found)
 
 # %% ../../nbs/2_model/03_chat.ipynb #c23
 @dataclass(slots=True)
