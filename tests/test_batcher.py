@@ -11,7 +11,7 @@ from mdl_nbdev import InferSettings
 from mdl_nbdev.data.conversations import Conversation, text_message
 from mdl_nbdev.infer.ask import request_of
 from mdl_nbdev.infer.batcher import Batcher, GrowingText, Job, open_end
-from mdl_nbdev.model.engine import load_engine
+from mdl_nbdev.model.engine import Completion, load_engine
 from mdl_nbdev.model.families import load_chat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,3 +143,21 @@ def test_a_canceled_job_leaves_the_queue(engine, batcher):
 
 def test_a_long_stop_text_costs_no_more_than_the_answer():
     assert open_end("ab", ["b" + "a"*10**7]) == 1
+
+
+@pytest.mark.parametrize("again, shown", [("Spell it out", "Spell it out"), ("Spell it", "Spell it"), ("Spoken words", None), ("Spe", None), ("", None)])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_memory_interrupts_is_not_joined_of_two(engine, again, shown, stream):
+    "It is generated again, in a smaller batch, where it may become another one; what a client has seen cannot be taken back"
+    pieces, before, after = [], *(chat.tok(t, add_special_tokens=False).input_ids for t in ("Spell it out", again))
+    j = job(engine, "x", stop=["!"], on_text=pieces.append if stream else None)
+    for n in range(1, 9): j.watch(before[:n])
+    assert "".join(pieces) == ("Spell it" if stream else "")
+    for n in range(1, len(after)):
+        if j.watch(after[:n]): break
+    j.finish(Completion(j.request.key, after, again, False, [-1.]*(len(after) + 1)))
+    if not stream: assert j.future.result(0).text == again
+    elif shown: assert "".join(pieces) == j.future.result(0).text == shown
+    else:
+        with pytest.raises(MemoryError, match="became another one; send the request again"): j.future.result(0)
+        assert "".join(pieces) == "Spell it"

@@ -316,3 +316,33 @@ def test_what_vllm_does_not_have(option, value):
     s = InferSettings(input="a.csv", output="b.csv", model_name="tiny", engine="vllm", **{option: value})
     with pytest.raises(InputError, match=f"--engine vllm: does not have --{option.replace('_', '-')}; leave out one or the other"):
         load_vllm(s)
+
+
+@pytest.mark.parametrize("sample", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_of_which_a_model_computes_nothing_is_rejected(monkeypatch, sample, bad):
+    "From the third token on; drawing would give the number behind the last token, and greedy search some token. The other rows do not change"
+    model, chat = tiny_text_model().eval(), load_chat("tiny-text")
+    asked = list(requests(chat, False, (9, 6, 9)))
+    engine = E.TransformersEngine(model, chat, E.GenerationOptions(do_sample=sample, logprobs=True))
+    monkeypatch.setattr(engine, "stops", [])
+    expected = outcome(engine.generate(asked))
+    forward, passes = model.forward, []
+    def broken(*args, **kw):
+        out = forward(*args, **kw)
+        passes.append(1)
+        if len(passes) == 3: out.logits[1, -1, 5:] = bad
+        return out
+    monkeypatch.setattr(model, "forward", functools.wraps(forward)(broken))
+    found = {c.key: c for c in engine.generate(asked)}
+    assert (found[1].ids, found[1].failure) == ([], InputError) and found[1].reason.startswith("the model computes NaN or infinity")
+    assert [x for x in outcome(found.values()) if x[0] != 1] == [x for x in expected if x[0] != 1]
+
+
+def test_the_cache_of_a_long_answer_is_released(monkeypatch):
+    "Once requests are much shorter; ones that are somewhat shorter use it"
+    model, chat = tiny_text_model().eval(), load_chat("tiny-text")
+    monkeypatch.setattr(E, "can_record", lambda model: True)
+    engine, prompt = E.TransformersEngine(model, chat), next(requests(chat, False))
+    def length(most): return engine.recorder([E.OpenRequest(replace(prompt, max_new_tokens=most), 0)]).length
+    assert [length(n) for n in (4000, 2500, 1500, 100, 20)] == [8192, 8192, 8192, 256, 256]

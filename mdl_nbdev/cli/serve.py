@@ -138,7 +138,8 @@ def internal_error(
 )->RequestError:
     "The error for a fault of the server or of the device; the details are for the log alone"
     logging.getLogger('uvicorn.error').error('a request failed', exc_info=e)
-    what = f': {shorten(str(e), 200)}' if isinstance(e, MemoryError) else ''
+    is_known = isinstance(e, (MemoryError, InputError))
+    what = f': {shorten(str(e), 200)}' if is_known else ''
     return RequestError(f"the server failed ({type(e).__name__}{what}); its log says more", status=500)
 
 @patch

@@ -115,5 +115,5 @@ def answer_clip(
     if s.system_prompt: messages.insert(0, text_message('system', s.system_prompt))
     engine.options = GenerationOptions.of(s)
     found, = engine.generate([request_of(engine, Conversation(messages), s)])
-    if found.reason: raise MemoryError(found.reason)
+    if found.reason: raise found.failure(found.reason)
     return Answer(found.text, mean_probability(found), s.user_prompt or None, waveform, name, found.truncated)

@@ -31,6 +31,7 @@ class GrowingText:
     ):
         self.chat, self.stop, self.text, self.stopped = chat, list(stop), '', False
         self.decoded, self.n_decoded = '', 0 # text that more tokens cannot change, and how many tokens it is
+        self.restarted = self.changed = False # whether it began again, and differs from what was shown
         completion = next(s for s in chat.segments(chat.family.answered) if s.kind=='completion')
         self.inner = completion.inner
         ends = [end for end in (completion.run[0], completion.run[-1]) if isinstance(end, str)]
@@ -65,9 +66,21 @@ def update(self:GrowingText,
     found = [at for stop in self.stop if (at := text.find(stop, len(self.text))) >= 0]
     if found: text, self.stopped = text[:min(found)], True
     elif not complete: text = text[:len(text) - open_end(text, self.marks)]
+    behind = self.text.startswith(text) and not complete
+    if self.restarted and not behind and not text.startswith(self.text):
+        self.changed = self.stopped = True
+        return ''
     new = text[len(self.text):] # empty while a batch that did not fit in memory is generated again
     self.text += new
     return new
+
+@patch
+def restart(self:GrowingText,
+    shown:bool, # Whether somebody has seen the text so far
+)->None:
+    "Begin again, as memory ran out: in another batch the answer may become another one"
+    self.decoded, self.n_decoded, self.restarted = '', 0, True
+    if not shown: self.text = ''
 
 # %% ../../nbs/4_infer/15_batcher.ipynb #995036f0
 @dataclass
@@ -88,12 +101,18 @@ class Job:
         seed:int|None=None, # Of sampling; None: another one each time
     ):
         self.options, self.text, self.on_text, self.future = replace(options, seed=0), text, on_text, Future()
-        self.request = replace(request, key=uuid.uuid4().hex, watch=self.watch, seed=seed)
+        self.request, self.seen = replace(request, key=uuid.uuid4().hex, watch=self.watch, seed=seed), 0
 
     def watch(self, ids:list[int])->bool:
         "Show the answer so far; whether it should end here"
+        self.count(len(ids) - 1, len(ids))
         if self.on_text or self.text.stop: self.show(self.text.update(ids))
         return self.text.stopped or self.future.cancelled()
+
+    def count(self, before:int, now:int)->None:
+        "Notice when the answer is generated again: then there are fewer tokens than were there before"
+        if before < self.seen: self.text.restart(bool(self.on_text))
+        self.seen = now
 
     def show(self, new:str)->None:
         "Show what is new of the answer"
@@ -105,8 +124,12 @@ def finish(self:Job,
     completion, # Its `Completion`
 )->None:
     "Hand over the reply, if somebody waits for it"
-    if completion.reason: return self.settle(MemoryError(completion.reason))
+    if completion.reason: return self.settle(completion.failure(completion.reason))
+    self.count(len(completion.ids), len(completion.ids))
     self.show(self.text.update(completion.ids, complete=True))
+    if self.text.changed:
+        message = "memory ran out, and then the answer became another one; send the request again"
+        return self.settle(MemoryError(message))
     truncated = completion.truncated and not self.text.stopped
     tokens = len(completion.logprobs)
     self.settle(Reply(self.text.text, mean_probability(completion), truncated, tokens))

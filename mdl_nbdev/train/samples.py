@@ -95,10 +95,10 @@ def answer_texts(
     engine:TransformersEngine, # Generates
     requests:Iterable[Request], # What is asked
 )->dict[object, str]: # By their keys
-    "The answers to some requests; `MemoryError` if there is not enough memory for one of them alone"
+    "The answers to some requests; `MemoryError` or `InputError` if one of them has none"
     found = list(engine.generate(requests))
     for c in found:
-        if c.reason: raise MemoryError(c.reason)
+        if c.reason: raise c.failure(c.reason)
     return {c.key:c.text for c in found}
 
 # %% ../../nbs/3_train/17_samples.ipynb #65ee4bf2
