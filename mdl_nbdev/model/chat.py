@@ -134,6 +134,12 @@ def inner_tokenizer(
     inner._tokenizer = Tokenizer.from_str(json.dumps(backend))
     return inner, after_control
 
+@patch
+def remember(self:Chat, known:dict, shape:tuple, found):
+    "Keep what was found for a shape; a server meets new ones all the time, so all are forgotten once they are too many"
+    if sum(len(kinds) for other in known for _,kinds in other) > 2**15: known.clear()
+    return known.setdefault(shape, found)
+
 # %% ../../nbs/2_model/03_chat.ipynb #c13
 @patch
 def segments(self:Chat,
@@ -231,12 +237,6 @@ def plan(self:Chat,
         return self.segments(shape_of(conversation.messages)), self.shown_texts(conversation.messages)
     except InputError as e:
         raise InputError(f"{conversation.where}: {e}" if conversation.file else str(e)) from e.__cause__
-
-@patch
-def remember(self:Chat, known:dict, shape:tuple, found):
-    "Keep what was found for a shape; a server meets new ones all the time, so all are forgotten once they are too many"
-    if sum(len(kinds) for other in known for _,kinds in other) > 2**15: known.clear()
-    return known.setdefault(shape, found)
 
 # %% ../../nbs/2_model/03_chat.ipynb #c23
 @dataclass(slots=True)
