@@ -8,7 +8,7 @@ __all__ = ['NO_SOUND', 'MEDIA', 'BEGINNINGS', 'NEEDS_PYAV', 'file_contents', 'mp
            'MediaFile']
 
 # %% ../../nbs/1_data/01_media.ipynb #c4
-import mmap, os, re, struct
+import mmap, re, struct
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -25,6 +25,9 @@ MEDIA = {'MP4, M4A or QuickTime':rb'.{4}(?:ftyp|moov|mdat|wide)', 'WebM or Matro
     'Windows Media':rb'\x30\x26\xb2\x75', 'AVI':rb'RIFF.{4}AVI ',
     'Flash video':rb'FLV\x01', 'AMR':rb'#!AMR', 'AAC':rb'\xff[\xf0\xf1\xf8\xf9]', 'AC-3':rb'\x0b\x77',
     'an MPEG transport stream':rb'\x47.{187}\x47', 'WavPack':rb'wvpk', 'True Audio':rb'TTA1', "Monkey's Audio":rb'MAC '}
+
+# The containers of `MEDIA`, as FFmpeg calls them: no playlist, which could lead to other files and hosts
+_CONTAINERS = 'mov,matroska,webm,asf,avi,flv,amr,aac,ac3,eac3,mpegts,wv,tta,ape'
 
 _ANY_OTHER = re.compile(b'|'.join([*NO_SOUND.values(), *MEDIA.values()]), re.S) # one match for the files that libsndfile reads
 
@@ -164,8 +167,6 @@ def has_second_beginning(
 
 # %% ../../nbs/1_data/01_media.ipynb #c19
 NEEDS_PYAV = 'install "mdl_nbdev[media]", or convert it: ffmpeg -i OLD NEW.wav' # What to do about a file that libsndfile does not read
-# The containers of `MEDIA`, as FFmpeg calls them: no playlist, which could lead to other files and hosts
-_CONTAINERS = 'mov,matroska,webm,asf,avi,flv,amr,aac,ac3,eac3,mpegts,wv,tta,ape'
 _STATES_DURATION = ('mov', 'matroska', 'asf') # Containers that state their duration; of others, FFmpeg guesses it
 
 class MediaFile:
