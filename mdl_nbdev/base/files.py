@@ -279,11 +279,13 @@ def check_inputs(
     "Raise `InputError` if a run would replace or remove one of its own inputs"
     written = [Path(f'{path}{end}') for end in ('', *beside)]
     written += [aside(p, end) for p in written for end in ('part', 'old')]
-    written = [p for p in written if p.exists()]
+    def place(p): # None: not there, or gone by now, as the lock of another process may be
+        with suppress(FileNotFoundError, NotADirectoryError): return (found := os.stat(p)).st_dev, found.st_ino
+    places = set(map(place, written)) - {None}
     for source in inputs:
         if source is None or not os.path.exists(source): continue
         around = [Path(source), *Path(source).resolve().parents]
-        if any(p.samefile(q) for p in written for q in around):
+        if any(place(q) in places for q in around):
             raise InputError(f"{source}: this run would replace its own input; rename the input, or choose another --output")
 
 # %% ../../nbs/0_base/03_files.ipynb #c27
