@@ -159,6 +159,11 @@ def test_bad_configuration_files(case, tmp_path):
     assert why in str(e.value) and "unicode string" not in str(e.value)
 
 
+def test_what_has_a_place_has_no_option():
+    with pytest.raises(InputError, match="unknown option --adapter; adapter is given without it: mdl_merge ADAPTER"):
+        from_args(MergeSettings, ["--adapter", "a", "--output", "o"], "mdl_merge")
+
+
 def test_the_usage_shows_what_is_required():
     p = parser(MergeSettings, "mdl_merge")
     assert p.format_help().replace("\n", " ").startswith("usage: mdl_merge [-h] --output PATH [--model-name TEXT]") and "BOOL] [--config FILE]" in p.format_usage()

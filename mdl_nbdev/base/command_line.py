@@ -152,6 +152,7 @@ def unknown_option(
     kind = 'option' if key.startswith('-') else 'setting'
     hint = f"; {prog} --help lists the options"
     if near: hint = f"; did you mean {option(near[0]) if kind=='option' else near[0]}?"
+    if name in known: hint = f"; {name} is given without it: {prog} {name.upper()}" # by its position
     return InputError(f"{where}unknown {kind} {key}{hint}")
 
 # %% ../../nbs/0_base/07_command_line.ipynb #c17
