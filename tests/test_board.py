@@ -123,7 +123,7 @@ def test_board(browser, lab):
 
     # train again
     nb.click("Train again")
-    until(lambda: (folder/"run-2"/"final").exists(), 300)
+    until(lambda: (folder/"run-2"/"final").exists(), seconds=300)
     assert json.loads((folder/"run-2"/"config.json").read_text())["train_dataset"] == ["labels-corrected.csv"]
     until(lambda: "Training run-2" in nb.text())
 

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import pytest
+import waiting
 from nbformat.v4 import new_code_cell, new_notebook
 
 from mdl_nbdev import make_sounds, watch
@@ -35,13 +37,7 @@ training = """run = start_training(TrainSettings(train_dataset=csv, eval_dataset
 run"""
 
 
-def until(happens, seconds=120, every=.2): # on a busy machine a click may take a minute, and so may importing torch
-    "Wait until `happens()` gives something true, and return it"
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := happens(): return found
-        time.sleep(every)
-    raise TimeoutError(f"not within {seconds} s")
+until = partial(waiting.until, seconds=120, every=.2) # on a busy machine a click may take a minute, and so may importing torch
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +139,7 @@ def test_first_steps(browser, lab):
         if live and (now := (nb.step(), nb.curve())) not in seen[-1:]: seen.append(now)
         if 20 < nb.step() < 40 and "Save now" in nb.buttons(): nb.shot("training", "start_training(form")
         return nb.done()
-    until(look, 600, .3)
+    until(look, seconds=600, every=.3)
     steps, points = zip(*[s for s in seen if s[0]])
     assert len(set(steps)) > 8 and list(steps[:8]) == sorted(steps[:8]), "the progress grows while the run goes on"
     assert len(set(points)) > 5, "and so does the curve"
@@ -209,7 +205,7 @@ def test_a_saved_notebook_shows_the_run(browser, lab):
     page.set_content(html)
     assert "Training saved" in page.inner_text("body") and "Error displaying widget" not in page.inner_text("body")
     killed = watch(run)
-    until(lambda: killed.poll() or killed.view.phase == "no longer running", 15)
+    until(lambda: killed.poll() or killed.view.phase == "no longer running", seconds=15)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import pytest
 import soundfile
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
+from waiting import until
 
 from mdl_nbdev.base import settings
 from mdl_nbdev.base.command_line import from_args, read_config
@@ -61,13 +62,6 @@ def train_settings(sounds, out, **kwargs):
 
 def infer_settings(sounds, out, **kwargs):
     return InferSettings(input=sounds, base_dir=sounds.parent, output=out, model_name="tiny", batch_size=1, max_new_tokens=4, **kwargs)
-
-
-def until(happens, seconds=300):
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end
-        time.sleep(.02)
 
 
 def test_curve_is_bounded_and_loses_no_spike():

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import training_runs
+from waiting import until
 
 from mdl_nbdev.base.text import plural
 from mdl_nbdev.data.sounds import make_sounds
@@ -46,14 +47,6 @@ def finish(process, code=0): return training_runs.finish(process, process.log, c
 def kill(process):
     process.kill()
     process.join()
-
-
-def wait_until(condition, *args, seconds=300):
-    "Wait until something holds"
-    end = time.monotonic() + seconds
-    while not condition(*args):
-        assert time.monotonic() < end
-        time.sleep(.002)
 
 
 def state(pid):
@@ -112,7 +105,7 @@ def test_inference(tmp_path, suffix, kills, seed):
     part, log = tmp_path/f"out.{suffix}.part", tmp_path/f"out.{suffix}.part.log"
     for low, high in kills:
         process, windows = start(tmp_path, *args, f"out.{suffix}"), rng.randint(low, high)
-        wait_until(lambda least: windows_of(log) >= least, windows)
+        until(lambda least=windows: windows_of(log) >= least)
         time.sleep(rng.uniform(0, .1))
         kill(process)
         done = windows_of(log)*window
@@ -149,11 +142,11 @@ def test_inference_of_several_processes(tmp_path, seed):
     finish(start(tmp_path, "mdl_infer", *args, "whole.csv"), code=2)
     logs = [tmp_path/"out.csv.part.log", tmp_path/"out.csv.part-1.log"]
     def kill_at(windows, victim):
-        wait_until(lambda: sum(map(windows_of, logs)) >= windows)
+        until(lambda: sum(map(windows_of, logs)) >= windows)
         time.sleep(rng.uniform(0, .1))
         os.kill(victim(), signal.SIGKILL)
     launcher, victim = launch(tmp_path, *args, "out.csv"), rng.randint(0, 1)
-    wait_until(rank, launcher, victim)
+    until(lambda: rank(launcher, victim))
     kill_at(rng.randint(0, 3), lambda: rank(launcher, victim))
     pids = children(launcher)
     assert "exitcode  : -9" in launcher.communicate(timeout=300)[1]
@@ -187,12 +180,12 @@ def test_conversion(tmp_path, seed):
     part = tmp_path/"out.part"
     for shards in [0, 2]:
         process = start(tmp_path, *args, "out")
-        wait_until(lambda least: part.exists() and len(list(part.glob("*.arrow"))) >= least, shards)
-        wait_until(children, process)
+        until(lambda least=shards: part.exists() and len(list(part.glob("*.arrow"))) >= least)
+        until(lambda parent=process: children(parent))
         time.sleep(rng.uniform(0, .1))
         workers = children(process)
         kill(process)
-        wait_until(ended, workers, seconds=60) # no worker outlives its parent
+        until(lambda lost=workers: ended(lost), 60) # no worker outlives its parent
         finished = {p.name: p.stat().st_ino for p in part.glob("*.arrow")}
     finish(start(tmp_path, *args, "out"))
     assert contents(tmp_path/"out", "**/*") == contents(tmp_path/"whole", "**/*")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import training_runs
+from waiting import until
 
 import mdl_nbdev.base.claims as claims
 import mdl_nbdev.infer.output as output
@@ -48,7 +49,7 @@ def finish_together(folder, rows, world, n_killed):
     training_runs.finish(whole, whole.log, 2)
     running = [start(folder, "out.csv", "--join", "true") for _ in range(world)]
     def caught(sign):
-        found = training_runs.until(lambda: [p for p in running if p.pid in holders(folder)])[0]
+        found = until(lambda: [p for p in running if p.pid in holders(folder)])[0]
         os.kill(found.pid, sign)
         running.remove(found)
         return found
@@ -79,7 +80,7 @@ def test_a_process_that_joins_later_continues(tmp_path):
     "All are killed, which leaves claims and locks; the next one, which joins nobody, does not wait for them"
     table(tmp_path, 48)
     first = start(tmp_path, "out.csv", "--join", "true")
-    training_runs.until(lambda: [log for log in tmp_path.glob("out.csv.part-*.log") if log.stat().st_size])
+    until(lambda: [log for log in tmp_path.glob("out.csv.part-*.log") if log.stat().st_size])
     first.kill()
     first.join()
     assert list((tmp_path/"out.csv.part.claims").glob("*.0"))
@@ -113,7 +114,7 @@ def test_only_those_that_say_so_join(tmp_path):
     table(tmp_path, 48)
     for first, second in [("false", "true"), ("true", "false")]:
         one = start(tmp_path, "out.csv", "--join", first)
-        training_runs.until(lambda pid=one.pid: pid in holders(tmp_path))
+        until(lambda pid=one.pid: pid in holders(tmp_path))
         os.kill(one.pid, signal.SIGSTOP)
         two = start(tmp_path, "out.csv", "--join", second)
         assert "another process is writing this" in training_runs.finish(two, two.log, 2)

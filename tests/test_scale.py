@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import training_runs
+from waiting import until
 
 import mdl_nbdev.base.claims as claims
 from mdl_nbdev.base.errors import InputError
@@ -145,7 +146,7 @@ def test_four_processes_of_which_one_is_killed_and_one_stopped(many, tmp_path):
     whole, out = convert(settings(many, tmp_path / "whole")).path, tmp_path / "out"
     running = [start(many, out, "--join", "true", prepare=be_slow) for _ in range(4)]
     def caught(sign):
-        found = training_runs.until(lambda: [p for p in running if p.pid in holders(tmp_path / "out.part")])[0]
+        found = until(lambda: [p for p in running if p.pid in holders(tmp_path / "out.part")])[0]
         os.kill(found.pid, sign)
         running.remove(found)
         return found
@@ -164,7 +165,7 @@ def test_only_those_that_say_so_share_a_conversion(many, tmp_path):
     for first, second in [("false", "true"), ("true", "false")]:
         out = tmp_path / f"out-{first}"
         one = start(many, out, "--join", first, prepare=be_slow)
-        training_runs.until(lambda pid=one.pid, out=out: pid in holders(Path(f"{out}.part")))
+        until(lambda pid=one.pid, out=out: pid in holders(Path(f"{out}.part")))
         os.kill(one.pid, signal.SIGSTOP)
         two = start(many, out, "--join", second)
         assert "another process is writing this" in training_runs.finish(two, two.log, 2)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import until
 
 from mdl_nbdev import InferSettings, ServeSettings, ask, infer
 from mdl_nbdev.base.errors import InputError
@@ -60,13 +61,6 @@ def text(words): return {"type": "text", "text": words}
 def asked(clip, words="What is it?"): return [{"role": "user", "content": [audio(clip), text(words)]}]
 def chat(client, messages, **kw): return client.chat.completions.create(model="tiny", messages=messages, **kw)
 def idle(server): return not server.batcher.jobs and not server.guard.active
-
-
-def until(happens, seconds=30):
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, "not in time"
-        time.sleep(.02)
 
 
 def test_answers_are_those_of_infer(client, sounds, tmp_path):

@@ -4,8 +4,9 @@ import multiprocessing
 import os
 import random
 import socket
-import time
 from pathlib import Path
+
+from waiting import until
 
 context = multiprocessing.get_context("forkserver") # forks of a process that has imported everything: a run starts in a second
 context.set_forkserver_preload(["mdl_nbdev.train.fit", "mdl_nbdev.infer.run"])
@@ -57,19 +58,7 @@ def finish(process, log, code=0):
 
 def wait_until(condition, process, seconds=300):
     "Wait until something holds, or the process has ended"
-    end = time.monotonic() + seconds
-    while process.is_alive() and not condition():
-        assert time.monotonic() < end
-        time.sleep(.001)
-
-
-def until(condition, seconds=200):
-    "Wait until something is found, and return it"
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(.01)
-    return found
+    until(lambda: not process.is_alive() or condition(), seconds, .001)
 
 
 def claim_holders(files):
