@@ -20,7 +20,7 @@ __all__ = """
     load_model load_processor load_adapter merge_adapter save_model
     convert ConvertReport AudioDataset open_dataset open_mix train dry_run read_metrics TrainReport
     infer InferReport evaluate score Scores EvalReport review ReviewReport compare ask serve
-    watch start_training start_inference SettingsForm ReviewBoard demo""".split()
+    watch start_training start_inference SettingsForm ReviewBoard Recorder demo""".split()
 # Those that need torch: they are imported when they are called, so that `from mdl_nbdev.all import *` is quick
 _CALLED_LATER = "load_model load_processor load_adapter merge_adapter save_model dry_run".split()
 
