@@ -678,7 +678,8 @@ def test_dashboards_replace_progress_bars(sounds, tmp_path, capfd):
 def test_no_ipywidgets_no_problem(sounds, tmp_path):
     code = f"""import sys
 sys.modules['ipywidgets'] = None
-from tests.test_dashboard import *
+sys.path.insert(0, 'tests')
+from test_dashboard import *
 sounds, out = Path({str(sounds)!r}), Path({str(tmp_path)!r})
 run = start_training(train_settings(sounds, out/'run', max_steps=2, eval_steps=2))
 assert run.wait().whole and 'finished' in run._repr_html_()
