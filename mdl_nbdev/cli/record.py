@@ -14,14 +14,13 @@ from ..base.errors import InputError
 from ..base.files import make_folder, writing
 from ..base.html import Html, as_html, audio_player, html_box
 from ..base.progress import in_kernel
-from .live import snapshot_html, widget_box, widget_bundle
+from .live import SEND, inbox, snapshot_html, widget_box, widget_bundle
 from ..data.audio import SAMPLE_RATE, load_audio
 from ..data.pictures import waveform_html
 
 # %% ../../nbs/5_cli/17_record.ipynb #0915ed42
-ON_RECORD = """const button = this, all = document.querySelectorAll('.NAME-in textarea'), box = all[all.length-1];
-const send = (kind, value) => {
-  box.value = [Date.now(), kind, value].join('|'); box.dispatchEvent(new Event('input', {bubbles:true}))};
+ON_RECORD = SEND + """
+const button = this, fail = why => send('error|' + why);
 const label = on => {button.textContent = on ? 'Stop' : 'Record'; button.setAttribute('aria-pressed', on)};
 const begin = async () => {
   const stream = await navigator.mediaDevices.getUserMedia({audio:true}), chunks = [];
@@ -31,16 +30,16 @@ const begin = async () => {
     stream.getTracks().forEach(t => t.stop());
     button.recorder = null; label(false);
     const reader = new FileReader();
-    reader.onload = () => send(recorder.mimeType, reader.result.slice(reader.result.indexOf(',') + 1));
+    reader.onload = () => send(recorder.mimeType + '|' + reader.result.slice(reader.result.indexOf(',') + 1));
     reader.readAsDataURL(new Blob(chunks));
   };
   recorder.start(); label(true);
 };
 if (button.recorder) button.recorder.stop();
-else if (!navigator.mediaDevices) send('error', 'this page may not use it; open it as http://localhost, or use https');
+else if (!navigator.mediaDevices) fail('this page may not use it; open it as http://localhost, or use https');
 else if (!button.opening) {
   button.opening = true;
-  begin().catch(e => send('error', e.message)).finally(() => {button.opening = false})}"""
+  begin().catch(e => fail(e.message)).finally(() => {button.opening = false})}"""
 
 # %% ../../nbs/5_cli/17_record.ipynb #6e0f25f3
 class Recorder:
@@ -91,23 +90,20 @@ def _repr_html_(self:Recorder):
 def widget(self:Recorder): # An ipywidgets widget
     "The recorder as a widget"
     import ipywidgets as w
-    inbox = w.Textarea(layout=w.Layout(display='none'))
-    inbox.add_class(f'{self.name}-in')
     code = as_html(ON_RECORD.replace('NAME', self.name))
     style = 'font:inherit;padding:4px 16px;cursor:pointer'
     button = w.HTML(f'<button style="{style}" aria-pressed="false" onclick="{code}">Record</button>')
     self.status = w.HTML(self._repr_html_())
-    inbox.observe(lambda change: self.take(change['new']), 'value')
-    return widget_box(self.name, inbox, button, self.status)
+    return widget_box(self.name, inbox(self.name, self.take), button, self.status)
 
 # %% ../../nbs/5_cli/17_record.ipynb #bc675d3d
 @patch
 def take(self:Recorder,
-    message:str, # Time, kind and value
+    message:str, # Kind and value
 )->None:
     "Show what has arrived"
     from IPython.display import update_display
-    self.receive(*message.split('|', 2)[1:])
+    self.receive(*message.split('|', 1))
     self.status.value = self._repr_html_()
     if in_kernel(): update_display(self.snapshot(), raw=True, display_id=self.name)
 
