@@ -122,7 +122,7 @@ def test_trainings(tmp_path):
     a, b = run_folder(tmp_path/"a"), run_folder(tmp_path/"b", lr=.5, prompt="<script>x</script>", extra=True)
     found = compare(a, b, output=tmp_path/"c.json")
     assert [row[0] for row in found.changed()] == ["--lr", "--prompt", "--extra"] and found.names() == ["loss", "eval_loss", "eval_wer"]
-    assert [row[0] for row in found.figures()] == ["loss, last", "eval loss, last", "eval loss, least", "eval wer, last"]
+    assert [row[0] for row in found.figures()] == ["loss, last", "eval loss, last", "eval loss, lowest", "eval wer, last"]
     shown = found._repr_html_()
     assert shown.count("<img") == 3 and "<script>x" not in shown and "A 0.05" in re.sub(r"\s+", " ", re.sub("<[^>]*>", "", shown))
     assert json.loads((tmp_path/"c.json").read_text())["settings"]["--lr"] == dict(a="0.0001", b="0.5")

@@ -45,7 +45,7 @@ def read_training(
 # %% ../../nbs/5_cli/12_board.ipynb #20f607de
 @patch
 def act(self:ReviewBoard,
-    text:str, # Name of an action and what it needs, such as `label 3`, `next` or `correct siren`
+    text:str, # Name of an action and what it needs, such as `label 3`, `move 1` or `correct siren`
 )->None:
     "Do what a key or a click says"
     name, _, rest = text.partition(' ')
@@ -174,7 +174,8 @@ BOARD_STYLE = """<style>
 .mdl-board :is(.widget-html, .widget-html-content, .widget-html-content > div) {min-width:0; max-width:100%}
 .mdl-board button[data-do] {font:inherit; padding:1px 6px; cursor:pointer; background:transparent; color:inherit;
                             border:1px solid rgba(128,128,128,.5); border-radius:3px}
-.mdl-board .mdl-picture td, .mdl-board .mdl-picture th {padding:1px !important; text-align:center !important}
+.mdl-board .mdl-picture :is(td, th) {padding:1px !important; text-align:center !important}
+.mdl-board .mdl-picture th {padding:1px 6px !important}
 .mdl-board .mdl-picture button {width:100%; min-width:34px; min-height:22px}
 .mdl-board .mdl-rows {border-collapse:collapse; width:100%; font:13px/1.4 system-ui,sans-serif}
 .mdl-board .mdl-rows :is(td, th) {text-align:left; vertical-align:middle; padding:3px 8px 3px 4px; overflow-wrap:break-word}

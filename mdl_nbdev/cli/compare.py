@@ -72,12 +72,12 @@ class RunComparison:
     def figures(self)->list[list[str]]: # A line for each metric
         "The last and the best values"
         def last(points): return f'{points[-1][1]:.4f} (step {points[-1][0]:,})'
-        def least(points): return '{1:.4f} (step {0:,})'.format(*min(points, key=lambda p: p[1]))
+        def lowest(points): return '{1:.4f} (step {0:,})'.format(*min(points, key=lambda p: p[1]))
         rows = []
         for name in self.names():
             pair, title = [run.values(name) for run in (self.a, self.b)], name.replace('_', ' ')
             rows.append([f'{title}, last', *map(last, pair)])
-            if name.startswith('eval') and name.endswith('loss'): rows.append([f'{title}, least', *map(least, pair)])
+            if name.startswith('eval') and name.endswith('loss'): rows.append([f'{title}, lowest', *map(lowest, pair)])
         return rows
 
 # %% ../../nbs/5_cli/10_compare.ipynb #451be37b

@@ -269,7 +269,7 @@ async def get_models(self:ModelServer, request):
 
 @patch
 async def get_health(self:ModelServer, request):
-    "`/health`, for what starts a server again that has failed"
+    "`/health`, for supervisors that restart a failed server"
     from starlette.responses import JSONResponse
     if self.batcher.lost: raise device_lost()
     return JSONResponse(dict(status='ok'))
@@ -277,7 +277,7 @@ async def get_health(self:ModelServer, request):
 # %% ../../nbs/5_cli/16_serve.ipynb #d03bc9f8
 @patch
 def app(self:ModelServer): # An ASGI application
-    "The addresses, and what errors look like"
+    "The endpoints, and what errors look like"
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
