@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings
 from mdl_nbdev.data.conversations import Conversation
+from mdl_nbdev.model.byte_tokenizer import byte_tokenizer
 from mdl_nbdev.model.chat import Chat, Example
 from mdl_nbdev.model.families import load_chat
+from mdl_nbdev.model.family import Family
 from mdl_nbdev.model.label_view import LabelView
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import AUDIO, CHATML, tiny_tokenizer
@@ -546,6 +548,19 @@ def test_label_view_shows_every_text_and_marks_the_answers(case, name):
             elif p["type"] == "text": assert p["text"] in shown
     assert re.findall(r"<audio × (\d+)>", shown) == [str(n_audio_tokens(n)) for n in clips]
     assert shown.splitlines()[-1] == f"{len(ids)} tokens, {int((labels >= 0).sum())} with loss"
+
+
+def test_label_view_numbers_clips_that_stand_side_by_side():
+    class Bare(Family):
+        name, clip_token = "bare", "<sound>"
+        def clip_tokens(self, n_samples): return n_samples
+    template = "{% for m in messages %}{% for p in m.content %}{{ '<sound>' if p.type == 'audio' else p.text }}{% endfor %}{{ eos_token }}{% endfor %}"
+    chat = Chat(byte_tokenizer(eos_token="<|end|>", extra_special_tokens=["<sound>"], chat_template=template), Bare())
+    clips = [{"type": "audio", "audio": ""}]
+    conv = Conversation([{"role": "user", "content": [*clips, *clips, text("louder than"), *clips]}, {"role": "assistant", "content": [text("no")]}], "t", 1)
+    view = LabelView(chat.tokenize([conv])[0].example([np.zeros(n, np.int16) for n in (2, 5, 3)]), chat)
+    assert str(view).startswith("<audio × 2><audio × 5>louder than<audio × 3>")
+    assert re.findall(r"🔊(\d) × (\d)", view._repr_html_()) == [("1", "2"), ("2", "5"), ("3", "3")]
 
 
 @pytest.mark.parametrize("name", TEXT)

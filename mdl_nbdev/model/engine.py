@@ -9,7 +9,7 @@ __all__ = ['NOT_FINITE', 'AUTO_ROWS', 'CPU_BUDGET', 'GenerationOptions', 'Reques
 
 # %% ../../nbs/2_model/40_engine.ipynb #ac51923f
 import gc, sys, zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Callable, Iterable, Iterator
 import numpy as np
@@ -70,7 +70,7 @@ class Completion:
     logprobs:list[float]|None=None # Of each token and of the end token, if there is one; None: not asked for
     scores:object=None # The `LabelScores` of the closed set that the answer is chosen from
     reason:str|None=None # Why there is no answer; None: there is one
-    failure:type=MemoryError # The kind of error that the reason is
+    failure:type=field(default=MemoryError, repr=False) # The kind of error that the reason is
 
     @property
     def confidence(self)->float|None: # 0 or less; None if log-probabilities were not asked for

@@ -41,7 +41,8 @@ def token_groups(
     example:Example, # What a chat made
     chat:Chat, # The same chat
 ): # (kind, text, token ids) for each; kind is clip, loss, control or plain
-    "Neighboring tokens of one kind"
+    "Neighboring tokens of one kind, and of one clip"
+    lengths = (chat.family.clip_tokens(len(clip)) for clip in example.clips)
     control = {i for i,t in chat.tok.added_tokens_decoder.items() if t.special}
     def kind(pair):
         token, label = pair
@@ -50,8 +51,11 @@ def token_groups(
         return 'control' if token in control else 'plain'
     for k, group in groupby(zip(example.input_ids.tolist(), example.labels.tolist()), kind):
         ids = [i for i,_ in group]
-        if k=='clip': yield k, f'<audio × {len(ids)}>', ids
-        else: yield from ((k, *c) for c in whole_characters(chat, ids))
+        if k != 'clip': yield from ((k, *c) for c in whole_characters(chat, ids))
+        while k=='clip' and ids: # some models have nothing between two clips
+            n = next(lengths, len(ids))
+            own, ids = ids[:n], ids[n:]
+            yield k, f'<audio × {len(own)}>', own
 
 # %% ../../nbs/2_model/26_label_view.ipynb #c8
 class LabelView:

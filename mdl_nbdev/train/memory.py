@@ -308,7 +308,7 @@ def _repr_html_(self:MemoryEstimate):
     bar = ''.join(block(k, 420*n/max(self.total, self.capacity or 0)) for k,n in parts.items())
     rows = [(Html(block(k, 14)), k, format_bytes(n)) for k,n in parts.items()]
     table = html_table(rows, caption=f"about {format_bytes(self.total)}{of}")
-    return f'<div style="width:420px;background:#e2e8f0;line-height:0">{bar}</div>{table}'
+    return f'<div style="width:420px;background:#e2e8f0;display:flex">{bar}</div>{table}'
 
 @patch
 def plot(self:MemoryEstimate,
