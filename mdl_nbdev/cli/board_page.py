@@ -69,12 +69,12 @@ def picture(self:BoardPage)->Html: # A `<table>` element; empty without labels
     counts = Counter(pairs)
     most = max(counts.values(), default=1)
     def cell(i, j):
-        n, colour = counts[labels[i], labels[j]], GREEN if i==j else RED
+        n, colour = counts[labels[i], labels[j]], '44,160,44' if i==j else '214,39,40'
         chosen = (labels[i], labels[j])==(self.filter.get('label'), self.filter.get('answer'))
-        share = 15 + round(25*n/most) if n else 0
+        share = .15 + .25*n/most if n else 0
         name = as_html(f'{labels[i]} answered as {labels[j] or "(empty)"}: {n}')
         frame = '2px solid currentColor' if chosen else '1px solid transparent'
-        style = f'background:color-mix(in srgb, {colour.css()} {share}%, transparent);border:{frame}'
+        style = f'background:rgba({colour},{share:.2f});border:{frame}'
         return Html(f'<button data-do="cell {i} {j}" aria-label="{name}" title="{name}" style="{style}">{n or ""}</button>')
     def title(i):
         text = as_html(shorten(labels[i] or '(empty)', 24))

@@ -385,7 +385,7 @@ def start(self:SettingsForm)->Run: # Also in `run`
 @patch
 def snapshot(self:SettingsForm)->dict: # MIME type -> value
     "What the notebook keeps"
-    note = Html('<small>This is the form as it was last; run its cell to edit it.</small>')
+    note = Html('<small>This is how the form was; run its cell to edit it.</small>')
     page = html_box(Html(self._repr_html_()), note)
     return {'text/plain':self.command(), 'text/html':snapshot_html(page, self.name)}
 
