@@ -32,7 +32,7 @@ from mdl_nbdev.base.settings import CheckSettings, InferSettings, TrainSettings
 from mdl_nbdev.base.status import STATUS_BYTES, RunStatus, read_status
 from mdl_nbdev.base.status import phase as phase_of_run
 from mdl_nbdev.cli.background import warnings_noted
-from mdl_nbdev.cli.charts import COLOURS, INK, PAPER, RED, ChartLook, chart
+from mdl_nbdev.cli.charts import COLOURS, GREEN, INK, PAPER, RED, ChartLook, chart
 from mdl_nbdev.cli.demo import plot_answer
 from mdl_nbdev.cli.form import RUNS, SettingsForm, form_groups
 from mdl_nbdev.cli.inference import start_inference
@@ -313,6 +313,16 @@ def test_a_form_spells_values_as_python_does():
     assert [label for label, _ in f.menu("bf16")] == ["None", "True", "False"]
     f.set("seq_length", "None")
     assert not f.faults and "seq_length" not in f.values
+
+
+def test_a_saved_dashboard_keeps_its_colors_in_a_viewer_that_drops_light_dark():
+    "As JupyterLab does in notebooks that somebody else has run"
+    view = View("Training")
+    view.phase = "finished"
+    view.note("no answer", True)
+    page = view.headline("step 3 of 3", 1, {}) + view.remarks() + marked_answer("rain", "rain") + marked_answer("", "rain")
+    cleaned = re.sub(r"[a-z]+:light-dark\([^)]*\)", "", page)
+    assert [cleaned.count(color.light) for color in (GREEN, RED)] == [3, 2]
 
 
 @pytest.mark.parametrize("width,look", [(390, "block"), (1000, "table-cell")])

@@ -132,8 +132,8 @@ def decision(self:BoardPage,
     "What was decided about a row"
     if number not in self.rows.decisions: return Html()
     old, new = self.rows.rows[number].label, self.rows.label(number)
-    if new==old: return Html(f'<span style="color:{GREEN.css()}">✔ accepted</span>')
-    return Html(f'<span style="color:{BLUE.css()}">→ {as_html(shorten(new, 80))}</span>')
+    if new==old: return Html(f'<span {GREEN.style("color")}>✔ accepted</span>')
+    return Html(f'<span {BLUE.style("color")}>→ {as_html(shorten(new, 80))}</span>')
 
 # %% ../../nbs/5_cli/11_board_page.ipynb #951794c9
 @patch
@@ -144,7 +144,7 @@ def marked(self:BoardPage,
     r = self.rows.rows[number]
     if r.answer is None: return Html()
     mark, colour = ('✔', GREEN) if same_text(r.answer, self.rows.label(number)) else ('✘', RED)
-    return Html(f'<span style="color:{colour.css()}">{mark}</span> {as_html(shorten(r.answer or "(empty)", 160))}')
+    return Html(f'<span {colour.style("color")}>{mark}</span> {as_html(shorten(r.answer or "(empty)", 160))}')
 
 # %% ../../nbs/5_cli/11_board_page.ipynb #545f8519
 @patch

@@ -108,7 +108,7 @@ class Colour(NamedTuple):
         name:str, # A CSS property, such as `fill`
         more:str='', # Further declarations
     )->str: # An attribute
-        "As the style of an element; old browsers take the light one"
+        "As the style of an element; viewers that drop `light-dark` take the light one"
         return f'style="{name}:{self.light};{name}:{self.css()};{more}"'
 
 INK, PAPER = Colour('#4b5563', '#b6c0cc'), Colour('#ffffff', '#111111') # Text and grid of charts; what they are drawn on

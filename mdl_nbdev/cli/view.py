@@ -39,7 +39,7 @@ def marked_answer(
     if reference is None: return as_html(shorten(answer, most))
     correct = same_text(answer, reference)
     mark, colour = ('✔', GREEN) if correct else ('✘', RED)
-    return Html(f'<span style="color:{colour.css()}">{mark}</span> {as_html(shorten(answer, most)) or "<i>(empty)</i>"}')
+    return Html(f'<span {colour.style("color")}>{mark}</span> {as_html(shorten(answer, most)) or "<i>(empty)</i>"}')
 
 # %% ../../nbs/5_cli/01_view.ipynb #c10
 # A widget is redrawn by new HTML for all of it. A player that plays then takes the place of its copy, or stays above the rest.
@@ -141,10 +141,11 @@ def headline(self:View,
     figures:dict, # Name -> figure, or `None`
 )->Html: # A `<div>` element
     "Title, phase, progress and figures"
-    colour = PHASES[self.phase].css()
-    phase = f'<span style="color:{colour}">● {self.phase}</span> &nbsp;<span style="opacity:.9">{as_html(text)}</span>'
+    colour = PHASES[self.phase]
+    phase = f'<span {colour.style("color")}>● {self.phase}</span> &nbsp;<span style="opacity:.9">{as_html(text)}</span>'
     title = Html(f'<b>{as_html(self.title)}</b> &nbsp;{phase}')
-    return html_box(title, html_bar(share, colour), figure_cards(figures))
+    bar = html_bar(share, f'{colour.light};background:{colour.css()}') # the second one where it is known
+    return html_box(title, bar, figure_cards(figures))
 
 # %% ../../nbs/5_cli/01_view.ipynb #c20
 @patch
@@ -169,8 +170,8 @@ def remarks(self:View)->Html: # A `<div>` element
     "The latest remarks"
     lines = []
     for at,text,warning in list(self.notes): # a copy: another thread may append
-        style = f'color:{RED.css()}' if warning else 'opacity:.8'
-        lines.append(Html(f'<div style="font-size:12px;{style}">{at} {as_html(one_line(text, 600))}</div>'))
+        style = RED.style('color', 'font-size:12px') if warning else 'style="opacity:.8;font-size:12px"'
+        lines.append(Html(f'<div {style}>{at} {as_html(one_line(text, 600))}</div>'))
     return html_box(*lines, self.details)
 
 @patch
