@@ -11,7 +11,7 @@ from mdl_nbdev.base.command_line import from_args
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings
 from mdl_nbdev.data.audio import load_audio
-from mdl_nbdev.data.check import check
+from mdl_nbdev.data.check import check, histogram_html
 from mdl_nbdev.data.copies import BITS, MOST_ERRORS, TIMES, agreement, bit_errors, candidate_pairs, clip_fingerprint
 from mdl_nbdev.data.quality import ClipMeter, clip_faults, heard_range, label_faults
 from mdl_nbdev.data.sounds import SOUND_LABELS, make_sound
@@ -100,6 +100,13 @@ def test_faults_of_recordings(tmp_path, clean):
     assert {k: [line for _, line in v] for k, v in found(report).items() if k not in ("copies",)} == dict(clipped=[67, 68, 69], quiet=[70], offset=[69, 71], edges=[72, 73])
     assert [r.line for r in report.notes["silent"]] == [66]
     assert "3 rows with a clipped clip" in str(report)
+    assert [f.reason for f in report.findings["edges"]] == [f"{end}.wav: nothing is heard in its {where} 0.6 s; trim it"
+                                                            for end, where in [("before", "first"), ("after", "last")]]
+
+
+def test_bars_have_a_width_that_jupyterlab_keeps():
+    "It drops min() and other functions from the styles of a notebook that is not trusted, and a bar without a width is not seen"
+    assert histogram_html("labels", [("dog", 3), ("cat", 1)]).count("width:240px;") == 2
 
 
 @pytest.mark.parametrize("hz", [30, 100, 440, 3000])

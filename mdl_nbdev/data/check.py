@@ -184,8 +184,8 @@ def histogram_html(
     bins:list[tuple[str,int]], # Names and counts
 )->Html: # A `<table>` element
     "A histogram as a table with bars"
-    top = max(n for _, n in bins)
-    rows = [(name, html_bar(n/top, width="min(240px,45vw)", height=12), f"{n:,}") for name, n in bins]
+    top, width = max(n for _, n in bins), "240px;max-width:45vw" # min() is lost in notebooks that are not trusted
+    rows = [(name, html_bar(n/top, width=width, height=12), f"{n:,}") for name, n in bins]
     return html_table(rows, caption=title)
 
 @patch

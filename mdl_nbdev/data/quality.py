@@ -93,9 +93,9 @@ def clip_faults(
         faults["clipped"] = f"{flat} in peaks that are flat; use a recording with less gain, if there is one"
     if abs(mean) > OFFSET:
         faults["offset"] = f"its mean is {mean:.3f} instead of 0; remove the offset with a high-pass filter of 20 Hz"
-    silent = heard[0]/SAMPLE_RATE, (samples - heard[1])/SAMPLE_RATE
-    if max(silent) >= EDGE_SECONDS:
-        faults["edges"] = f"nothing is heard in its first {silent[0]:.1f} s and its last {silent[1]:.1f} s; trim it"
+    ends = dict(first=heard[0]/SAMPLE_RATE, last=(samples - heard[1])/SAMPLE_RATE)
+    silent = [f"its {end} {seconds:.1f} s" for end, seconds in ends.items() if seconds >= EDGE_SECONDS]
+    if silent: faults["edges"] = f"nothing is heard in {' and '.join(silent)}; trim it"
     return faults
 
 # %% ../../nbs/1_data/14_quality.ipynb #ce3b1139

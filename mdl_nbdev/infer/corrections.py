@@ -141,7 +141,7 @@ def corrected(self:Corrections)->int:
 # %% ../../nbs/4_infer/13_corrections.ipynb #843c54ca
 @patch
 def read_decisions(self:Corrections)->None:
-    "Take up the decisions of the corrected file; `InputError` if it is another file"
+    "Read the decisions of the corrected file; `InputError` if it is another file"
     f = open_rows(self.path, ())
     rows, has_columns = read_all(self.path), set(COLUMNS_OF_DECISIONS) <= set(f.columns)
     wrong = f"{self.path}: this file is not a corrected {self.source.path}; choose another output"
