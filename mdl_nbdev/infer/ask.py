@@ -75,8 +75,8 @@ class Answer:
     def _repr_html_(self):
         asked = [Html(f'<div>{as_html(self.prompt)}</div>')] if self.prompt else []
         answer = Html(f'<div style="font-size:18px;white-space:pre-wrap"><b>{as_html(self.text or "(empty)")}</b></div>')
-        sure = [html_bar(self.confidence, width='200px'), f'confidence {self.confidence:.1%}']
-        if self.truncated: sure.append(', truncated at the token limit')
+        end = ', truncated at the token limit' if self.truncated else ''
+        sure = [html_bar(self.confidence, width='200px'), Html(f'<div>confidence {self.confidence:.1%}{end}</div>')]
         style = 'display:block;width:300px;height:64px;border-radius:4px'
         pictures = [waveform_html(self.waveform), spectrogram_html(self.waveform, style=style)]
         length = f'{shorten(self.name, 60)}, {len(self.waveform)/SAMPLE_RATE:.2f} s'
