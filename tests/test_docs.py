@@ -15,6 +15,8 @@ sys.path.insert(0, str(root/"docs"))
 import readme  # noqa: E402
 import reference  # noqa: E402
 
+from mdl_nbdev.base import settings  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def package(): return reference.load()
@@ -87,6 +89,17 @@ def test_links_between_chapters(path):
     "Without building the site, which finds broken links too"
     text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
     assert not [link for link in re.findall(r"\]\((?!https?:)([^)#\s]+\.ipynb)", text) if not (path.parent/link).exists()]
+
+
+@pytest.mark.parametrize("path", sorted((root/"nbs").rglob("[0-9i]*.ipynb")), ids=lambda p: p.stem)
+def test_commands_in_texts_have_their_options(path):
+    "Lines to copy that the automatic tests do not run"
+    cells = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown"]
+    text, found = "\n".join(cells).replace("\\\n", " "), []
+    for name, rest in re.findall(r"\bmdl_(check|convert|train|infer|merge|eval|review|compare|serve|demo)\b((?:(?!\bmdl_)[^\n`|;#&])*)", text):
+        known = {*vars(getattr(settings, f"{name.title()}Settings"))["__dataclass_fields__"], "config", "help"}
+        found += [f"mdl_{name} --{o}" for o in re.findall(r"(?<![\w-])--([a-z][\w-]*)", rest) if o.replace("-", "_") not in known]
+    assert not found
 
 
 def test_readme_links():
