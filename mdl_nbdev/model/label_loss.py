@@ -57,7 +57,7 @@ def labelled_loss(
     num_items=None, # Divisor, a number or a tensor; None: the number of labels in the batch
     loss_weights:torch.Tensor|None=None, # [sums, rows, positions] float32: weights for sums that are not divided
     pieces:int|None=None, # Number of pieces; processes that share sharded weights must all use the same number
-    at:torch.Tensor|None=None, # int64 [labels] flat positions before labels; None: found here, for which a GPU is waited for
+    at:torch.Tensor|None=None, # int64 [labels] flat positions before labels; None: found here, which waits for the GPU
 )->torch.Tensor: # A float32 scalar, or [sums] with weights; 0 without labels
     "Cross entropy of the next token at labeled positions"
     target = next_position(labels, -100).flatten().to(hidden.device)
