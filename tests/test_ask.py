@@ -80,3 +80,4 @@ def test_refused_and_shown(sounds):
     evil = "<script>alert(1)</script>"
     shown = Answer(evil, .5, evil, np.zeros(1600, np.float32), evil, True)._repr_html_()
     assert "<script" not in shown and shown.count("&lt;script") == 3 and "<audio" in shown and "confidence 50.0%" in shown
+    assert "<div>confidence 50.0%, truncated at the token limit</div>" in shown, "the waveform comes below, not beside it"

@@ -89,7 +89,7 @@ class Reply:
     text:str # The answer
     confidence:float # Mean probability of its tokens, between 0 and 1
     truncated:bool # The limit ended it
-    tokens:int # How many were generated, with the one that ends the answer
+    tokens:int # How many were generated, including the one that ends the answer
 
 class Job:
     "A request in the queue"
