@@ -74,7 +74,7 @@ def picture(self:BoardPage)->Html: # A `<table>` element; empty without labels
         share = .15 + .25*n/most if n else 0
         name = as_html(f'{labels[i]} answered as {labels[j] or "(empty)"}: {n}')
         frame = '2px solid currentColor' if chosen else '1px solid transparent'
-        style = f'background:rgba({colour},{share:.2f});border:{frame}'
+        style = f'background:rgba({colour},{share:.2f});border:{frame};text-align:center'
         return Html(f'<button data-do="cell {i} {j}" aria-label="{name}" title="{name}" style="{style}">{n or ""}</button>')
     def title(i):
         text = as_html(shorten(labels[i] or '(empty)', 24))
