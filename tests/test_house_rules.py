@@ -178,8 +178,8 @@ heavy = {"torch", "transformers", "peft", "accelerate"}
 
 
 def loaded(code):
-    "The top-level modules a fresh interpreter holds after running `code`"
-    code = f"import sys\n{code}\nprint(); print(*{{m.split('.')[0] for m in sys.modules}})"
+    "The top-level modules that have run in a fresh interpreter after `code`"
+    code = f"import sys\n{code}\nfrom mdl_nbdev.base.imports import waiting\nprint(); print(*{{m.split('.')[0] for m in sys.modules if m not in waiting}})"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert r.returncode == 0, r.stderr
     return set(r.stdout.splitlines()[-1].split())

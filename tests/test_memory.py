@@ -499,15 +499,19 @@ def test_a_rank_that_no_matrix_can_have_is_noted():
     assert "--lora-rank 129: no adapted matrix can be of a higher rank than 128" in Trainable(adapt(tiny_model(), dataclasses.replace(settings(), lora_rank=129))).note
 
 
-@pytest.mark.parametrize("given, device, need, expected", [
-    ("auto", "cuda", 71.9, False), ("auto", "cuda", 72.1, True), ("auto", "cuda", None, True), ("auto", "cpu", 1., True),
-    (True, "cuda", 1., True), (False, "cuda", 100., False)])
-def test_activations_are_kept_where_a_gpu_has_memory_for_them(given, device, need, expected, monkeypatch):
-    "The longest batch has to fit into nine tenths of it; without an estimate they are computed twice"
+@pytest.mark.parametrize("given, capacity, free, need, expected", [
+    ("auto", 80., 0, 71.9, False), ("auto", 80., 0, 72.1, True), ("auto", 80., 100, None, True), ("auto", None, 100, None, True),
+    ("auto", None, 100, 59.9, False), ("auto", None, 100, 60.1, True), ("auto", None, None, 11., True),
+    (True, None, 100, 11., True), (False, 80., 0, 100., False)])
+def test_activations_are_kept_where_memory_has_room_for_them(given, capacity, free, need, expected, monkeypatch):
+    "The longest batch has to fit into nine tenths of a GPU, or what it adds to the weights into half of what a CPU has free; without an estimate they are computed twice"
     def of_longest(trainer, s):
         assert s.gradient_checkpointing is False
         if need is None: raise InputError("no estimate")
-        return SimpleNamespace(total=need, capacity=80.)
+        return SimpleNamespace(total=need, weights=dict(float32=8, bfloat16=2), capacity=capacity)
     monkeypatch.setattr(preview, "memory_of_longest", of_longest)
-    s = settings(gradient_checkpointing=given)
-    assert preview.recomputes(SimpleNamespace(s=s, args=SimpleNamespace(device=torch.device(device)))) is expected
+    monkeypatch.setattr(preview, "available_memory", lambda: free)
+    trainer = SimpleNamespace(s=settings(gradient_checkpointing=given))
+    assert preview.recomputes(trainer) is expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2") # two ranks need twice as much of one machine, and each has its own GPU
+    assert preview.recomputes(trainer) is (expected or given == "auto" and not capacity)

@@ -696,29 +696,30 @@ def test_the_model_inside_of_wrappers():
     assert unwrap_model(Wrapper(torch.compile(Wrapper(adapted)))) is model
 
 
-INFER = """
+COMMANDS = """
 import sys
-from mdl_nbdev.cli.commands import mdl_infer
-for options in (["--model-name", "final"], ["--model-name", "tiny", "--adapter", "adapter", "--overwrite", "true"]):
-    try: mdl_infer(["in.csv", "--output", "out.csv", *options])
+from mdl_nbdev.base.imports import waiting
+from mdl_nbdev.cli.commands import mdl_infer, mdl_train
+infer, train = ["in.csv", "--output", "out.csv", "--overwrite", "true"], ["--train-dataset", "in.csv", "--output", "run", "--max-steps", "1", "--bf16", "false"]
+for command, argv in ((mdl_infer, [*infer, "--model-name", "final"]), (mdl_infer, [*infer, "--model-name", "tiny", "--adapter", "adapter"]), (mdl_train, [*train, "--model-name", "tiny"])):
+    try: command(argv)
     except SystemExit as e: assert not e.code, e.code
-    assert open("out.csv").read().count("\\n") == 2
-    print("loaded:", *(m for m in ("peft", "bitsandbytes") if m in sys.modules))
+    print("ran:", *(m for m in ("peft", "bitsandbytes", "datasets") if m in sys.modules and m not in waiting))
 """
 
 
-def test_inference_of_a_merged_model_imports_neither_peft_nor_bitsandbytes(tmp_path):
-    "With an adapter it does, afterwards in the same process, so the test can see it"
+def test_commands_run_only_the_libraries_that_they_need(tmp_path):
+    "One after the other in the same process: a merged model needs no peft, and an unquantized one no bitsandbytes"
+    pytest.importorskip("bitsandbytes")
     adapted = adapt(M.tiny_model(), rank=2)
     M.save_model(adapted, M.load_processor("tiny"), tmp_path/"adapter")
     M.save_model(M.merge(adapted), M.load_processor("tiny"), tmp_path/"final")
     soundfile.write(tmp_path/"a.wav", np.random.default_rng(0).normal(0, .1, 12000), 16000)
-    (tmp_path/"in.csv").write_text("audio,user_prompt\na.wav,What?\n")
+    (tmp_path/"in.csv").write_text("audio,user_prompt,prediction\na.wav,What?,noise\n")
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | dict(PYTHONPATH=str(Path(__file__).parent.parent))
-    r = subprocess.run([sys.executable, "-c", INFER], cwd=tmp_path, capture_output=True, text=True, env=env)
+    r = subprocess.run([sys.executable, "-c", COMMANDS], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stderr
-    merged, adapted = (line.split()[1:] for line in r.stdout.splitlines() if line.startswith("loaded:"))
-    assert merged == [] and "peft" in adapted
+    assert [line.split()[1:] for line in r.stdout.splitlines() if line.startswith("ran:")] == [[], ["peft"], ["peft"]]
 
 
 def test_adapters_that_cannot_be_loaded(tmp_path):

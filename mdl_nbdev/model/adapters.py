@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASE_FILE', 'name_pattern', 'target_pattern', 'untie_adapted', 'check_pissa', 'lora_config', 'principal_vectors',
            'start_pissa', 'as_plain_lora', 'base_fingerprint', 'make_savable', 'under_all_names', 'quiet_peft',
-           'exact_patterns', 'keep_trainable', 'adapt', 'without_input_casts']
+           'exact_patterns', 'without_bitsandbytes', 'keep_trainable', 'adapt', 'without_input_casts']
 
 # %% ../../nbs/2_model/32_adapters.ipynb #c4
 import copy, hashlib, math, re, warnings
@@ -214,6 +214,17 @@ def exact_patterns():
     try: yield
     finally: older.convert_peft_config_for_transformers = convert
 
+@contextmanager
+def without_bitsandbytes(
+    model:nn.Module, # That gets adapters
+):
+    "Let peft look for layers of bitsandbytes only in a quantized model"
+    from peft.tuners.lora import model as lora
+    asks = {name:getattr(lora, name) for name in ('is_bnb_available', 'is_bnb_4bit_available')}
+    if not is_quantized(model): vars(lora).update(dict.fromkeys(asks, lambda: False))
+    try: yield
+    finally: vars(lora).update(asks)
+
 # %% ../../nbs/2_model/32_adapters.ipynb #c26
 def keep_trainable(
     model:nn.Module, # Perhaps quantized; it is changed
@@ -234,7 +245,7 @@ def adapt(
     base = None if model.device.type == 'meta' else base_fingerprint(model)
     config = lora_config(model, s)
     try:
-        with quiet_peft(), exact_patterns(): model = get_peft_model(model, config)
+        with quiet_peft(), exact_patterns(), without_bitsandbytes(model): model = get_peft_model(model, config)
     except ValueError as e:
         option = f"--lora-target-modules {s.lora_target_modules}: " if s.lora_target_modules else ''
         raise InputError(option + one_line(e)) from e

@@ -18,7 +18,7 @@ from ..base.options import option
 from ..base.settings import MergeSettings, TuneSettings
 from ..base.text import one_line
 from .adapters import BASE_FILE, base_fingerprint, exact_patterns, keep_trainable, make_savable
-from .adapters import quiet_peft, untie_adapted
+from .adapters import quiet_peft, untie_adapted, without_bitsandbytes
 from .contents import MODEL_FILES
 from .families import load_chat
 from .load import load_model, no_safetensors, pick_dtype
@@ -81,7 +81,7 @@ def load_adapter(
     try:
         untie_adapted(model, config.get('target_modules') or [])
         if trainable: keep_trainable(model)
-        with quiet_peft(), exact_patterns():
+        with quiet_peft(), exact_patterns(), without_bitsandbytes(model):
             warnings.filterwarnings('error', 'Found missing adapter keys')
             return make_savable(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable), base)
     except InputError: raise

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ..base.errors import InputError
 from ..base.html import as_html
+from ..base.processes import available_memory, ranks_here
 from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
 from ..base.text import plural
@@ -31,13 +32,15 @@ def memory_of_longest(
 
 def recomputes(
     trainer:TaskTrainer, # Of a run
-)->bool: # As the settings say; with `auto`, whether this GPU cannot keep them, and always on a CPU
+)->bool: # As the settings say; with `auto`, whether memory cannot keep them
     "Whether activations are computed again in the backward pass"
     s = trainer.s
-    if s.gradient_checkpointing != 'auto' or trainer.args.device.type != 'cuda': return bool(s.gradient_checkpointing)
+    if s.gradient_checkpointing != 'auto': return s.gradient_checkpointing
     try: need = memory_of_longest(trainer, replace(s, gradient_checkpointing=False))
     except InputError: return True
-    return need.total > .9*need.capacity
+    if need.capacity: return need.total > .9*need.capacity
+    free, step = available_memory(), need.total - sum(need.weights.values())
+    return free is None or step*ranks_here() > free/2
 
 # %% ../../nbs/3_train/16_preview.ipynb #c7
 @dataclass(repr=False)
