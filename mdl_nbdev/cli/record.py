@@ -84,7 +84,8 @@ def _repr_html_(self:Recorder):
     if not self.last: return html_box(note)
     try: waveform = load_audio(str(self.last))
     except InputError as e: return html_box(note, str(e))
-    return html_box(waveform_html(waveform), audio_player(waveform, SAMPLE_RATE), note, f'{len(waveform)/SAMPLE_RATE:.2f} s')
+    shown, player = Html(f'<div>{waveform_html(waveform)}</div>'), audio_player(waveform, SAMPLE_RATE)
+    return html_box(shown, player, note, f'{len(waveform)/SAMPLE_RATE:.2f} s')
 
 @patch
 def widget(self:Recorder): # An ipywidgets widget
