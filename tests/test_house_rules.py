@@ -14,6 +14,9 @@ from fastcore.docments import docments
 from IPython.core.inputtransformer2 import TransformerManager
 
 root = Path(__file__).parent.parent
+sys.path.insert(0, str(root/"docs"))
+import fold  # noqa: E402
+
 package = root/"mdl_nbdev"
 notebooks = sorted(p for p in (root/"nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts))
 modules = sorted(".".join(p.relative_to(package).with_suffix("").parts) for p in package.rglob("*.py") if not p.stem.startswith("_") and p != package/"all.py") # those from notebooks
@@ -126,7 +129,8 @@ def test_outputs_are_clean(path):
 def test_metadata_is_clean(path):
     nb = nbformat.read(path, 4)
     assert set(nb.metadata) <= {"kernelspec"}, "what widgets know is not saved: their HTML is"
-    assert not [c.metadata for c in nb.cells if c.metadata]
+    wrong = [c.source for c in nb.cells if c.metadata != (fold.FOLDED if fold.is_aside(c) else {})]
+    assert not wrong, "cells whose code is not part of the text are folded, and no others: python docs/fold.py"
     assert not [c.source for c in nb.cells if c.get("execution_count")]
 
 
