@@ -137,7 +137,7 @@ def test_a_mistake_is_one_message(text):
 
 
 def test_what_is_left_out_is_usual():
-    assert read_augment(["gain=-6@1", " speed=0.8..1.25", "noise@.3"]) == dict(speed=Change(.8, 1.25, .5), noise=Change(10, 30, .3), gain=Change(-6, -6, 1))
+    assert read_augment(["gain=-6@1", " speed=0.8..1.25", "noise@.3"]) == dict(speed=Change(.8, 1.25, .5), noise=Change(5, 40, .3), gain=Change(-6, -6, 1))
     assert list(read_augment(["specaugment", "gain", "noise", "room", "speed"])) == ["speed", "room", "noise", "gain", "specaugment"]
 
 

@@ -125,8 +125,8 @@ class Augmentation(NamedTuple):
 AUGMENTATIONS = dict( # In the order in which they are made
     speed=Augmentation('factor', Change(.9, 1.1), .5, 2),
     room=Augmentation('reverberation time in seconds', Change(.2, .8), .05, 10),
-    noise=Augmentation('signal-to-noise ratio in dB', Change(10, 30), -20, 100),
-    gain=Augmentation('dB', Change(-10, 5), -60, 30),
+    noise=Augmentation('signal-to-noise ratio in dB', Change(5, 40, .8), -20, 100),
+    gain=Augmentation('dB', Change(-20, 6, 1.), -60, 30),
     specaugment=Augmentation('share of the mel bands and of the time in each mask', Change(0, .2), 0, 1))
 
 # %% ../../nbs/1_data/18_augment.ipynb #693a571f
