@@ -57,7 +57,7 @@ def longest_clip(self:WindowedFamily):
 
 # %% ../../nbs/2_model/15_flamingo.ipynb #60df5aa0
 class AudioFlamingoFamily(WindowedFamily):
-    "Audio Flamingo 3: a Whisper encoder, a projector of two layers, and a Qwen2 decoder"
+    "Audio Flamingo 3: a Whisper encoder, a projector of two layers, and a Qwen2.5 decoder"
     name, model_types = 'Audio Flamingo 3', ('audioflamingo3',)
     model_name, processor_name = 'AudioFlamingo3ForConditionalGeneration', 'AudioFlamingo3Processor'
     clip_token, min_samples, max_clip_seconds, max_clips = '<sound>', 321, 600., 1
