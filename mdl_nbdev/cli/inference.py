@@ -35,8 +35,8 @@ class InferView(View):
         self.answered = 0 # Rows of this run
         self.without = 0 # Rows of this run that have no answer
         self.counts = Counter() # Of rows with a reference: rows, correct ones, words, word edits
-        self.newest = deque(maxlen=show)
-        self.rejected = deque(maxlen=5)
+        self.newest = deque(maxlen=show) # Rows with an answer
+        self.rejected = deque(maxlen=5) # (line, reason) of those without one
         self.since = time.time()
 
     def restart(self)->None:
@@ -54,10 +54,10 @@ class InferView(View):
         self.pace.at(done)
         self.done, self.total = done, total
         self.answered += len(rows)
-        self.newest.extend(rows[-self.newest.maxlen:])
         bad = [r for r in rows if r.reason is not None]
+        self.newest.extend(r for r in rows if r.reason is None)
         self.without += len(bad)
-        self.rejected.extend(bad)
+        self.rejected.extend((r.row.line, r.reason) for r in bad)
         self.compare([r for r in rows if (r.reference or '').strip()])
 
 # %% ../../nbs/5_cli/06_inference.ipynb #c7
@@ -102,8 +102,7 @@ def latest(self:InferView)->Html: # Empty before the first answers
     rows, newest = [], list(self.newest) # a copy: another thread may add to it
     score = next((name for r in newest for name in r.scores), None) # probability or confidence
     for r in newest:
-        why = Html(f"<i>{as_html(shorten(python_spelling(r.reason or ''), 160))}</i>")
-        answer = marked_answer(r.prediction, r.reference) if r.reason is None else why
+        answer = marked_answer(r.prediction, r.reference)
         sure = [str(r.scores.get(score, ''))] if score else []
         rows.append((f'{r.row.line:,}', shown_prompt(r), answer, *sure, shorten(r.reference or '', 160)))
     head = ['line', 'prompt', 'answer', *([score] if score else []), 'reference']
@@ -111,10 +110,20 @@ def latest(self:InferView)->Html: # Empty before the first answers
 
 @patch
 def rejects(self:InferView)->Html: # Empty if there are none
-    "The latest rows without an answer, and why"
-    if not self.rejected: return Html()
-    rows = [(r.row.line, shorten(python_spelling(r.reason), 300)) for r in list(self.rejected)]
-    return html_box(Html('<b>Without an answer</b>'), html_table(rows, ['line', 'reason']))
+    "The latest rows without an answer, and why; after the run, also the file that lists all of them"
+    found, listed = list(self.rejected), '' # a copy: another thread may add to it
+    if self.report: # it includes the rows of earlier runs
+        found = [(line, reason) for _,line,_,reason in self.report.rejected[-self.rejected.maxlen:]]
+        listed = f": {plural(len(self.report.rejected), 'row')}, listed in {self.report.output}.rejects.csv"
+    if not found: return Html()
+    rows = [(line, shorten(python_spelling(reason), 300)) for line,reason in found]
+    return html_box(Html('<b>Without an answer</b>'), listed, html_table(rows, ['line', 'reason']))
+
+@patch
+def result(self:InferView)->Html: # Empty until the run is over
+    "The report of a run that is over, without the rows that `rejects` shows"
+    if not self.report: return Html()
+    return html_box(Html(f'<p style="white-space:pre-line">{as_html(replace(self.report, rejected=[]))}</p>'))
 
 # %% ../../nbs/5_cli/06_inference.ipynb #c12
 class InferStopped(Exception):
