@@ -686,6 +686,14 @@ def test_dashboards_replace_progress_bars(sounds, tmp_path, capfd):
     assert "training:" not in printed and "answering:" not in printed
 
 
+def test_no_bar_where_there_is_nothing_to_do(capfd):
+    from mdl_nbdev.base.progress import progress_bar
+    with progress_bar(0, "checking", "clip"): pass
+    assert capfd.readouterr().err==""
+    with progress_bar(1, "checking", "clip"): pass
+    assert "checking" in capfd.readouterr().err
+
+
 def test_no_ipywidgets_no_problem(sounds, tmp_path):
     code = f"""import sys
 sys.modules['ipywidgets'] = None

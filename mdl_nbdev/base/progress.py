@@ -81,8 +81,8 @@ def progress_bar(
     disable:bool|None=False, # Whether to hide the bar; None: hide it in log files
     **kwargs # As for `tqdm`
 )->tqdm: # A context manager; `update(n)` adds to what is done
-    "A progress bar that suits the place where it is shown"
+    "A progress bar that suits the place where it is shown; none where there is nothing to do"
     cls = HtmlBar if in_kernel() else Bar
-    if _hidden.get(): disable = True
+    if _hidden.get() or total==0: disable = True
     elif cls is HtmlBar: disable = bool(disable)
     return cls(total=total, desc=desc, unit=unit, mininterval=.5, disable=disable, **kwargs)
