@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SEGMENTS', 'ENDS', 'ARCHIVE_LIMITS', 'SLIPS', 'SOUND_SUFFIXES', 'NOTES', 'ClipPart', 'split_name', 'split_segment',
-           'name_part', 'segment_names', 'read_seconds', 'read_channel', 'cut_clip', 'resolve', 'split_archive',
-           'whole_file', 'archive_members', 'read_member', 'bytes_file', 'local_file', 'prepare_clips', 'clip_state',
-           'clips_digest', 'clip_stamp', 'names_in', 'find_twin', 'missing_hint', 'no_clip', 'is_sound_file',
-           'names_clip', 'count_notes', 'collected_notes', 'note_clip', 'note_lines']
+           'name_part', 'segment_names', 'read_seconds', 'read_channel', 'cut_clip', 'written_folder', 'resolve',
+           'split_archive', 'whole_file', 'archive_members', 'read_member', 'bytes_file', 'local_file', 'prepare_clips',
+           'clip_state', 'clips_digest', 'clip_stamp', 'names_in', 'find_twin', 'missing_hint', 'no_clip',
+           'is_sound_file', 'names_clip', 'count_notes', 'collected_notes', 'note_clip', 'note_lines']
 
 # %% ../../nbs/1_data/02_clips.ipynb #c5
 import hashlib, json, math, os, re, tarfile
@@ -127,6 +127,14 @@ def cut_clip(
     return name_part(audio, t=f"{start:f},{end:f}")
 
 # %% ../../nbs/1_data/02_clips.ipynb #c16
+@lru_cache(maxsize=16)
+def written_folder(
+    base_dir:str|Path, # As a setting gives it
+)->tuple[str,bool]: # The folder or address, and whether it is an address
+    "A folder that relative paths start from; tables ask for it in every row"
+    folder = os.path.expanduser(as_written(base_dir))
+    return folder, is_url(folder)
+
 def resolve(
     audio:str|Path, # Path or web address, as a row gives it
     base_dir:str|Path|None=None, # Folder that relative paths start from; None: the working directory
@@ -135,8 +143,9 @@ def resolve(
     "Join a relative path to `base_dir`; absolute paths and web addresses stay as they are"
     if channel != 'mix' and not split_segment(audio).channel: audio = name_part(str(audio), channel=channel)
     if '://' in str(audio): return str(audio)
-    folder, path = os.path.expanduser(as_written(base_dir or '')), os.path.expanduser(audio)
-    if is_url(folder) and not os.path.isabs(path): return f"{folder.rstrip('/')}/{path}"
+    folder, is_stored = written_folder(base_dir or '')
+    path = os.path.expanduser(audio)
+    if is_stored and not os.path.isabs(path): return f"{folder.rstrip('/')}/{path}"
     return os.path.join(folder, path)
 
 # %% ../../nbs/1_data/02_clips.ipynb #archive0
@@ -146,6 +155,7 @@ def split_archive(
     clip:str|Path, # Path or address
 )->tuple[str,str]: # The archive, and the name in it; the clip itself, and nothing, if it is a file of its own
     "Split the name of a clip in a tar archive; a web address with a query is that of a file"
+    if '.tar/' not in str(clip).lower(): return str(clip), ''
     if protocol_of(clip) in ('http', 'https') and '?' in str(clip): return str(clip), ''
     m = re.fullmatch(r'(.+?\.tar)/(.+)', str(clip), re.S | re.I)
     return (m[1], m[2]) if m and not os.path.isdir(m[1]) else (str(clip), '')
@@ -154,7 +164,7 @@ def whole_file(
     clip:str, # Path or address, perhaps of a part of a clip, or of a clip in an archive
 )->str: # Path or address
     "The file that holds a clip"
-    return split_archive(split_segment(clip).clip)[0]
+    return split_archive(split_name(str(clip))[0])[0]
 
 @lru_cache(maxsize=64)
 def archive_members(

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['QUOTES_ARE_TEXT', 'OTHER_COLUMN_NAMES', 'given', 'TableFile', 'read_cells', 'watched_lines', 'CsvFile', 'read_rows',
-           'lone_quote_fault', 'quote_fault', 'QuotedNull', 'mark_quoted_nulls', 'format_row', 'is_text_table',
-           'header_remedy', 'no_header_fault', 'header_fault', 'width_fault', 'lost_clip_fault']
+           'lone_quote_fault', 'quote_fault', 'QuotedNull', 'mark_quoted_nulls', 'row_writer', 'format_row',
+           'is_text_table', 'header_remedy', 'no_header_fault', 'header_fault', 'width_fault', 'lost_clip_fault']
 
 # %% ../../nbs/1_data/08_tables.ipynb #c8
 import csv, difflib, io, re
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, Iterator
 from fastcore.basics import patch
 from ..base.errors import InputError
@@ -214,17 +216,22 @@ def mark_quoted_nulls(
     return [QuotedNull(c) if w=='"null"' else c for c, w in zip(cells, written)]
 
 # %% ../../nbs/1_data/08_tables.ipynb #c41
+@lru_cache
+def row_writer(
+    delimiter:str, # Between cells
+)->Callable: # From cells to their text, which ends in "\r\n"
+    "Write rows as `csv` does, which quotes `\\r` and `\\n` in cells"
+    return csv.writer(SimpleNamespace(write=str), delimiter=delimiter, lineterminator="\r\n").writerow
+
 def format_row(
     cells:tuple[str,...]|list[str], # The cells
     delimiter:str=",", # A tab for TSV
 )->str: # With a newline at its end
     "The text of a row, which reads back as the same cells"
-    if any(isinstance(c, QuotedNull) for c in cells):
+    if QuotedNull in map(type, cells):
         texts = ['"null"' if isinstance(c, QuotedNull) else format_row([c, ""], delimiter)[:-2] for c in cells]
         return delimiter.join(texts) + "\n"
-    out = io.StringIO(newline="")
-    csv.writer(out, delimiter=delimiter, lineterminator="\r\n").writerow(cells) # quotes "\r" and "\n" in cells
-    return out.getvalue()[:-2] + "\n"
+    return row_writer(delimiter)(cells)[:-2] + "\n"
 
 # %% ../../nbs/1_data/08_tables.ipynb #c44
 OTHER_COLUMN_NAMES = dict(path="audio", file="audio", filename="audio", file_name="audio", wav="audio",
