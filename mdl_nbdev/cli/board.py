@@ -6,7 +6,7 @@
 __all__ = ['KEYS', 'HELP', 'FIND_KEYS', 'ON_KEY', 'ON_CLICK', 'BOARD_STYLE', 'ReviewBoard', 'read_training']
 
 # %% ../../nbs/5_cli/12_board.ipynb #832e5f80
-import json
+import json, re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -268,6 +268,7 @@ def _repr_html_(self:ReviewBoard):
     rows = self.shown[:PAGE_ROWS]
     page = html_box(self.picture(), self.status(), self.table(player_seconds(len(rows), 30)))
     page = page.replace('<button', '<div').replace('</button>', '</div>') # nothing takes a click
+    page = re.sub(' aria-label="[^"]*"', '', page) # which is for what has a role
     return Html(f'{BOARD_STYLE}<div class="mdl-board mdl-view">{page}</div>')
 
 @patch

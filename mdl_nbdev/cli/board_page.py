@@ -75,7 +75,7 @@ def picture(self:BoardPage)->Html: # A `<table>` element; empty without labels
         name = as_html(f'{labels[i]} answered as {labels[j] or "(empty)"}: {n}')
         frame = '2px solid currentColor' if chosen else '1px solid transparent'
         style = f'background:rgba({colour},{share:.2f});border:{frame};text-align:center'
-        return Html(f'<button data-do="cell {i} {j}" title="{name}" style="{style}">{n or ""}</button>')
+        return Html(f'<button data-do="cell {i} {j}" aria-label="{name}" title="{name}" style="{style}">{n or ""}</button>')
     def title(i):
         text = as_html(shorten(labels[i] or '(empty)', 24))
         return Html(f'<button data-do="label {i}" title="all rows with this label">{text}</button>')

@@ -216,8 +216,7 @@ def _repr_html_(self:SettingsForm):
 # %% ../../nbs/5_cli/07_form.ipynb #c26
 FORM_STYLE = """<style>
 :is(.mdl-form, .mdl-filled) {container-type:inline-size; max-width:1000px}
-.mdl-filled summary {padding:3px 0}
-.mdl-form :focus-visible {outline:2px solid #3b82f6 !important; outline-offset:1px}
+.mdl-filled summary {padding:3px 0} .mdl-form :focus-visible {outline:2px solid #3b82f6 !important; outline-offset:1px}
 .mdl-form :is(input, textarea)::placeholder {color:inherit !important; opacity:.7}
 .mdl-form .widget-html-content > div {max-width:none !important}
 .mdl-form .mdl-fields {max-height:45vh; overflow:hidden auto; padding:2px 8px;
