@@ -182,8 +182,6 @@ class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings, LearnSettin
     input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to convert
     output:Path=opt(location=True) # Folder of the converted dataset
     audio_dtype:Literal['int16', 'float32']='int16' # How waveforms are stored; int16 takes half the space
-    # Parallel readers of audio; the default is the available cores, at most 32
-    num_workers:int=opt(all_the_cores, minimum=1, below=1000, result=False, convert=True)
     join:bool=opt(False, result=False) # Share the rows with other processes that run this same command; false: they are refused
     overwrite:bool=opt(False, result=False) # Replace an existing output
 
