@@ -18,7 +18,8 @@ import numpy as np, soundfile as sf, soxr
 from ..base.errors import InputError
 from ..base.text import plural, shorten
 from .clips import local_file, note_clip, split_segment
-from .media import MediaFile, file_contents, has_second_beginning, is_chained_ogg, mp3_fault, mp3_states_length, ogg_is_complete, ogg_tracks
+from .media import (MediaFile, file_contents, has_second_beginning, is_chained_ogg, mp3_fault,
+    mp3_states_length, ogg_is_complete, ogg_tracks)
 from .remote import AudioError, is_url
 
 SAMPLE_RATE = 16_000 # Samples per second of waveforms, unless another rate is asked for

@@ -320,8 +320,9 @@ def no_clip(
     return f'{name}: no such file{hint}; correct the path, or name the folder that it starts from with --base-dir'
 
 # %% ../../nbs/1_data/02_clips.ipynb #c35
-SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".m4a", ".m4b", ".aac", ".aif", ".aiff", ".au", ".caf", ".w64",
-                  ".wma", ".amr", ".ac3", ".mka", ".mp4", ".webm", ".3gp", ".sph", ".wv") # Endings of sound files
+# Endings of sound files
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".m4a", ".m4b", ".aac", ".aif", ".aiff",
+                  ".au", ".caf", ".w64", ".wma", ".amr", ".ac3", ".mka", ".mp4", ".webm", ".3gp", ".sph", ".wv")
 
 def is_sound_file(
     text:str, # Any text

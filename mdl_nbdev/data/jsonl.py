@@ -81,8 +81,9 @@ def make_record(
     return Record(messages, answer if prediction is None else prediction, task, raw, file, line)
 
 # %% ../../nbs/1_data/10_jsonl.ipynb #c10
-LIKE_ANSWERS = ("sentence", "label", "text", "transcript", "transcription", "caption", "target", "completion", "translation", "reference",
-                "ground_truth", "answers", "normalized_text", "emotion", "category", "class") # Ignored keys that look like answers
+# Ignored keys that look like answers
+LIKE_ANSWERS = ("sentence", "label", "text", "transcript", "transcription", "caption", "target", "completion",
+                "translation", "reference", "ground_truth", "answers", "normalized_text", "emotion", "category", "class")
 
 @patch
 def faults(self:Record,

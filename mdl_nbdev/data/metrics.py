@@ -22,7 +22,7 @@ class Scores:
     references:list[str]  # [rows] What is compared: references without white space at their ends, normalized
     predictions:list[str] # [rows] Predictions, the same
     correct:np.ndarray    # bool [rows]: the prediction equals the reference
-    empty:np.ndarray      # bool [rows]: there is no prediction; it counts as wrong
+    empty:np.ndarray      # bool [rows]: there is no prediction
     words:np.ndarray      # int [rows]: words of the reference
     word_edits:np.ndarray # int [rows]: words to substitute, delete and insert
     chars:np.ndarray      # int [rows]: characters of the reference

@@ -182,7 +182,8 @@ def decompressed(
 class NotModified(Exception):
     "The server says that the file has not changed"
 
-CONDITIONS = {'etag':'If-None-Match', 'last-modified':'If-Modified-Since'} # Header of the last response -> header of a conditional request
+# Header of the last response -> header of a conditional request
+CONDITIONS = {'etag':'If-None-Match', 'last-modified':'If-Modified-Since'}
 
 @contextmanager
 def open_source(
