@@ -187,11 +187,12 @@ def test_answers_of_a_review(made, tmp_path):
 
 
 def test_a_saved_board_is_in_color_and_has_no_buttons(made):
-    "JupyterLab drops other colors than these from notebooks that somebody else has run, and nothing would take a click"
+    "JupyterLab drops other colors than these and style sheets from notebooks that somebody else has run, and nothing would take a click"
     board = ReviewBoard(*made)
     shown = board._repr_html_()
     assert "<button" not in shown and "background:rgba(44,160,44,0.4" in shown and "light-dark" not in shown.partition("<tr data-do")[0]
     assert "<button data-do" in board.picture()
+    assert all("text-align:left" in cell for cell in re.findall("<t[dh][^>]*>", board.table(3.)))
 
 
 def test_other_files(made):

@@ -38,7 +38,7 @@ from mdl_nbdev.cli.form import RUNS, SettingsForm, form_groups
 from mdl_nbdev.cli.inference import start_inference
 from mdl_nbdev.cli.live import Live
 from mdl_nbdev.cli.training import TrainFeed, TrainRun, start_training
-from mdl_nbdev.cli.view import Pace, View, marked_answer
+from mdl_nbdev.cli.view import Pace, View, marked_answer, small_player
 from mdl_nbdev.cli.watch import TrainView, watch
 from mdl_nbdev.data.metrics import score
 from mdl_nbdev.data.rows import BadRow, bad_rows_error, stored_error
@@ -313,6 +313,7 @@ def test_a_form_spells_values_as_python_does():
     assert [label for label, _ in f.menu("bf16")] == ["None", "True", "False"]
     f.set("seq_length", "None")
     assert not f.faults and "seq_length" not in f.values
+    assert "max-height" in f.verdict(buttons=True) and "max-height" not in f.verdict() # a saved one shows all of its file
 
 
 def test_a_saved_dashboard_keeps_its_colors_in_a_viewer_that_drops_light_dark():
@@ -323,6 +324,11 @@ def test_a_saved_dashboard_keeps_its_colors_in_a_viewer_that_drops_light_dark():
     page = view.headline("step 3 of 3", 1, {}) + view.remarks() + marked_answer("rain", "rain") + marked_answer("", "rain")
     cleaned = re.sub(r"[a-z]+:light-dark\([^)]*\)", "", page)
     assert [cleaned.count(color.light) for color in (GREEN, RED)] == [3, 2]
+
+
+def test_a_saved_player_keeps_its_width_in_a_viewer_that_drops_functions(sounds):
+    style = re.search('style="([^"]*)', small_player(str(next(sounds.parent.rglob("*.wav")))))[1]
+    assert "width:210px" in style and "(" not in style
 
 
 @pytest.mark.parametrize("width,look", [(390, "block"), (1000, "table-cell")])

@@ -205,7 +205,7 @@ def read_args(
     if rest and rest[0].startswith('--'): raise unknown_option(rest[0].split('=')[0], fields, prog=prog)
     given = vars(args)
     files = [name for name in fields if option_facts(fields[name]).positional and get_origin(fields[name].type) is list]
-    if rest and files: given[files[0]], rest = [*given.get(files[0], []), *rest], [] # argparse takes those behind an option for unknown
+    if rest and files: given[files[0]], rest = [*given.get(files[0], []), *rest], [] # they stand behind an option
     if rest: raise InputError(f"unexpected argument {rest[0]!r}; {prog} --help shows the usage")
     config = given.pop('config', None)
     in_file = read_config(config, cls, prog) if config else {}

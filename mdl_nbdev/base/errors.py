@@ -26,7 +26,7 @@ def python_spelling(
 
 def without_secrets(
     text:str, # A message, perhaps with web addresses
-)->str: # The same with `…` for them
+)->str: # The same with `…` in place of what may be secret
     "Leave out what may be secret in addresses: user, password, and the values of the query, such as a signature"
     def query(m):
         values, end = re.fullmatch(r"(.*?)([:;,.)'\"]*)", m[2]).groups()

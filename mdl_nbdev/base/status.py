@@ -34,7 +34,8 @@ class RunStatus:
         self.set('starting')
 
     def set(self,
-        phase:str, # `starting`, `converting`, `importing`, `loading`, `training`, `evaluating`, `saving`, `finished`, `stopped` or `failed`
+        # `starting`, `converting`, `importing`, `loading`, `training`, `evaluating`, `saving`, or one of `OVER`
+        phase:str,
         **facts, # What else is known, such as `done` and `total`, or a `reason`
     )->None:
         "Set what the run is doing from now on"

@@ -44,7 +44,7 @@ def same_text(
     a:str|None, # A text
     b:str|None, # Another
 )->bool: # True if they differ at most in white space at their ends and in their Unicode form
-    "Whether two texts are equal where a person compares them"
+    "Whether two texts are the same to a reader"
     return comparable(a)==comparable(b)
 
 # %% ../../nbs/0_base/01_text.ipynb #c12

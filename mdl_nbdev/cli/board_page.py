@@ -153,16 +153,17 @@ def table(self:BoardPage,
 )->Html: # A `<table>` element
     "The rows of the current page"
     def number(value, form): return '' if value is None else format(value, form)
+    left = 'style="text-align:left"' # which JupyterLab keeps in a saved notebook, unlike style sheets
     first, lines = self.at - self.at % PAGE_ROWS, []
     for n in self.shown[first:first + PAGE_ROWS]:
         r = self.rows.rows[n]
         figures = number(r.confidence, '.1%'), number(r.loss, '.2f'), r.edits or ''
         cells = r.row.line, self.sound(n, static), shorten(r.label, 160), self.marked(n), *figures, self.decision(n)
         here = n==self.current and not static
-        shown = ''.join(f'<td>{as_html(c)}</td>' for c in cells)
+        shown = ''.join(f'<td {left}>{as_html(c)}</td>' for c in cells)
         lines.append(f'<tr data-do="row {n}" {"aria-current=true" if here else ""}>{shown}</tr>')
     names = ['line', 'clip', 'label', 'answer', 'confidence', 'loss', 'edits', 'decision']
-    lines.insert(0, f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>")
+    lines.insert(0, f"<tr>{''.join(f'<th {left}>{name}</th>' for name in names)}</tr>")
     return Html(f'<div style="overflow-x:auto"><table class="mdl-rows">{"".join(lines)}</table></div>')
 
 @patch

@@ -141,12 +141,12 @@ COPY = ("const text = this.parentNode.querySelector('pre'); getSelection().selec
 def code_block(
     title:str, # Above the text
     text:str, # To copy
-    button:bool, # Whether to show the button
+    button:bool, # Whether to show the button, as in the live form
 )->Html: # A `<div>` element
     "A text to copy"
     copy = f'<button type="button" class="jupyter-button" aria-label="Copy {title}" onclick="{COPY}">Copy</button>'
-    style = ('white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;max-height:11em;overflow:auto;padding:6px 10px;margin:4px 0;'
-             'background:rgba(128,128,128,.12);border-radius:4px')
+    look = 'background:rgba(128,128,128,.12);border-radius:4px' + (';max-height:11em;overflow:auto' if button else '')
+    style = f'white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;padding:6px 10px;margin:4px 0;{look}'
     pre = f'<pre tabindex="0" role="group" aria-label="{title}" style="{style}">{as_html(text)}</pre>'
     return Html(f'<div style="flex:1 1 300px;min-width:0;margin-top:6px"><b>{title}</b> {copy if button else ""}{pre}</div>')
 

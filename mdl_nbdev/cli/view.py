@@ -57,7 +57,8 @@ if (box && !this.watch) {
 @lru_cache(64)
 def _embedded(path):
     "A player for the first ten seconds of a clip"
-    player = audio_player(load_audio(path), SAMPLE_RATE, 10., 'height:30px;width:min(210px,34vw);vertical-align:middle')
+    style = 'height:30px;width:210px;max-width:34vw;vertical-align:middle'
+    player = audio_player(load_audio(path), SAMPLE_RATE, 10., style)
     return Html(player.replace('<audio', f'<audio onplay="{KEEP_PLAYING}"', 1))
 
 def small_player(
