@@ -81,7 +81,7 @@ def take(self:Claims,
     try:
         with writing(file), open(file, 'x') as f: f.write(f'{process_name()}, {time.time_ns()}')
     except WriteError as e:
-        if isinstance(e.__cause__, (FileExistsError, FileNotFoundError)): return False # somebody was faster, or has finished everything
+        if isinstance(e.__cause__, (FileExistsError, FileNotFoundError)): return False # somebody was faster, or has finished all
         raise
     self.mine[number] = file, time.monotonic()
     return True

@@ -117,7 +117,8 @@ def read_yaml(
 )->Any: # Its value
     """Read YAML without aliases; `ValueError` if that fails.
 
-    Keys, each of which may occur once, and numbers are what is written: YAML would read 010 as 8, 1:30 as 90, and 1e-400 as 0."""
+    Keys, each of which may occur once, and numbers are what is written:
+    YAML would read 010 as 8, 1:30 as 90, and 1e-400 as 0."""
     import yaml
     def mapping(loader, node):
         values = {}

@@ -296,7 +296,8 @@ def check_own_files(
     "Raise `InputError` if a folder holds anything else"
     own = (*own_files, aside('*', 'part').name) # which a killed run leaves
     foreign = [p for p in sorted(Path(folder).iterdir()) if not any(map(p.match, own))]
-    if foreign: raise InputError(f"{foreign[0]}: not removed: this command did not write it; move it, or choose another --output")
+    if foreign:
+        raise InputError(f"{foreign[0]}: not removed: this command did not write it; move it, or choose another --output")
 
 def new_output(
     path:str|Path, # Where a command will write
@@ -315,7 +316,8 @@ def new_output(
         own, kind = not os.path.islink(path) and any(Path(path).glob(marker)), f'a folder with {marker} in it'
     else: own, kind = os.path.isfile(path), 'a file'
     if not own:
-        raise InputError(f"{path}: not replaced: this command writes {kind}, and this is something else; choose another --output")
+        raise InputError(f"{path}: not replaced: this command writes {kind}, and this is something else; "
+                         "choose another --output")
     if marker: check_own_files(path, own_files)
 
 # %% ../../nbs/0_base/03_files.ipynb #c30

@@ -171,8 +171,8 @@ class Settings:
                 remedy = f"; {e}" if str(e) else ''
                 raise InputError(f"{option(f.name)}: got {shorten(repr(value))}, expected {type_text(f.type)}{remedy}") from None
             if f.name=='output' and re.match('[a-z][a-z0-9+.-]+:/', str(value)):
-                raise InputError(f"--output: {value} is not on this machine; a run locks and renames its files, which a store cannot: "
-                                 "choose a path here, and copy the result")
+                raise InputError(f"--output: {value} is not on this machine; a run locks and renames its files, "
+                                 "which a store cannot: choose a path here, and copy the result")
             setattr(self, f.name, value)
             for number in value.values() if isinstance(value, dict) else [value]: _check_bounds(f, number)
 

@@ -43,7 +43,8 @@ class LoggedShard:
     )->'LoggedShard':
         "Read a line; `ValueError`, `KeyError` or `TypeError` if it is damaged"
         d = json.loads(line.decode())
-        return cls(*(d[k] for k in ('window', 'start', 'end', 'digest', 'rows', 'rejects', 'cut')), d.get('clips'), d.get('notes', {}))
+        required = [d[k] for k in ('window', 'start', 'end', 'digest', 'rows', 'rejects', 'cut')]
+        return cls(*required, d.get('clips'), d.get('notes', {}))
 
     def read(self,
         part, # Its part, a binary file

@@ -43,7 +43,8 @@ class HtmlBar(Bar):
         "Show the progress so far"
         from IPython.display import display, update_display
         text = self.format_meter(**self.format_dict | dict(bar_format=self.text))
-        page = f'<div style="max-width:520px">{html_bar(self.n/self.total if self.total else 0)}<small>{as_html(text)}</small></div>'
+        bar = html_bar(self.n/self.total if self.total else 0)
+        page = f'<div style="max-width:520px">{bar}<small>{as_html(text)}</small></div>'
         show = update_display if self.display_id else display
         self.display_id = self.display_id or uuid.uuid4().hex
         show({'text/plain':text, 'text/html':page}, raw=True, display_id=self.display_id)

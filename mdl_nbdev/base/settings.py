@@ -244,8 +244,7 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     # User prompt for rows that have none of their own; null and an empty text as for system_prompt
     user_prompt:str|None=None
     input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to answer
-    # File to write: the columns of the input, with the answer in `prediction`
-    output:Path=opt(result=False, location=True)
+    output:Path=opt(result=False, location=True) # File to write: the columns of the input, with the answer in `prediction`
     model_name:str=opt(location=True) # Hub id, folder, or a built-in model: `tiny` (audio), `tiny-text`
     adapter:Path|None=opt(None, location=True) # Folder of a LoRA adapter to apply to the model
     # Answer with the most probable label of a closed set: a file with one label a line, or auto, the different predictions
@@ -259,7 +258,8 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     label_scores:bool=False
     # Rows generated together; auto: as many as fit into half of the free memory of the GPU, at most 256
     batch_size:int|Literal['auto']=opt(32, minimum=1)
-    max_new_tokens:int|None=opt(None, minimum=1, maximum=10**7) # Maximum tokens of an answer; null: 256, or what max_length leaves
+    # Maximum tokens of an answer; null: 256, or what max_length leaves
+    max_new_tokens:int|None=opt(None, minimum=1, maximum=10**7)
     # Maximum tokens of prompt and answer together, audio tokens included; null: no limit besides the model's
     max_length:int|None=opt(None, minimum=1, maximum=10**7)
     do_sample:bool=False # Sample; false: choose the most likely token at every step
@@ -277,8 +277,8 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     overwrite:bool=opt(False, result=False) # Replace an existing output, and start again rather than continue
 
 # %% ../../nbs/0_base/06_settings.ipynb #fe80e322
-GENERATION_OPTIONS = ('max_new_tokens', 'max_length', 'do_sample', 'temperature', 'top_p', 'num_beams', 'repetition_penalty', 'seed',
-                      'confidence')
+GENERATION_OPTIONS = ('max_new_tokens', 'max_length', 'do_sample', 'temperature', 'top_p', 'num_beams',
+                      'repetition_penalty', 'seed', 'confidence')
 
 @patch
 def __post_init__(self:InferSettings):
@@ -342,7 +342,8 @@ class ServeSettings(LoadSettings):
     system_prompt:str|None=None # System prompt of requests without one; null and an empty text as for mdl_infer
     user_prompt:str|None=None # Prompt of requests that are only clips; null and an empty text as for mdl_infer
     batch_size:int=opt(32, minimum=1) # Requests generated together
-    max_new_tokens:int|None=opt(None, minimum=1, maximum=10**7) # Maximum tokens of an answer, where a request names none; null: 256
+    # Maximum tokens of an answer, where a request names none; null: 256
+    max_new_tokens:int|None=opt(None, minimum=1, maximum=10**7)
     max_audio_seconds:float=opt(600., minimum=0.1) # Maximum length of a clip in seconds
     max_request_mb:int=opt(64, minimum=1) # Maximum size of a request in MiB, with its clips
     timeout:float=opt(300., minimum=1, maximum=10**6) # Maximum seconds for each step of a request

@@ -45,7 +45,8 @@ class RunStatus:
 
     def write(self)->None:
         "Write what the run is doing; an error stops nothing"
-        self.write_bytes(json.dumps(self.values, ensure_ascii=False).encode(errors='backslashreplace').ljust(STATUS_BYTES - 1) + b'\n')
+        data = json.dumps(self.values, ensure_ascii=False).encode(errors='backslashreplace')
+        self.write_bytes(data.ljust(STATUS_BYTES - 1) + b'\n')
 
     def write_bytes(self,
         data:bytes, # The whole file
@@ -115,7 +116,8 @@ def read_status(
     "What a run said last about itself"
     for _ in range(5): # it may be in the middle of a write
         try:
-            with open(Path(folder)/'status.json', 'rb') as f: return json.loads(f.read()) | dict(beat=os.fstat(f.fileno()).st_mtime)
+            with open(Path(folder)/'status.json', 'rb') as f:
+                return json.loads(f.read()) | dict(beat=os.fstat(f.fileno()).st_mtime)
         except OSError: return None
         except ValueError: time.sleep(.02)
     return None

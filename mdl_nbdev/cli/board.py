@@ -203,7 +203,8 @@ def keys_html(self:ReviewBoard)->Html: # A `<div>` element
     field = f'<input list="{self.name}-labels" aria-label="correct label" placeholder="correct label, Enter">'
     about = 'tabindex="0" role="group" aria-label="keys of the board" data-lm-suppress-shortcuts="true"'
     choices = f'<datalist id="{self.name}-labels">{options}</datalist>'
-    return Html(f'<div class="mdl-keys {self.name}-keys" {about} onkeydown="{self.handler(ON_KEY)}">{HELP} {field}{choices}</div>')
+    keys = f'class="mdl-keys {self.name}-keys" {about} onkeydown="{self.handler(ON_KEY)}"'
+    return Html(f'<div {keys}>{HELP} {field}{choices}</div>')
 
 @patch
 def refresh(self:ReviewBoard)->None:

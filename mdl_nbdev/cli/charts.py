@@ -112,7 +112,8 @@ class Colour(NamedTuple):
         return f'style="{name}:{self.light};{name}:{self.css()};{more}"'
 
 INK, PAPER = Colour('#4b5563', '#b6c0cc'), Colour('#ffffff', '#111111') # Text and grid of charts; what they are drawn on
-BLUE, ORANGE, GREEN, RED = [Colour(*c.split()) for c in ('#1d4ed8 #60a5fa', '#c2410c #fb923c', '#15803d #4ade80', '#b91c1c #f87171')]
+BLUE, ORANGE, GREEN, RED = [Colour(*c.split()) for c in (
+    '#1d4ed8 #60a5fa', '#c2410c #fb923c', '#15803d #4ade80', '#b91c1c #f87171')]
 COLOURS = [BLUE, ORANGE, GREEN] + [Colour(*c.split()) for c in ( # Of the curves, in order
     '#7e22ce #c084fc', '#be185d #f472b6', '#0e7490 #22d3ee', '#a16207 #facc15', '#475569 #94a3b8')]
 
@@ -158,7 +159,8 @@ class Line(NamedTuple):
             outline = [(x, high) for x,_,high in band] + [(x, low) for x,low,_ in reversed(band)]
             out.append(f'<polygon points="{axes.points(outline)}" fill-opacity=".18" {self.colour.style("fill")}/>')
         opacity = ' stroke-opacity=".35"' if self.pale else ''
-        out.append(f'<polyline points="{axes.points(line)}" fill="none" stroke-width="1.8"{opacity} {self.colour.style("stroke")}/>')
+        stroke = f'stroke-width="1.8"{opacity} {self.colour.style("stroke")}'
+        out.append(f'<polyline points="{axes.points(line)}" fill="none" {stroke}/>')
         dots = line[-80:] if self.name.startswith('eval') or len(line)==1 else []
         circles = ''.join(f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.8"/>' for x,y in dots)
         return ''.join(out) + f'<g {self.colour.style("fill")}>{circles}</g>'

@@ -63,7 +63,8 @@ def run_command(
     try:
         report = getattr(mdl_nbdev, function)(with_local_tables(s)) # imported here
     except Exception as e:
-        again = 'Finished work is kept: run the command again' + (' with --resume-from-checkpoint true' if prog=='mdl_train' else '')
+        how = ' with --resume-from-checkpoint true' if prog=='mdl_train' else ''
+        again = f'Finished work is kept: run the command again{how}'
         if isinstance(e, WriteError): exit_with_message(prog, f'{e}. {again}')
         if isinstance(e, InputError): exit_with_message(prog, e)
         if shared_memory_fault(e): exit_with_message(prog, shared_memory_fault(e))

@@ -58,7 +58,8 @@ class DemoReport:
     seconds:float # Duration of the whole demo
     def __str__(self):
         return f"""
-Correct answers on clips the model had not heard: {self.before:.1%} before training, {self.after:.1%} after. This took {self.seconds:.0f} s.
+Correct answers on clips the model had not heard: {self.before:.1%} before training, {self.after:.1%} after.
+This took {self.seconds:.0f} s.
 
 {self.folder}/
   sounds/train.csv, test.csv   the clips and their labels: open one, or listen
@@ -79,7 +80,8 @@ def plot_answer(
 )->None:
     "A clip's spectrogram below the model's answer, and the label if that differs"
     correct = same_text(row.prediction, row.reference)
-    ax.specgram(load_audio(row.conversation.clips[0]), NFFT=512, noverlap=384, Fs=SAMPLE_RATE, scale='dB', vmin=-120, cmap='magma')
+    waveform = load_audio(row.conversation.clips[0])
+    ax.specgram(waveform, NFFT=512, noverlap=384, Fs=SAMPLE_RATE, scale='dB', vmin=-120, cmap='magma')
     mark = '✓' if correct else f'✗ {row.reference.strip()}'
     ax.set_title(f'{row.prediction[:20]} {mark}', color=GREEN if correct else RED, fontsize=11)
     ax.set(xticks=[], yticks=[], ylim=(0, 4000))
@@ -117,7 +119,8 @@ def demo_folder(
     mark = out/'demo.json'
     is_empty = out.is_dir() and all(p==aside(mark, 'part') for p in out.iterdir())
     if out.exists() and not is_empty:
-        if not mark.exists(): raise InputError(f"{out}: exists and was not made by mdl_demo, so it is left alone; choose another --output")
+        if not mark.exists():
+            raise InputError(f"{out}: exists and was not made by mdl_demo, so it is left alone; choose another --output")
         if not s.overwrite: raise InputError(f"{out}: holds an earlier demo; choose another --output, or allow --overwrite true")
     if not is_empty: remove_folder(out)
     make_folder(out)
@@ -163,8 +166,10 @@ def demo(
         training = f"mdl_train --train-dataset {train_csv} --base-dir {train_csv.parent} --output {out}/run --model-name tiny"
         announce(3, "LoRA fine-tuning:", f"{training} ...  (all options: {out}/run/config.json)")
         trained = train(demo_training(out, train_csv, s.seed, epochs))
-        if not trained.whole: raise InputError(f"training was stopped by {trained.stopped}, so the demo ends here; run mdl_demo again")
-        announce(4, "The test clips again, with the trained model:", f"{inference} --output {out}/after.csv --model-name {trained.final}")
+        if not trained.whole:
+            raise InputError(f"training was stopped by {trained.stopped}, so the demo ends here; run mdl_demo again")
+        inference += f" --output {out}/after.csv --model-name {trained.final}"
+        announce(4, "The test clips again, with the trained model:", inference)
         answers, after = answer_clips(demo_inference(out, test_csv, 'after', trained.final))
         report = DemoReport(out, before.scores.exact, after.scores.exact, trained, answers, after, time.perf_counter()-start)
         report.figure().savefig(out/'demo.png', dpi=100)

@@ -92,7 +92,8 @@ def shown_prompt(
     if not row.conversation: return Html()
     system = row.conversation.system
     shown = [Html(f'<div><small>system: {as_html(shorten(system, 160))}</small></div>')] if system else []
-    clips = [html_box(small_player(c), ' ', Html(f'<small>{as_html(shorten(Path(c).name, 40))}</small>')) for c in row.conversation.clips]
+    def name(clip): return Html(f'<small>{as_html(shorten(Path(clip).name, 40))}</small>')
+    clips = [html_box(small_player(c), ' ', name(c)) for c in row.conversation.clips]
     return html_box(*shown, *clips, shorten(row.conversation.prompt_text(), 160))
 
 @patch
@@ -188,7 +189,8 @@ class InferRun(Run):
         "Wait for the end; the report. A run that was stopped raises `InputError`"
         report = super().wait()
         if report: return report
-        raise InputError(f"{self.s.output}: stopped after {plural(self.view.done, 'row')}, so it is incomplete; continue with resume()")
+        raise InputError(f"{self.s.output}: stopped after {plural(self.view.done, 'row')}, so it is incomplete; "
+                         "continue with resume()")
 
 # %% ../../nbs/5_cli/06_inference.ipynb #c14
 def start_inference(

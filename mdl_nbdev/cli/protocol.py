@@ -94,7 +94,8 @@ def stop_field(
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 4 or any(not isinstance(t, str) or not t for t in stop):
         raise RequestError("must be a text that is not empty, or a list of up to 4 of them", 'stop')
-    if any(len(t) > LONGEST_STOP for t in stop): raise RequestError(f"is longer than {LONGEST_STOP} characters; shorten it", 'stop')
+    if any(len(t) > LONGEST_STOP for t in stop):
+        raise RequestError(f"is longer than {LONGEST_STOP} characters; shorten it", 'stop')
     return stop
 
 # %% ../../nbs/5_cli/13_protocol.ipynb #7e6979be
@@ -249,7 +250,8 @@ def read_chat(
 
 # %% ../../nbs/5_cli/13_protocol.ipynb #0f5fd578
 FORM_FIELDS = {'model', 'file', 'prompt', 'temperature', 'response_format'}
-FORM_NOT_SUPPORTED = {'language':[], 'stream':['false'], 'timestamp_granularities[]':[], 'include[]':[], 'chunking_strategy':['auto']}
+FORM_NOT_SUPPORTED = {'language':[], 'stream':['false'], 'timestamp_granularities[]':[], 'include[]':[],
+                      'chunking_strategy':['auto']}
 
 def read_transcription(
     form:dict[str,str], # Fields of the form, without the file

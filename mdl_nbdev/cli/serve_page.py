@@ -171,7 +171,8 @@ function show(data) {
     $('percent').textContent = `confidence ${(100*choice.confidence).toFixed(1)} %`;
     if (choice.finish_reason === 'length') $('facts').textContent = 'truncated at the token limit';
   }
-  if (data.usage) $('facts').textContent = [$('facts').textContent, `${data.usage.completion_tokens} tokens`].filter(Boolean).join(', ');
+  const tokens = data.usage && `${data.usage.completion_tokens} tokens`;
+  if (tokens) $('facts').textContent = [$('facts').textContent, tokens].filter(Boolean).join(', ');
 }"""
 
 # %% ../../nbs/5_cli/14_serve_page.ipynb #e005d8f8
