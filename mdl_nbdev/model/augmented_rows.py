@@ -86,7 +86,8 @@ def check_augment(
                          "leave out one of speed and --packing")
     for name,folder in (('noise', s.noise_folder), ('room', s.room_folder)):
         if not folder: continue
-        if name not in changes: raise InputError(f"--{name}-folder: is for {name} in --augment, which is not there; give both, or none")
+        if name not in changes:
+            raise InputError(f"--{name}-folder: is for {name} in --augment, which is not there; give both, or none")
         sound_files(folder, f'--{name}-folder')
     usual = AUGMENTATIONS['room'].usual
     if s.room_folder and changes['room'][:2] != usual[:2]:
@@ -110,7 +111,8 @@ def open_augmenter(
     "What the settings make of clips"
     if not s.augment: return None
     def sounds(folder, option): return read_sounds(sound_files(folder, option), rate, s.num_workers) if folder else []
-    return Augmenter(read_augment(s.augment), rate, sounds(s.noise_folder, '--noise-folder'), sounds(s.room_folder, '--room-folder'))
+    noises, rooms = sounds(s.noise_folder, '--noise-folder'), sounds(s.room_folder, '--room-folder')
+    return Augmenter(read_augment(s.augment), rate, noises, rooms)
 
 # %% ../../nbs/2_model/29_augmented_rows.ipynb #40487a87
 def sounds_digest(

@@ -350,7 +350,7 @@ def decode_inner(self:Chat,
 def stop_ids(self:Chat,
     model, # A transformers model
 )->list[int]: # Sorted
-    "The tokens that end a completion: those of the tokenizer and the model, and the one that follows an answer in the chat template"
+    "The tokens that end a completion: the tokenizer's, the model's, and the one after an answer in the chat template"
     kinds, eos = [(s.kind, s.token) for s in self.segments(self.family.answered)], model.generation_config.eos_token_id
     trained = {token for (before,_),(_,token) in zip(kinds, kinds[1:]) if before=='completion'}
     configured = eos if isinstance(eos, list) else [] if eos is None else [eos]

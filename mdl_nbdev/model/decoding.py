@@ -139,7 +139,8 @@ def regroup(
         start = n - torch.tensor(lengths, device=ids.device)[order]
         arguments['attention_mask'] = (torch.arange(n + 1, device=ids.device) >= start[:,None]).long()
     if recorded: arguments['past_key_values'] = recorded.view(len(order))
-    positions = [group.arguments['position_ids'][...,rows,-1:] for group,rows in parts] # of the next tokens; [3, rows, 1] in some models
+    # positions of the next tokens: [rows, 1], in some models [3, rows, 1]
+    positions = [group.arguments['position_ids'][...,rows,-1:] for group,rows in parts]
     arguments['position_ids'] = torch.cat(positions, -2)[...,order,:]
     new = Rows(groups[-1].model, ids, groups[-1].processors, arguments, n)
     new.recorded = recorded

@@ -27,8 +27,9 @@ class Family:
     answered = (('user', ('text',)), ('assistant', ('text',)))
     parts = {} # encoder, projector -> names of modules, at any depth; everything else is the decoder
     never_trained = () # Names of modules, at any depth, that stay as they are even in full fine-tuning
-    # Its forward takes `loss_weights` [sums, rows, positions] and `label_at`, the flat positions before labels, computes logits
-    # there only, and returns `loss` [sums]; in sharded runs it also gets `loss_pieces`, in how many pieces every rank computes them
+    # Its forward takes `loss_weights` [sums, rows, positions] and `label_at`, the flat positions before labels,
+    # computes logits there only, and returns `loss` [sums]; in sharded runs it also gets `loss_pieces`, in how
+    # many pieces every rank computes them
     weighted_loss = False
     generates_from_embeddings = False # `generate` returns the new tokens without the prompt
     # False: rows that are padded on the right have no `attention_mask`, since no position sees those after it

@@ -143,7 +143,8 @@ def is_out_of_memory(
     if e is None: return False
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, OSError) and e.errno==errno.ENOMEM:
         return True
-    said = isinstance(e, RuntimeError) and any(w in str(e).lower() for w in ('out of memory', "can't allocate memory", 'alloc_failed'))
+    words = 'out of memory', "can't allocate memory", 'alloc_failed'
+    said = isinstance(e, RuntimeError) and any(w in str(e).lower() for w in words)
     return said or is_out_of_memory(e.__cause__ or e.__context__)
 
 def still_computes(

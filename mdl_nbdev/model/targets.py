@@ -193,12 +193,13 @@ class Trainable:
         "What LoRA does not reach, and what it does not need"
         notes = []
         if self.rank > self.most_rank:
-            notes.append(f"{spelt_here('--lora-rank')} {self.rank}: no adapted matrix can be of a higher rank than {self.most_rank}; "
-                         "more takes memory and time, and learns nothing")
+            notes.append(f"{spelt_here('--lora-rank')} {self.rank}: no adapted matrix can be of a higher rank "
+                         f"than {self.most_rank}; more takes memory and time, and learns nothing")
         share = sum(self.unreached.values())/self.total
         if self.unreached:
-            notes.append(f"LoRA adapts {self.layers} linear layers; it does not reach {', '.join(self.unreached)} ({share:.0%} of the "
-                         f"parameters), which are not linear layers; {spelt_here('--tuning full')} trains them")
+            notes.append(f"LoRA adapts {self.layers} linear layers; it does not reach {', '.join(self.unreached)} "
+                         f"({share:.0%} of the parameters), which are not linear layers; "
+                         f"{spelt_here('--tuning full')} trains them")
         return '\n'.join(notes)
 
     def __str__(self):
@@ -248,5 +249,6 @@ def load_trainable_state(
     wrong = sorted({name for name, _ in kinds(own).items() ^ kinds(tensors).items()})
     if wrong:
         raise InputError(f"these weights do not match this model and these settings: {len(wrong)} tensors are missing, "
-                         f"unexpected, or of another shape or type, for example {wrong[0]}; use the settings that they were written with")
+                         f"unexpected, or of another shape or type, for example {wrong[0]}; "
+                         "use the settings that they were written with")
     for name, p in own.items(): p.copy_(tensors[name])

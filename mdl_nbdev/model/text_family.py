@@ -50,7 +50,8 @@ def tiny_text_model(
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     tok = tiny_text_tokenizer()
-    config = GPTNeoXConfig(vocab_size=len(tok), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+    config = GPTNeoXConfig(vocab_size=len(tok), hidden_size=128, intermediate_size=512,
+        num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=2048, rope_parameters=dict(rope_type='default', rope_theta=100., partial_rotary_factor=1.),
         bos_token_id=None, eos_token_id=tok.eos_token_id, pad_token_id=tok.eos_token_id)
     def std(name, p):

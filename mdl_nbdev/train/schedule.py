@@ -21,7 +21,8 @@ def schedule_arguments(
 )->dict[str, float]: # Those of `--scheduler-args`, and those that the schedule requires
     "The arguments of a schedule"
     floor = dict(min_lr_rate=s.min_lr/s.lr if s.lr else 0)
-    needs = dict(cosine_with_min_lr=floor, cosine_warmup_with_min_lr=floor, warmup_stable_decay=dict(num_decay_steps=max(1, steps//10)))
+    needs = dict(cosine_with_min_lr=floor, cosine_warmup_with_min_lr=floor,
+                 warmup_stable_decay=dict(num_decay_steps=max(1, steps//10)))
     own = {} if 'min_lr' in s.scheduler_args else needs.get(s.lr_scheduler_type, {})
     if s.lr_scheduler_type in FOLLOWING and followed_metric(s)[1]: own = dict(mode='max')
     return own | s.scheduler_args
