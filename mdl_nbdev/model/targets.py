@@ -197,9 +197,8 @@ class Trainable:
                          f"than {self.most_rank}; more takes memory and time, and learns nothing")
         share = sum(self.unreached.values())/self.total
         if self.unreached:
-            notes.append(f"LoRA adapts {self.layers} linear layers; it does not reach {', '.join(self.unreached)} "
-                         f"({share:.0%} of the parameters), which are not linear layers; "
-                         f"{spelt_here('--tuning full')} trains them")
+            notes.append(f"LoRA adapts {self.layers} linear layers; it does not reach {', '.join(self.unreached)} ({share:.0%} "
+                         f"of the parameters), which are not linear layers; {spelt_here('--tuning full')} trains them")
         return '\n'.join(notes)
 
     def __str__(self):
