@@ -21,7 +21,6 @@ from .clips import local_file, note_clip, split_segment
 from .media import (MediaFile, file_contents, has_second_beginning, is_chained_ogg, mp3_fault,
     mp3_states_length, ogg_is_complete, ogg_tracks)
 from .remote import AudioError, is_url
-
 SAMPLE_RATE = 16_000 # Samples per second of waveforms, unless another rate is asked for
 _UNKNOWN = 1 << 36 # a frame count from here on means that the header does not state the length
 

@@ -166,8 +166,7 @@ def has_second_beginning(
         return any(b.match(data, start) and b.search(data, start + 1) for b in BEGINNINGS)
 
 # %% ../../nbs/1_data/01_media.ipynb #c19
-# What to do about a file that libsndfile does not read
-NEEDS_PYAV = 'install "mdl_nbdev[media]", or convert it: ffmpeg -i OLD NEW.wav'
+NEEDS_PYAV = 'install "mdl_nbdev[media]", or convert it: ffmpeg -i OLD NEW.wav' # For what libsndfile does not read
 _STATES_DURATION = ('mov', 'matroska', 'asf') # Containers that state their duration; of others, FFmpeg guesses it
 
 class MediaFile:

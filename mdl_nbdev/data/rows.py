@@ -319,10 +319,9 @@ def rows_html(
     return html_table(cells, ["line", "reason", "clip"][:len(cells[0])], title)
 
 # %% ../../nbs/1_data/07_rows.ipynb #c37
-# Names in Python and in iconv of what tables are likely to be in
 ENCODINGS = dict(utf_16="UTF-16", utf_16_le="UTF-16LE", utf_16_be="UTF-16BE", gb18030="GB18030", big5="BIG5",
                  shift_jis="SHIFT_JIS", euc_jp="EUC-JP", euc_kr="EUC-KR", cp1252="WINDOWS-1252",
-                 cp1251="WINDOWS-1251", utf_32="UTF-32")
+                 cp1251="WINDOWS-1251", utf_32="UTF-32") # Names in Python and in iconv of what tables may be in
 
 @lru_cache
 def likely_encodings(
