@@ -103,7 +103,6 @@ class Chat:
     def pad_id(self)->int:
         "The token that fills the rest of a row"
         return self.tok.pad_token_id
-
     @property
     def clip_id(self)->int|None:
         "Id of the token that stands for a clip"
@@ -188,8 +187,9 @@ def shown_texts(self:Chat,
     messages:list[dict], # Of a conversation
 )->list[str]: # All texts of it, in order
     "Texts as the chat template shows them, which may trim them; `InputError` if it changes them in another way"
-    shape, parts = shape_of(messages), [(turn, p['text']) for turn,m in enumerate(messages) for p in m['content'] if p['type']=='text']
-    texts, is_prompt = [text for _,text in parts], shape[-1][0] != 'assistant'
+    parts = [(turn, p['text']) for turn,m in enumerate(messages) for p in m['content'] if p['type']=='text']
+    texts, shape = [text for _,text in parts], shape_of(messages)
+    is_prompt = shape[-1][0] != 'assistant'
     if shape==TEXT_RECORD: return texts
     def marked(): return render_shape(self.tok, self.family, shape, is_prompt)
     def split(marked): return re.split('\ue000(\\d+)\ue001', marked)

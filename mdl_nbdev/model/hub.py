@@ -79,8 +79,8 @@ def explain_failure(
         return f"cannot be loaded: its config.json is damaged: {one_line(e)}"
     if kind is None: return "cannot be loaded: its config.json has no model_type"
     if 'trust_remote_code' in str(error):
-        return (f"its architecture, {kind}, is not part of transformers: it needs Python code from its folder, and such code is never "
-                "run here; use a model that transformers supports by itself")
+        return (f"its architecture, {kind}, is not part of transformers: it needs Python code from its folder, "
+                "and such code is never run here; use a model that transformers supports by itself")
     if 'does not recognize this architecture' in why:
         from transformers import __version__
         return (f"its architecture, {kind}, is not supported: transformers {__version__} does not know it; "

@@ -202,7 +202,7 @@ class MiDashengLMModel(AudioInputs, MiDashengLMPreTrainedModel, GenerationMixin)
                 position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=None,
                 num_items_in_batch=None, loss_weights=None, loss_pieces=None, label_at=None, spec_masks=None, audio_plan=None,
                 **kwargs):
-        "Loss or logits of rows [rows, positions] with clips [clips, samples]; `labelled_loss` explains the arguments of the loss"
+        "Loss or logits of rows [rows, positions] with clips [clips, samples]; see `labelled_loss` for the loss arguments"
         if inputs_embeds is None:
             if past_key_values is not None and input_values is None: inputs_embeds = self.get_input_embeddings()(input_ids)
             else: inputs_embeds = self.embed(input_ids, input_values, audio_length, spec_masks, audio_plan)

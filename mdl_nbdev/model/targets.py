@@ -195,10 +195,10 @@ class Trainable:
         if self.rank > self.most_rank:
             notes.append(f"{spelt_here('--lora-rank')} {self.rank}: no adapted matrix can be of a higher rank "
                          f"than {self.most_rank}; more takes memory and time, and learns nothing")
-        share = sum(self.unreached.values())/self.total
         if self.unreached:
-            notes.append(f"LoRA adapts {self.layers} linear layers; it does not reach {', '.join(self.unreached)} ({share:.0%} "
-                         f"of the parameters), which are not linear layers; {spelt_here('--tuning full')} trains them")
+            names, share = ', '.join(self.unreached), sum(self.unreached.values())/self.total
+            notes.append(f"LoRA adapts {self.layers} linear layers; it does not reach {names} ({share:.0%} of the "
+                         f"parameters), which are not linear layers; {spelt_here('--tuning full')} trains them")
         return '\n'.join(notes)
 
     def __str__(self):

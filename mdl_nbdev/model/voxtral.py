@@ -43,15 +43,17 @@ class VoxtralFamily(FilesFamily):
     more_files = ('tekken.json',)
 
     def clip_tokens(self, n_samples): return int(self.windows(n_samples))*self.extractor.nb_max_frames//8
-    def clip_cost(self, n_samples, n_clips): return np.maximum(n_clips, self.windows(n_samples))*(self.extractor.nb_max_frames//2)
+    def clip_cost(self, n_samples, n_clips):
+        return np.maximum(n_clips, self.windows(n_samples))*(self.extractor.nb_max_frames//2)
     def longest_clip(self): return self.max_clip_seconds
     def chat_template(self, tok): return tok.chat_template or TEKKEN_TEMPLATE
 
     def clip_tensors(self, clips):
         options = dict(sampling_rate=self.sample_rate, padding=True, truncation=False, return_tensors='np')
         whole = [self.extractor(w, pad_to_multiple_of=self.extractor.n_samples, **options) for w in self.waveforms(clips)]
-        windows = [out['input_features'].reshape(self.extractor.feature_size, -1, self.extractor.nb_max_frames) for out in whole]
-        return dict(input_features=np.concatenate([w.transpose(1, 0, 2) for w in windows]))
+        shape = self.extractor.feature_size, -1, self.extractor.nb_max_frames
+        windows = [out['input_features'].reshape(shape).transpose(1, 0, 2) for out in whole]
+        return dict(input_features=np.concatenate(windows))
 
 # %% ../../nbs/2_model/16_voxtral.ipynb #8ca3fc0b
 @patch

@@ -53,7 +53,8 @@ class FlooredSchedule(Trainer):
         self.args.lr_scheduler_kwargs = schedule_arguments(s, num_training_steps)
         try: schedule = super().create_scheduler(num_training_steps, optimizer)
         except (TypeError, ValueError) as e:
-            raise InputError(f"--scheduler-args {s.scheduler_args}: do not fit the schedule {s.lr_scheduler_type}: {one_line(e)}") from e
+            raise InputError(f"--scheduler-args {s.scheduler_args}: do not fit the schedule {s.lr_scheduler_type}: "
+                             f"{one_line(e)}") from e
         if hasattr(schedule, 'lr_lambdas'):
             warmup = self.args.get_warmup_steps(num_training_steps)
             if warmup >= num_training_steps and self.is_world_process_zero():
