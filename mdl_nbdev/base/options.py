@@ -102,6 +102,7 @@ class OptionFacts:
     steps:bool=False      # A whole number of steps, or a fraction of all steps
     positional:bool=False # Given by position on the command line
     location:bool=False   # Says where data, model or output are: forms show these first
+    store:bool=False      # It may be an address in a store, such as s3://bucket/answers.csv
     result:bool=True      # Results depend on it
     # It may change when a run resumes: no result depends on it, or contents are compared instead
     resume:bool=False
@@ -170,9 +171,10 @@ class Settings:
             except (ValueError, OverflowError) as e: # of a whole number that no float can hold
                 remedy = f"; {e}" if str(e) else ''
                 raise InputError(f"{option(f.name)}: got {shorten(repr(value))}, expected {type_text(f.type)}{remedy}") from None
-            if f.name=='output' and re.match('[a-z][a-z0-9+.-]+:/', str(value)):
-                raise InputError(f"--output: {value} is not on this machine; a run locks and renames its files, "
-                                 "which a store cannot: choose a path here, and copy the result")
+            is_address = f.name=='output' and re.match('[a-z][a-z0-9+.-]+:/', str(value))
+            if is_address and not option_facts(f).store:
+                raise InputError(f"--output: {value} is not on this machine, and this command writes only here: "
+                                 "choose a path here, and copy the result")
             setattr(self, f.name, value)
             for number in value.values() if isinstance(value, dict) else [value]: _check_bounds(f, number)
 

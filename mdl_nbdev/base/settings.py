@@ -180,7 +180,8 @@ class CheckSettings(DataSettings):
 class ConvertSettings(DataSettings, ModelSettings, TokenizeSettings, LearnSettings):
     "Convert rows into a dataset that training opens immediately"
     input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to convert
-    output:Path=opt(location=True) # Folder of the converted dataset
+    # Folder of the converted dataset, or its address in a store, such as s3://bucket/folder
+    output:Path=opt(location=True, store=True)
     audio_dtype:Literal['int16', 'float32']='int16' # How waveforms are stored; int16 takes half the space
     join:bool=opt(False, result=False) # Share the rows with other processes that run this same command; false: they are refused
     overwrite:bool=opt(False, result=False) # Replace an existing output
@@ -244,7 +245,7 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     # User prompt for rows that have none of their own; null and an empty text as for system_prompt
     user_prompt:str|None=None
     input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to answer
-    output:Path=opt(result=False, location=True) # File to write: the columns of the input, with the answer in `prediction`
+    output:Path=opt(result=False, location=True, store=True) # File to write, or its address: the input, with answers in `prediction`
     model_name:str=opt(location=True) # Hub id, folder, or a built-in model: `tiny` (audio), `tiny-text`
     adapter:Path|None=opt(None, location=True) # Folder of a LoRA adapter to apply to the model
     # Answer with the most probable label of a closed set: a file with one label a line, or auto, the different predictions
@@ -298,7 +299,7 @@ def __post_init__(self:InferSettings):
 class MergeSettings(ModelSettings):
     "Merge a LoRA adapter into its base model"
     adapter:Path=opt(positional=True, location=True) # Folder of the adapter
-    output:Path=opt(location=True) # Folder of the merged model
+    output:Path=opt(location=True, store=True) # Folder of the merged model, or its address in a store
     model_name:str|None=opt(None, location=True) # Base model; null: the one that the adapter names
     bf16:bool|None=None # Save weights in bfloat16; null: in the type of the base model
     overwrite:bool=opt(False, result=False) # Replace an existing output

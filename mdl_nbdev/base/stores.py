@@ -38,13 +38,14 @@ PUBLIC_STORES = (*BY_EXTRA, 'hf', 'memory') # Protocols that lead to no host of 
 
 def file_system(
     address:str, # An address
+    instead:str='download the file, and give its path', # What else to do where a package is missing
 )->tuple: # The file system of fsspec, and the path of the file in it
     "Where an address leads; `InputError` for an unknown protocol, and for one whose package is missing"
     import fsspec
     remedy = 'check the address'
     try: return fsspec.core.url_to_fs(address)
     except ImportError as e:
-        error, remedy = e, 'or download the file, and give its path'
+        error, remedy = e, f'or {instead}'
         if protocol_of(address) in BY_EXTRA: remedy = 'pip install "mdl_nbdev[remote]"'
     except Exception as e: error = e # of any library: an unknown protocol, options that it lacks
     raise InputError(f'{shorten(address, 200)}: {one_line(error, 200)}; {remedy}')

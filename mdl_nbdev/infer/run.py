@@ -25,6 +25,7 @@ from ..base.parts import LoggedProgress
 from ..base.processes import DaemonPool, Ranks, silence_libraries
 from ..base.progress import in_kernel, library_bars_hidden, progress_bar, spelt_here
 from ..base.settings import InferSettings
+from ..base.stored_outputs import to_store
 from ..base.text import plural, same_text
 from ..data.audio import audio_info
 from ..data.clips import collected_notes, note_lines, prepare_clips
@@ -172,7 +173,7 @@ class Pipeline:
 @dataclass
 class InferReport:
     "What an inference run did"
-    output:Path # The file written
+    output:Path|str # The file written, or its address
     rows:int=0 # Rows in it
     resumed:int=0 # Rows that an earlier run had answered
     rejected:list=field(default_factory=list) # Rows without an answer: row, line, audio, reason
@@ -192,14 +193,12 @@ class InferReport:
         lines = [f"{plural(self.rows, 'row')} in {self.output}, {rate:.1f} rows/s"]
         if self.resumed: lines[0] += f", {self.resumed:,} of them answered before"
         if self.truncated:
-            answers = plural(len(self.truncated), 'answer')
-            lines.append(f"{answers} truncated at the token limit, the first in line {self.truncated[0]}; "
+            lines.append(f"{plural(len(self.truncated), 'answer')} truncated at the token limit, the first in line {self.truncated[0]}; "
                          f"to get them in full, raise {spelt_here('--max-new-tokens')}")
         lines += self.prompts + note_lines(self.notes)
         if self.rejected:
             _, line, _, reason = self.rejected[0]
-            rows = plural(len(self.rejected), 'row')
-            lines.append(f"{rows} without an answer, listed in {self.output}.rejects.csv; "
+            lines.append(f"{plural(len(self.rejected), 'row')} without an answer, listed in {self.output}.rejects.csv; "
                          f"the first is line {line}: {spelt_here(reason)}")
         return '\n'.join(lines)
 
@@ -360,6 +359,7 @@ def finish_output(
         out.others_alive(name) # which removes the locks of processes that were killed
 
 # %% ../../nbs/4_infer/02_run.ipynb #c28
+@to_store(InferReport, ends=('.rejects.csv',))
 def infer(
     s:InferSettings, # What to answer, with what, and where to
     callbacks:Iterable[Callable]=(), # Each gets a shard's `PromptedRow`s, the rows done and the rows in total

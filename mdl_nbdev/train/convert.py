@@ -28,6 +28,7 @@ from ..base.processes import DaemonPool, end_with_parent, is_main_process
 from ..base.progress import progress_bar
 from ..base.settings import ConvertSettings
 from ..base.status import phase
+from ..base.stored_outputs import to_store
 from ..base.text import format_duration, plural
 from ..data.clips import clip_stamp, collected_notes, count_notes, note_lines, prepare_clips, resolve
 from ..data.conversations import Conversation
@@ -304,7 +305,7 @@ def write_small_files(
 @dataclass
 class ConvertReport:
     "What a conversion made"
-    path:Path # Folder of the dataset
+    path:Path|str # Folder of the dataset, or its address
     rows:int # Rows in it
     audio_seconds:float # Seconds of audio in it
     notes:dict=field(default_factory=dict) # Counts of silent clips and the like, from `count_notes`
@@ -329,6 +330,7 @@ def finish_conversion(
             shutil.rmtree(out/CLAIMS)
 
 # %% ../../nbs/3_train/00_convert.ipynb #a255cb96
+@to_store(ConvertReport, marker=MANIFEST, own_files=OWN_FILES)
 def convert(
     s:ConvertSettings, # What to convert, and where to
     chat:Chat|None=None, # Of the model, if it is loaded already
