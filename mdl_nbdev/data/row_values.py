@@ -47,7 +47,8 @@ def row_f1(t:Texts)->np.ndarray: # float [rows]
     pairs = [set(zip(*split_labels(texts, t.separator, t.normalizer))) for texts in (t.references, t.predictions)]
     def count(pairs): return np.bincount(np.array([row for row,_ in pairs], int), minlength=len(t.references))
     labels = count(pairs[0]) + count(pairs[1])
-    return np.where(labels==0, 1, 2*count(pairs[0] & pairs[1])/np.maximum(labels, 1)) # without a label on either side, a row is correct
+    # without a label on either side, a row is correct
+    return np.where(labels==0, 1, 2*count(pairs[0] & pairs[1])/np.maximum(labels, 1))
 
 def row_character_errors(t:Texts)->np.ndarray: # float [rows]
     "Character error rate of each row"

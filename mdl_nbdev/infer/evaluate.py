@@ -188,7 +188,7 @@ def score_lines(self:EvalReport
 @patch
 def worst(self:EvalReport
 )->list[int]: # Numbers of rows
-    "The rows that are most wrong, at most `most`; longer ones first among equals"
+    "The rows that are most wrong, at most `most`; among equals, those with more word edits first"
     return self.rows.worst(self.scores)[:self.most].tolist()
 
 # %% ../../nbs/4_infer/09_evaluate.ipynb #c18

@@ -170,7 +170,7 @@ class Pipeline:
             for first in decoded: yield self.generate(chain([first], islice(decoded, self.shard_rows - 1)))
 
 # %% ../../nbs/4_infer/02_run.ipynb #c13
-@dataclass
+@dataclass(repr=False)
 class InferReport:
     "What an inference run did"
     output:Path|str # The file written, or its address
@@ -188,7 +188,7 @@ class InferReport:
         "Whether there are rows without an answer"
         return bool(self.rejected)
 
-    def __str__(self):
+    def __repr__(self):
         rate = (self.rows - self.resumed)/max(self.seconds, 1e-9)
         lines = [f"{plural(self.rows, 'row')} in {self.output}, {rate:.1f} rows/s"]
         if self.resumed: lines[0] += f", {self.resumed:,} of them answered before"

@@ -149,6 +149,6 @@ def sample_strip(
     def colour(i):
         return '#f1f5f9' if sample[i] < 0 else SAMPLE_COLOURS[sample[i] % len(SAMPLE_COLOURS)][int(labels[i] >= 0)]
     def run(a, b):
-        return f'<span style="display:inline-block;width:{(b-a)*width:.1f}px;height:8px;background:{colour(a)}"></span>'
+        return f'<span style="flex:{b-a};height:8px;background:{colour(a)}"></span>'
     runs = ''.join(run(a, b) for a,b in zip([0, *ends], ends))
-    return f'<div style="white-space:nowrap;line-height:8px;margin-bottom:1px">{runs}</div>'
+    return f'<div style="display:flex;width:{len(sample)*width:.0f}px;max-width:100%;margin-bottom:1px">{runs}</div>'

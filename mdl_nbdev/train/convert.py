@@ -34,8 +34,8 @@ from ..data.clips import clip_stamp, collected_notes, count_notes, note_lines, p
 from ..data.conversations import Conversation
 from ..data.rows import BadRow, bad_rows_error, to_conversation
 from ..data.shards import (
-    CLAIMS, INDEX, MANIFEST, OWN_FILES, HashedFile, Shard, ShardFacts, ShardJob, SharedShards, finished_shard, join_index, record_batch,
-    write_facts, write_table)
+    CLAIMS, INDEX, MANIFEST, OWN_FILES, HashedFile, Shard, ShardFacts, ShardJob, SharedShards,
+    finished_shard, join_index, record_batch, write_facts, write_table)
 from ..data.sources import note_misnamed, open_rows
 from ..model.chat import Chat, Example
 from ..model.families import load_chat

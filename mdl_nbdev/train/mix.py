@@ -210,7 +210,7 @@ def fingerprint(self:Mix,
     return h.hexdigest()[:16 if earlier else 20]
 
 @patch
-def audio_digest(self:Mix)->str|None: # 16 hexadecimal digits; None if a dataset was converted by an earlier version or another tool
+def audio_digest(self:Mix)->str|None: # 16 hexadecimal digits; None if an earlier version or another tool converted one
     "A digest of the samples of all clips"
     shards = [ds.manifest.get('shards') for ds in self.datasets]
     if not all(shards): return None
