@@ -80,6 +80,7 @@ def notebook(page, names): # Its path inside nbs/, from `public_names`
             c.source = re.sub(r"^#\| .*\n?", "", c.source, flags=re.M).strip("\n")
             c.outputs = joined(c.outputs)
             if tags: c.metadata = dict(tags=tags)
+            if any("image/png" in o.get("data", {}) for o in c.outputs): c.metadata["mystnb"] = dict(image=dict(alt="Plot made by this code"))
             if c.source or c.outputs: cells += api(c, module, names) if flags & {"export", "exporti", "exports"} else [c]
         elif c.cell_type == "markdown": cells.append(markdown(c, page, names))
     nb.cells = cells
@@ -144,10 +145,12 @@ def linked_reference(name, names): # A module's name, from `public_names`
     return "\n".join(s if s.startswith(("`", ":", "#", "{", "| `")) else linked(s, names) for s in lines)
 
 
-def name_controls(page): # An HTML file
-    "Remove the theme's labels of controls that have a text, so that a screen reader says what is on the screen"
+def finish(page): # An HTML file
+    "Remove the theme's labels of controls that have a text, so that a screen reader says what is on the screen; link pictures to themselves"
     text = page.read_text(encoding="utf-8")
-    page.write_text(re.sub(r'(<(?:summary|button class="btn search-button-field)[^>]*?) aria-label="[^"]*"', r"\1", text), encoding="utf-8")
+    text = re.sub(r'(<(?:summary|button class="btn search-button-field)[^>]*?) aria-label="[^"]*"', r"\1", text)
+    text = re.sub(r'<p>(<img [^>]*src="([^"]*_images/[^"]*)"[^>]*>)</p>', r'<p class="picture"><a href="\2">\1</a></p>', text)
+    page.write_text(text, encoding="utf-8")
 
 
 def build(out): # The site's folder
@@ -158,7 +161,7 @@ def build(out): # The site's folder
         write(source)
         code = sphinx(["-b", "html", "-W", "--keep-going", "-q", "-j", "2", "-c", str(Path(__file__).parent), "-d", f"{tmp}/doctrees", str(source), str(html)])
         if code: return code
-        for page in html.rglob("*.html"): name_controls(page)
+        for page in html.rglob("*.html"): finish(page)
         (html/".nojekyll").touch() # a forge's pages keep folders that begin with an underscore
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(html, out)

@@ -195,6 +195,12 @@ def test_a_saved_board_is_in_color_and_has_no_buttons(made):
     assert all("text-align:left" in cell for cell in re.findall("<t[dh][^>]*>", board.table(3.)))
 
 
+def test_only_columns_with_values_are_shown(made):
+    def head(board): return re.findall("<th[^>]*>(.*?)</th>", board.table())
+    assert head(ReviewBoard("labels.csv")) == ["line", "clip", "label", "decision"]
+    assert head(ReviewBoard(*made)) == ["line", "clip", "label", "answer", "edits", "decision"]
+
+
 def test_other_files(made):
     "Without answers, of texts, and with clips that are not there"
     board = ReviewBoard("labels.csv")

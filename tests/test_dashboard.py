@@ -187,6 +187,23 @@ def test_values_under_the_pointer():
     assert page != long.curves()
 
 
+@pytest.mark.parametrize("curve", [lambda i: 3*math.exp(-i/30) + .3, lambda i: 3 - 3*math.exp(-i/30), lambda i: abs(i - 40)/20 + .1], ids=["falling", "rising", "falling, then rising"])
+def test_the_box_at_the_pointer_hides_no_curve(curve):
+    c = Curve()
+    for i in range(80): c.add(i, curve(i))
+    page = chart({"loss": c})
+    points = [[float(v) for v in p.split(",")] for p in re.search('<polyline points="(.*?)"', page)[1].split()]
+    boxes = re.findall(r'<path d="M([\d.]+) [^<]*<rect x="(\d+)" y="(\d+)" style="--full:(\d+);.*?height:([\d.]+)em;(.*?)" class="box"', page)
+    assert len(boxes) > 30
+    def hidden(left, top, width, height): return [p for p in points if left + 1 < p[0] < left + width - 1 and top < p[1] < top + height]
+    for pointer, x, y, chars, em, up in boxes:
+        pointer, left, top, height, width = float(pointer), int(x), int(y), 12*float(em), 12*(.54*int(chars) + 1)
+        assert left >= pointer or left + width <= pointer, "beside the pointer"
+        wide = 10.5*int(chars) + 20 # with the large text of narrow pages
+        corners = [(x, y) for x in (pointer + 8, pointer - 8 - wide) for y in (10, 164 - height) if x > 0 and x + wide < 432]
+        assert not hidden(left, top - height if up else top, width, height) or all(hidden(*c, wide, height) for c in corners)
+
+
 @pytest.mark.parametrize("phase, waits", [("converting", True), ("starting", True), ("training", True), ("failed", False), ("stopped", False), ("no longer running", False)])
 def test_no_empty_charts(phase, waits):
     view = TrainView(Path("runs/a"), 1)

@@ -180,3 +180,13 @@ def test_controls_are_called_what_they_show(site):
     text = (site/"index.html").read_text() + (site/"5_cli"/"04_watch.html").read_text()
     assert "<summary" in text and "search-button-field" in text
     assert not re.search(r'<(summary|button class="btn search-button-field)[^>]*aria-label', text)
+
+
+@pytest.mark.slow
+def test_styles_meet_what_they_are_for(site):
+    "The theme and the parser decide on the classes of tables; and a plot says that it is one, not the name of its file"
+    text = "".join((site/page).read_text() for page in ("commands.html", "reference/data.audio.html", "tutorials/02_labels_you_can_see.html", "index.html"))
+    css = (root/"docs"/"static"/"site.css").read_text()
+    classes = {c for found in re.findall(r'<(?:table|p) class="([^"]*)"', text) for c in found.split()}
+    assert not set(re.findall(r"(?:table|p)\.(\w+)", css)) - classes
+    assert "_images/" in text and not re.search(r'alt="[^"]*_images/', text)

@@ -258,4 +258,18 @@ def test_the_dashboard(tmp_path):
     assert view.best == (.25, 4) and "best word error rate" in view.head() and "25.00% at step 4" in view.head()
     assert 'aria-label="word error rate: eval wer from 50.00% at step 2 to 37.50% at step 8; eval wer a' in view.curves()
     assert "eval wer" not in re.search('aria-label="loss per token[^"]*"', view.curves())[0]
-    assert TrainReport(tmp_path, 8, 1, 2, lines, eval_metric="wer", final_step=4).figures()[-1] == ("word error rate", "25.00%")
+    report = TrainReport(tmp_path, 8, 1, 2, lines, eval_metric="wer", final_step=4)
+    assert report.figures()[-1] == ("word error rate", "25.00%")
+    assert 'alt="loss from 1 at step 1 to 0.125 at step 8; eval loss from' in report._repr_html_() and "eval wer from 0.5 at step 2 to 0.375 at step 8" in report._repr_html_()
+
+
+@pytest.mark.parametrize("low, high, shown", [(1.4, 8, {"2", "3", "4", "6"}), (.0007, 300, {"0.001", "0.01", "0.1", "1", "10", "100"}), (.25, 3, {"0.3", "0.4", "0.6", "1", "2"})])
+def test_the_loss_axis_has_plain_numbers(tmp_path, low, high, shown):
+    "6, not 6 × 10⁰"
+    figure = TrainReport(tmp_path, 2, 1, 2, [dict(step=1, loss=high), dict(step=2, loss=low)]).figure()
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    bottom, top = axis.get_view_interval()
+    ticks = [(t.get_loc(), t.label1.get_text()) for t in axis.get_major_ticks() + axis.get_minor_ticks()]
+    found = {text for at, text in ticks if text and bottom <= at <= top}
+    assert shown <= found and all(float(text) == pytest.approx(at) and text == f"{at:g}" for at, text in ticks if text)

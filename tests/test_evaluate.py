@@ -85,6 +85,21 @@ def test_displays(tmp_path, refs, preds, kwargs):
     else: assert len(d["worst"]) <= r.most
 
 
+def luminance(rgb): return sum(w*(c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4) for w, c in zip((.2126, .7152, .0722), (v/255 for v in rgb)))
+
+
+@pytest.mark.parametrize("text, page", [("212121", "ffffff"), ("e0e0e0", "111111"), ("ced6dd", "222832")], ids=["light", "dark", "dark site"])
+def test_numbers_and_corrections_are_legible(tmp_path, text, page):
+    "A text on a tint of the page, as the text of the page is; WCAG asks for 4.5"
+    shown = report(tmp_path, ["yes", "no"] * 10, ["yes", "yes"] * 10)._repr_html_() + report(tmp_path, ["one two"] * 2 + ["a"], ["three", "two", "a"])._repr_html_()
+    tints = set(re.findall(r"background:rgba\((\d+),(\d+),(\d+),([\d.]+)\)", shown))
+    assert len({t[:3] for t in tints}) == 2 and max(float(t[3]) for t in tints) >= .4 and not re.search("[^-]color:", shown)
+    text, page = (bytes.fromhex(c) for c in (text, page))
+    for *rgb, alpha in tints:
+        dark, light = sorted([luminance(text), luminance([float(alpha)*int(c) + (1 - float(alpha))*p for c, p in zip(rgb, page)])])
+        assert (light + .05)/(dark + .05) >= 4.5, (rgb, alpha)
+
+
 def test_order_of_labels_and_rows(tmp_path):
     r = report(tmp_path, list("bbbaaac"), list("bxxaaa") + [""])
     assert [(x["label"], x["rows"], x["exact"], x["wrong"], x["wrong_rows"]) for x in r.label_table()] == [("a", 3, 3, None, 0), ("b", 3, 1, "x", 2), ("c", 1, 0, "", 1)]

@@ -114,6 +114,8 @@ def test_the_report_of_a_check_plays_what_can_be_played(tmp_path, clips):
     assert [(b.line, bool(b.clip)) for b in report.bad] == [(6, True), (7, True), (8, True), (9, True), (10, False)]
     page = report._repr_html_()
     some, tables = page.split("</details>")
+    line, padding = float(re.search(r"font:13px/([\d.]+)", some)[1]), int(re.search(r"<summary style='padding:(\d+)px", some)[1])
+    assert 13*line + 2*padding >= 24, "what is clicked has the 24 pixels that WCAG asks for"
     assert some.count("<audio") in (5, 6) and "text.wav" not in some, "of rows that can be used, and of the one without an answer"
     assert tables.count("<audio") == 2 and "first 10 s" in tables, "of the row without an answer, and the beginning of the clip that is too long"
     assert "max_audio_seconds" in tables and "--max" not in page and "<b>.wav" not in page and "--max-audio-seconds" in str(report)

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['INK', 'PAPER', 'BLUE', 'ORANGE', 'GREEN', 'RED', 'COLOURS', 'HOVER', 'FINE', 'COARSE', 'round_numbers', 'log_numbers',
            'Scale', 'Axes', 'Colour', 'draw_text', 'draw_grid', 'Line', 'as_lines', 'draw_legend', 'columns',
-           'column_steps', 'draw_hover', 'describe', 'text_sizes', 'chart', 'with_images', 'ChartLook',
+           'column_steps', 'box_place', 'draw_hover', 'describe', 'text_sizes', 'chart', 'with_images', 'ChartLook',
            'chart_controls', 'value_table']
 
 # %% ../../nbs/5_cli/00_charts.ipynb #c4
 import html, math, re
+from bisect import bisect
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Callable, Iterable, NamedTuple
 from ..base.curves import Bucket, Curve, number
-from ..base.html import Html, as_html, html_table, svg_image
+from ..base.html import Html, as_html, html_table, scrolling, svg_image
 from ..base.text import shorten
 
 # %% ../../nbs/5_cli/00_charts.ipynb #c6
@@ -215,6 +216,24 @@ def column_steps(
     first, last = min(b.first for b in values.values()), max(b.last for b in values.values())
     return f'step {last:,.0f}' if first==last else f'steps {first:,.0f} to {last:,.0f}'
 
+def box_place(
+    curves:tuple, # x of each column, y of its highest line, y of its lowest one, as pixels
+    axes:Axes, # The area
+    x:float, # Pixel of the pointer
+    width:float, # Of the box, in pixels
+    height:float, # Of the box, in pixels
+)->tuple[float, bool]: # Its left edge, and whether it stands at the bottom
+    "Beside the pointer, where a box hides the least of the curves"
+    xs, highest, lowest = curves
+    def hidden(place):
+        left, at_bottom = place
+        covered = slice(bisect(xs, left), bisect(xs, left+width))
+        if at_bottom: return max(0, height-axes.bottom + max(lowest[covered], default=0))
+        return max(0, axes.top+height - min(highest[covered], default=axes.bottom))
+    most = max(0, axes.right-width)
+    sides = [left for left in (x+8, x-8-width) if 0 <= left <= most] or [min(x+8, most)]
+    return min(((left, at_bottom) for at_bottom in (False, True) for left in sides), key=hidden)
+
 # %% ../../nbs/5_cli/00_charts.ipynb #c22
 HOVER = (f'.mdl-hover g g{{visibility:hidden;pointer-events:none;stroke:{INK.css()}}}.mdl-hover g:hover g{{visibility:visible}}'
          f'.mdl-hover .box{{fill:{PAPER.css()};width:calc(var(--full)*.54em + 1em)}}'
@@ -232,6 +251,7 @@ def draw_hover(
     found = columns(lines, lambda step: axes.x(step)/pixels)
     centres = [column*pixels for column,_ in found]
     edges = [axes.left, *((a+b)/2 for a,b in zip(centres, centres[1:])), axes.right]
+    highest, lowest = ([axes.y(f(b.mean for b in values.values())) for _,values in found] for f in (max, min))
     height, out = axes.bottom-axes.top, []
     for at,start,stop,(_,values) in zip(centres, edges, edges[1:], found):
         many = any(b.low < b.high for b in values.values())
@@ -243,13 +263,15 @@ def draw_hover(
         full, short = max(len(text + more) for text,more in texts), max(len(text) for text,_ in texts)
         texts = [(text, more and f'<tspan class="range">{more}</tspan>') for text,more in texts]
         width = max(6.5*full + 12, 10.5*short + 20) # with small text, and with large text
-        left = at+8 if at+8+width < axes.right else max(at-8-width, 0)
+        em = 1.25*len(texts) + .6 # height of the box
+        left, at_bottom = box_place((centres, highest, lowest), axes, at, width, 12*em)
+        y, up = (axes.bottom, f'transform:translateY(-{em}em)') if at_bottom else (axes.top, '')
         line = f'<tspan x="{left+6:.0f}" dy="1.25em">'
         rows = ''.join(f'{line}{html.escape(text)}{more}</tspan>' for text,more in texts)
-        size = f'--full:{full};--short:{short};height:{1.25*len(texts)+.6}em'
-        box = f'<rect x="{left:.0f}" y="{axes.top:.0f}" style="{size}" class="box"/>'
+        size = f'--full:{full};--short:{short};height:{em}em;{up}'
+        box = f'<rect x="{left:.0f}" y="{y:.0f}" style="{size}" class="box"/>'
         area = f'<rect x="{start:.0f}" width="{max(stop-start, 1):.0f}" height="{height}" y="{axes.top}"/>'
-        out.append(f'<g>{area}<g><path d="M{at} {axes.top}v{height}"/>{box}<text y="{axes.top}">{rows}</text></g></g>')
+        out.append(f'<g>{area}<g><path d="M{at} {axes.top}v{height}"/>{box}<text y="{y:.0f}" style="{up}">{rows}</text></g></g>')
     return f'<g class="mdl-hover" fill="none" pointer-events="all"><style>{HOVER}</style>{"".join(out)}</g>'
 
 # %% ../../nbs/5_cli/00_charts.ipynb #c24
@@ -367,4 +389,4 @@ def value_table(
     def row(values):
         return [column_steps(values), *(number(values[line.name].mean, form) if line.name in values else '' for line in lines)]
     table = html_table([row(values) for _,values in found], ['mean over', *(line.name for line in lines)])
-    return Html(f'<div style="overflow-x:auto">{table}</div>')
+    return scrolling(table, 'values of the curves')

@@ -108,7 +108,8 @@ def _repr_html_(self:DemoReport):
     out = BytesIO()
     self.figure().savefig(out, dpi=70, format='jpg')
     picture = b64encode(out.getvalue()).decode()
-    return f"<img src='data:image/jpeg;base64,{picture}'>{self.answers._repr_html_()}"
+    alt = f'{DemoReport.figure.__doc__}: {self.before:.1%} before, {self.after:.1%} after'
+    return f"<img alt='{alt}' style='max-width:100%' src='data:image/jpeg;base64,{picture}'>{self.answers._repr_html_()}"
 
 # %% ../../nbs/5_cli/08_demo.ipynb #c12
 def demo_folder(

@@ -192,8 +192,8 @@ def histogram_html(
 def clips_html(self:CheckReport)->Html: # Empty if there are none
     "Some clips by label, folded up"
     clips = [entry for entry in sampled_clips(self.sample) if entry[1] not in self.unusable]
-    if not clips: return Html()
-    return html_box(Html("<details><summary>some clips</summary>"), clips_html(clips, self.settings, 40), Html("</details>"))
+    start = Html("<details><summary style='padding:3px 0'>some clips</summary>")
+    return html_box(start, clips_html(clips, self.settings, 40), Html("</details>")) if clips else Html()
 
 @patch
 def _repr_html_(self:CheckReport):

@@ -204,10 +204,9 @@ class InferReport:
 
 # %% ../../nbs/4_infer/02_run.ipynb #c15
 def prompt_html(
-    conversation:Conversation|None, # A prompt
+    conversation:Conversation, # A prompt
 )->Html: # HTML
     "The clips of a prompt, and the text of its last turn"
-    if conversation is None: return Html()
     text = as_html(conversation.prompt_text())
     return Html('<br>'.join([*map(clip_html, conversation.clips), *([text] if text else [])]))
 
@@ -221,9 +220,10 @@ def reference_mark(
 
 @patch
 def _repr_html_(self:InferReport):
-    def answer(row): return row.prediction if row.reason is None else Html(f'<i>{as_html(row.reason)}</i>')
-    rows = [(r.row.line, prompt_html(r.conversation), answer(r), reference_mark(r)) for r in self.sample]
-    return f"<p style='white-space:pre-line'>{as_html(self)}</p>{html_table(rows, ['line', 'prompt', 'answer', ''])}"
+    answered = [r for r in self.sample if r.reason is None]
+    rows = [(r.row.line, prompt_html(r.conversation), r.prediction, reference_mark(r)) for r in answered]
+    table = html_table(rows, ['line', 'prompt', 'answer', '']) if rows else ''
+    return f"<p style='white-space:pre-line'>{as_html(self)}</p>{table}"
 
 # %% ../../nbs/4_infer/02_run.ipynb #c17
 def open_output(
