@@ -152,10 +152,12 @@ def check_new(
         if not out.ends and out.fs.isfile(out.path): found[out.address] = 0
     if not found: return
     if not overwrite:
-        raise InputError(f"{out.address}: the output exists already; choose another --output, or replace it with --overwrite true")
+        raise InputError(f"{out.address}: the output exists already; choose another --output, "
+                         "or replace it with --overwrite true")
     foreign = [name for name in found if not any(fnmatch(name, own) for own in own_files)]
     if marker and not any(fnmatch(name, marker) for name in found): foreign = [*found]
-    if foreign: raise InputError(f"{out.address}: not replaced: this command did not write {foreign[0]}; choose another --output")
+    if foreign:
+        raise InputError(f"{out.address}: not replaced: this command did not write {foreign[0]}; choose another --output")
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #45c07c38
 def upload(
@@ -251,18 +253,21 @@ def begin_output(
     checks:tuple, # `marker` and `own_files` of `check_new`
 )->dict|None: # The fields of the report of an earlier run, whose result is complete and only waits to be uploaded
     "Lock the place on this machine, and check the address"
+    def say(text): print(without_secrets(text), file=sys.stderr, flush=True)
     if getattr(s, 'join', False):
-        raise InputError(f"--join: {out.address} is not in a folder that the processes share; choose such a folder, or leave out --join")
+        raise InputError(f"--join: {out.address} is not in a folder that the processes share; "
+                         "choose such a folder, or leave out --join")
     make_folder(out.record.parent)
     stack.enter_context(file_lock(out.lock, out.address))
-    known, key, retry = json.loads(out.record.read_text()) if out.record.exists() else {}, run_key(s), getattr(s, 'retry_rejects', False)
+    known = json.loads(out.record.read_text()) if out.record.exists() else {}
+    key, retry = run_key(s), getattr(s, 'retry_rejects', False)
     same, waits = known.get('key')==key, known.get('report') is not None and out.local.exists()
     if same and waits:
-        print(without_secrets(f"{out.address}: uploading the result of an earlier run, {out.local}"), file=sys.stderr, flush=True)
+        say(f"{out.address}: uploading the result of an earlier run, {out.local}")
         return known['report']
     if waits and not (s.overwrite or retry):
-        raise InputError(f"{out.address}: the result of an earlier command for this address, with other settings or input, waits in "
-                         f"{out.local} to be uploaded; repeat that command, or discard it with --overwrite true")
+        raise InputError(f"{out.address}: the result of an earlier command for this address, with other settings or input, "
+                         f"waits in {out.local} to be uploaded; repeat that command, or discard it with --overwrite true")
     if waits and s.overwrite: shutil.rmtree(out.local.parent)
     begun = out.local.parent.exists() and any(out.local.parent.iterdir())
     overwrite = s.overwrite or retry or begun and same and known['overwrite']
@@ -270,7 +275,7 @@ def begin_output(
     check_writable(out)
     if retry and not out.local.exists(): fetch_output(out)
     write_json(out.record, dict(key=key, overwrite=overwrite, report=None))
-    print(without_secrets(f"{out.address}: written to {out.local}, and uploaded once it is complete"), file=sys.stderr, flush=True)
+    say(f"{out.address}: written to {out.local}, and uploaded once it is complete")
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #4a9f5ba8
 def deliver(
