@@ -32,7 +32,7 @@ from mdl_nbdev.base.settings import CheckSettings, InferSettings, TrainSettings
 from mdl_nbdev.base.status import STATUS_BYTES, RunStatus, read_status
 from mdl_nbdev.base.status import phase as phase_of_run
 from mdl_nbdev.cli.background import warnings_noted
-from mdl_nbdev.cli.charts import COLOURS, GREEN, INK, PAPER, RED, ChartLook, chart
+from mdl_nbdev.cli.charts import COLOURS, GREEN, INK, PAPER, RED, Axes, ChartLook, chart
 from mdl_nbdev.cli.demo import plot_answer
 from mdl_nbdev.cli.form import RUNS, SettingsForm, form_groups
 from mdl_nbdev.cli.inference import start_inference
@@ -185,6 +185,17 @@ def test_values_under_the_pointer():
     page = re.sub(r'<tspan class="range">(.*?)</tspan>', r"\1", long.curves()) # narrow pages leave these out
     assert re.search(r"steps [\d,]+ to [\d,]+: mean \(lowest to highest\)</tspan><tspan[^>]*>loss -?[\d.]+ \(-?[\d.]+ to -?[\d.]+\)", page), "the mean and the range of many steps"
     assert page != long.curves()
+
+
+@pytest.mark.parametrize("last", [5, 97, 1200, 2500, 3000, 10_000, 61_000, 100_000, 1_000_000])
+def test_numbers_of_steps_do_not_touch(last):
+    "In the large text of narrow pages, whose digits are .58 of its size wide"
+    c = Curve()
+    for step in (1, last): c.add(step, float(step))
+    axes = Axes([c], 440, 190)
+    widths = [.58*19.5*len(f"{v:,.0f}") for v in axes.x_ticks]
+    centres = [min(axes.x(v), 440 - w/2) for v, w in zip(axes.x_ticks, widths)]
+    assert len(centres) > 1 and all(a + v/2 < b - w/2 for a, v, b, w in zip(centres, widths, centres[1:], widths[1:]))
 
 
 @pytest.mark.parametrize("curve", [lambda i: 3*math.exp(-i/30) + .3, lambda i: 3 - 3*math.exp(-i/30), lambda i: abs(i - 40)/20 + .1], ids=["falling", "rising", "falling, then rising"])

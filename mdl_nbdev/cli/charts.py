@@ -83,7 +83,9 @@ class Axes:
         self.y_ticks = log_numbers(low, high) if self.log else round_numbers(low, high, 4)
         first, last = min(b.first for b in buckets), max(b.last for b in buckets)
         n = max(1, min(width//80, (width-60)//(7*len(f'{last:,.0f}') + 44))) # so that long numbers don't touch
-        self.x_ticks = [v for v in round_numbers(first, last, n) if v==int(v)]
+        ticks, fewer = (round_numbers(first, last, k) for k in (n, n/2))
+        if len(ticks) > n and len(fewer) > 1: ticks = fewer
+        self.x_ticks = [v for v in ticks if v==int(v)]
         self.left = max(34, 12 + 9*max(len(f'{v:.6g}') for v in self.y_ticks)) # where the numbers of the y axis end
         self.top, self.right, self.bottom = 10, width-8, height-26
         self.x = Scale(first, last, self.left, self.right)
@@ -236,7 +238,7 @@ def box_place(
 
 # %% ../../nbs/5_cli/00_charts.ipynb #c22
 HOVER = (f'.mdl-hover g g{{visibility:hidden;pointer-events:none;stroke:{INK.css()}}}.mdl-hover g:hover g{{visibility:visible}}'
-         f'.mdl-hover .box{{fill:{PAPER.css()};width:calc(var(--full)*.54em + 1em)}}'
+         f'.mdl-hover .box{{fill:{PAPER.css()};fill-opacity:.85;width:calc(var(--full)*.54em + 1em)}}'
          f'.mdl-hover text{{fill:{INK.css()};stroke:none}}')
 FINE, COARSE = 4, 8 # Pixels of a column, for up to 100 points and for more
 
