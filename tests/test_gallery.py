@@ -55,6 +55,8 @@ def test_all_kinds_of_files(tmp_path, clips):
     for name in ("a.csv", "b.csv"): (folder/name).write_bytes(csv.read_bytes())
     page = show_clips(folder, base_dir=clips, per_label=8)
     assert "<b>task</b>: 16 rows, 2 labels<" in page and "a.csv:2" in page and "b.csv:9" in page
+    unlabeled = write(tmp_path/"unlabeled.csv", csv.read_text() + "0.wav,\n")
+    assert "9 rows, 2 labels<" in show_clips(unlabeled, base_dir=clips, per_label=4), "a row without an answer has no label"
 
 
 def test_parts_of_clips_and_what_cannot_be_read(tmp_path, clips):

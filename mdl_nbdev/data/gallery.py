@@ -95,7 +95,8 @@ def __str__(self:RowSample):
     def some(n, total, noun): return f'{n:,} of {plural(total, noun)}' if n < total else plural(total, noun)
     shown, total = len(self.titled_rows()), self.counts.total()
     texts = [some(shown, total, 'row')]
-    if self.has_labels: texts.append(some(len(self.drawn), len(self.counts), 'label'))
+    drawn, labels = (len(found.keys() - {None}) for found in (self.drawn, self.counts))
+    if self.has_labels: texts.append(some(drawn, labels, 'label'))
     return ', '.join(texts) + ('; another seed draws others' if shown < total else '')
 
 # %% ../../nbs/1_data/13_gallery.ipynb #c13
