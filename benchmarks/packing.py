@@ -22,12 +22,14 @@ from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
+from mdl_nbdev.model.packed_attention import attend_by_sample
 from mdl_nbdev.train.batches import StepSampler, padding_waste
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
-# Name -> batch size, length of a pack, by length?
-WAYS = {"8 rows, at random": (8, None, False), "8 rows, by length": (8, None, True), "32 rows, by length": (32, None, True),
-        "packed, 1 x 256": (1, 256, True), "packed, 4 x 256": (4, 256, True), "packed, 1 x 1024": (1, 1024, True)}
+# Name -> batch size, length of a pack, by length?, a mask over the whole pack?
+WAYS = {"8 rows, at random": (8, None, False, False), "8 rows, by length": (8, None, True, False), "32 rows, by length": (32, None, True, False),
+        "packed, 1 x 256": (1, 256, True, False), "packed, 4 x 256": (4, 256, True, False), "packed, 1 x 1024": (1, 1024, True, False),
+        "packed, 4 x 256, with a mask": (4, 256, True, True), "packed, 1 x 1024, with a mask": (1, 1024, True, True)}
 BASE = "8 rows, by length"
 
 
@@ -57,6 +59,7 @@ def clock(device):
 
 def epoch(model, batches, optimizer):
     "Seconds to learn from all batches once"
+    attend_by_sample(model, "cu_seq_lens_q" in batches[0])
     start = clock(model.device)
     for batch in batches:
         batch = batch.to(model.device)
@@ -67,12 +70,12 @@ def epoch(model, batches, optimizer):
     return clock(model.device) - start
 
 
-def prepare(examples, pad, size, pack, by_length):
+def prepare(examples, model, pad, size, pack, by_length, masked):
     "The batches of one way, and the share of their positions that is padding"
     lengths = np.array([len(e.input_ids) for e in examples])
     if by_length: groups = StepSampler(lengths, size, pack=pack).batches(0)
     else: groups = np.split(np.random.default_rng(0).permutation(len(lengths)), range(size, len(lengths), size))
-    collate = Collator(pad, MiDashengLMFamily())
+    collate = Collator(pad, MiDashengLMFamily(), bounds=not masked and attend_by_sample(model))
     return [collate([[examples[j] for j in i] if pack else examples[i] for i in g]) for g in groups], padding_waste(lengths, groups)
 
 
@@ -82,7 +85,7 @@ def measure(make, n, width, repeats, device):
     examples, model, pad = make(n, np.random.default_rng(0), width)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    ways = {name: prepare(examples, pad, *way) for name, way in WAYS.items()}
+    ways = {name: prepare(examples, model, pad, *way) for name, way in WAYS.items()}
     for batches, _ in ways.values(): epoch(model, batches[:2], optimizer)
     seconds = {name: [] for name in ways}
     for _ in range(repeats):

@@ -49,8 +49,8 @@ def build(kind, folder):
 
 
 @torch.no_grad()
-def logits(model, examples):
-    batch = Collator(tok.pad_token_id, TEXT)(examples)
+def logits(model, examples, bounds=False):
+    batch = Collator(tok.pad_token_id, TEXT, bounds=bounds)(examples)
     return logits_at(model.eval(), {k: v for k, v in batch.inputs.items() if k != "labels"}, torch.arange(batch["labels"].numel()))
 
 
@@ -84,9 +84,9 @@ def check_lora(folder, settings):
 def check_packed(folder, settings):
     "Packed rows compute what they compute alone, or packing is refused"
     model, (chat, rows) = load_model(settings["model_name"]), examples(folder/"base")
-    try: check_packing(model, chat)
+    try: bounds = check_packing(model, chat)
     except InputError: return
-    packed, alone = logits(model, [rows]), logits(model, rows[1:])
+    packed, alone = logits(model, [rows], bounds), logits(model, rows[1:])
     assert (packed[-len(alone):] - alone).abs().max() < 1e-3*alone.std()
 
 

@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mdl_nbdev.base.errors import InputError
+from mdl_nbdev.model import packed_attention
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
+from mdl_nbdev.model.packed_attention import attend_by_sample
 from mdl_nbdev.train.batches import StepSampler, pack_rows, padding_waste
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
@@ -288,8 +290,9 @@ def losses_and_gradients(model, batch, mode):
     return sums.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def check_packing(model, examples, packs, pad):
-    collate, at = Collator(pad, MiDashengLMFamily()), [i for p in packs for i in p]
+def check_packing(model, examples, packs, pad, bounds):
+    if bounds: assert attend_by_sample(model) and model.config.get_text_config()._attn_implementation == "by_sample"
+    collate, at = Collator(pad, MiDashengLMFamily(), bounds=bounds), [i for p in packs for i in p]
     for mode in ("case1", "case2", "case3", "case4"):
         packed, got = losses_and_gradients(model, collate([[examples[i] for i in p] for p in packs]), mode)
         rows, want = losses_and_gradients(model, collate([examples[i] for i in at]), mode)
@@ -303,38 +306,73 @@ TEXT = dict(gpt_neox=lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)), qwen2=l
             qwen3=lambda: Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, head_dim=16, **SMALL)))
 
 
+@pytest.mark.parametrize("bounds", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", TEXT)
-def test_packed_text(name, checkpointing):
+def test_packed_text(name, checkpointing, bounds):
     torch.manual_seed(0)
     model = TEXT[name]().train()
     assert model.config._attn_implementation == "sdpa"
     if checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
     rng = np.random.default_rng(0)
     examples = [text_example(rng, n, i % 2) for i, n in enumerate([12, 30, 2, 7, 25, 1, 18, 40])]
-    check_packing(model, examples, [[7, 3, 2], [1, 0, 5], [4, 6]], 96)
+    check_packing(model, examples, [[7, 3, 2], [1, 0, 5], [4, 6]], 96, bounds)
 
 
+@pytest.mark.parametrize("bounds", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_audio(checkpointing):
+def test_packed_audio(checkpointing, bounds):
     model, tok = tiny_model().train(), tiny_tokenizer()
     if checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
     rng = np.random.default_rng(0)
     clips = [[1.0], [0.3, 2.2], [], [4.0], [0.7], [1.5]]
     examples = [audio_example(rng, s, n, i % 2, tok) for i, (s, n) in enumerate(zip(clips, [12, 30, 9, 7, 25, 3]))]
-    check_packing(model, examples, [[3, 0, 2], [1, 5, 4]], tok.pad_token_id)
+    check_packing(model, examples, [[3, 0, 2], [1, 5, 4]], tok.pad_token_id, bounds)
 
 
-def test_a_change_in_a_sample_changes_no_other():
+@pytest.mark.parametrize("bounds", [False, True])
+def test_a_change_in_a_sample_changes_no_other(bounds):
     torch.manual_seed(0)
     model, rng = TEXT["gpt_neox"](), np.random.default_rng(0)
+    assert attend_by_sample(model, bounds) == bounds
     examples = [text_example(rng, n, 0) for n in (20, 9, 14)]
-    logits = lambda: model(**{k: b[k] for k in ("input_ids", "position_ids")}, use_cache=False).logits.detach()
-    b = Collator(96, MiDashengLMFamily())([examples])
+    logits = lambda: model(**{k: v for k, v in b.inputs.items() if k != "labels"}, use_cache=False).logits.detach()
+    b = Collator(96, MiDashengLMFamily(), bounds=bounds)([examples])
     before = logits()
     b["input_ids"][0, 22] = (b["input_ids"][0, 22] + 1) % 89
     same = (logits() == before).all(-1)[0]
     assert same[:22].all() and not same[22:29].any() and same[29:].all()
+
+
+def test_only_what_says_no_more_than_the_bounds_is_left_out_of_a_mask(monkeypatch):
+    "Layers with a window keep theirs; padded rows and rows in a cache compute as under sdpa"
+    kinds = ["sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, use_sliding_window=True, sliding_window=8, layer_types=kinds, **SMALL)).eval()
+    rng = np.random.default_rng(0)
+    examples = [text_example(rng, n, 0) for n in (20, 9, 14)]
+    padded = Collator(96, MiDashengLMFamily(), side="left")(examples)
+    def computed(packed):
+        with torch.no_grad():
+            rows = model(**{k: v for k, v in packed.inputs.items() if k != "labels"}, use_cache=False).logits
+            return rows, model.generate(padded["input_ids"], attention_mask=padded["attention_mask"], max_new_tokens=6, do_sample=False)
+    want = computed(Collator(96, MiDashengLMFamily())([examples]))
+    assert attend_by_sample(model)
+    seen, within = [], packed_attention.within_samples
+    monkeypatch.setattr(packed_attention, "within_samples", lambda *a: seen.append(a) or within(*a))
+    got = computed(Collator(96, MiDashengLMFamily(), bounds=True)([examples]))
+    assert len(seen) == kinds.count("full_attention")
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("size, of_value", [(64, 64), (20, 20), (24, 16), (16, 24)])
+def test_the_kernel_of_gpus_takes_what_it_is_given(size, of_value):
+    "On PyTorch's device without data, which runs its checks of arguments and shapes, forward and backward"
+    tensors = [torch.empty(50, 4, n, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (size, size, of_value)]
+    out = packed_attention.within_samples(*tensors, torch.empty(9, dtype=torch.int32, device="meta"), 12)
+    assert out.shape == (50, 4, of_value)
+    out.sum().backward()
+    assert all(t.grad.shape == t.shape for t in tensors)
 
 
 @pytest.mark.slow

@@ -43,16 +43,17 @@ def test_what_is_compared(tmp_path, monkeypatch, comparison):
             assert s.model_name == str(sandbox.parent/"model") and Path(s.model_name, "config.json").exists()
             data = s.train_dataset[0] if prog == "mdl_train" else s.input
             assert data.exists() or data == sandbox.parent/"convert-0-0"/"out"
-            seen.append((prog, getattr(s, "lora_target_modules", None)))
+            seen.append((prog, getattr(s, "lora_target_modules", None), getattr(s, "gradient_checkpointing", None)))
         sandbox.mkdir()
         return comparison.Run(len(seen) + 2., 3., 4_000_000, 5_000_000)
     monkeypatch.setattr(comparison, "run", read)
     monkeypatch.setattr(sys, "argv", ["against_mdl_toolkit.py", "--out", str(tmp_path/"r"), *SMALL])
     comparison.main()
-    assert seen == [("mdl_convert", None), ("mdl_infer", None), *[("mdl_train", comparison.PEER_TARGETS), ("mdl_train", None)]*2]
+    trainings = [("mdl_train", *how) for how in ((comparison.PEER_TARGETS, "auto"), (comparison.PEER_TARGETS, True), (None, "auto"))]
+    assert seen == [("mdl_convert", None, None), ("mdl_infer", None, None), *trainings*2]
     assert set(json.loads((tmp_path/"r.json").read_text())["runs"]) == TASKS
     table = (tmp_path/"r.md").read_text()
-    assert "| conversion, s |  | 3 |" in table and "| conversion, left on disk, MB |  | 5 |" in table and "| training, steady state, samples/s |  | 4 |" in table
+    assert "| conversion, s |  | 3 |" in table and "| conversion, left on disk, MB |  | 5 |" in table and "| training, steady state, samples/s |  | 2.67 |  | 2.67 |" in table
 
 
 def test_a_run_is_measured(tmp_path, comparison):

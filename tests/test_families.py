@@ -26,6 +26,7 @@ from mdl_nbdev.model.adapters import adapt
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.families import FAMILIES, load_chat
 from mdl_nbdev.model.load import load_model, load_processor, recompute_activations
+from mdl_nbdev.model.packed_attention import attend_by_sample
 from mdl_nbdev.model.probe import sees_neighbours
 from mdl_nbdev.model.save import load_adapter, merge, save_model
 from mdl_nbdev.model.targets import train_in_full
@@ -50,7 +51,7 @@ class Model:
         more = self.chat.tok(self.kind.added, add_special_tokens=False, return_tensors="pt")
         return dict(own) | {k: torch.cat([own[k], more[k]], 1) for k in ("input_ids", "attention_mask")}
 
-    def collate(self, items, side="right"): return Collator(self.chat.pad_id, self.chat.family, side)(items)
+    def collate(self, items, side="right", bounds=False): return Collator(self.chat.pad_id, self.chat.family, side, bounds=bounds)(items)
 
     def ask(self, text, *clips):
         "A turn of the user, without the text where the model takes none"
@@ -153,17 +154,20 @@ def test_spectrograms_are_masked(m):
     assert np.allclose(after, expected, atol=1e-5) and not np.array_equal(after, before) and set(masked) == set(tensors)
 
 
-@pytest.mark.parametrize("side", ["left", "right", "packed"])
+@pytest.mark.parametrize("side", ["left", "right", "packed", "packed with bounds"])
 def test_padding_and_neighbours_do_not_matter(m, side):
     talks = m.talks if m.kind.apart else {name: talk for name, talk in m.talks.items() if len({len(c) for c in [*clips_of(talk), noise(9000)]}) == 1}
     examples = [m.example(t) for t in talks.values()]
-    if side == "packed" and sees_neighbours(m.model, m.chat): pytest.fail("its rows could not be packed")
-    together = m.collate([examples] if side == "packed" else examples, "right" if side == "packed" else side)
+    packed, bounds = "packed" in side, "bounds" in side
+    assert not bounds or attend_by_sample(m.model)
+    if packed and sees_neighbours(m.model, m.chat, bounds): pytest.fail("its rows could not be packed")
+    together = m.collate([examples] if packed else examples, "right" if packed else side, bounds)
     with torch.no_grad():
         rows = m.model(**inputs_of(together), use_cache=False).logits
         for i, e in enumerate(examples):
             alone = m.model(**inputs_of(m.collate([e]))).logits[0]
             assert torch.allclose(rows[together["sample"] == i], alone, atol=5e-5), list(talks)[i]
+    attend_by_sample(m.model, False)
 
 
 @each_part

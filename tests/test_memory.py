@@ -499,19 +499,42 @@ def test_a_rank_that_no_matrix_can_have_is_noted():
     assert "--lora-rank 129: no adapted matrix can be of a higher rank than 128" in Trainable(adapt(tiny_model(), dataclasses.replace(settings(), lora_rank=129))).note
 
 
+def keeps(given, capacity, free, need, monkeypatch, weights=100, tokens=10):
+    "Whether a run computes activations again, where the estimate would be `need`"
+    def estimate(model, batch, s):
+        assert s.gradient_checkpointing is False
+        if need is None: raise InputError("no estimate")
+        return SimpleNamespace(total=need, weights=dict(float32=8, bfloat16=2), capacity=capacity)
+    monkeypatch.setattr(preview, "estimate_memory", estimate)
+    monkeypatch.setattr(preview, "available_memory", lambda: free)
+    monkeypatch.setattr(preview, "longest_batch", lambda *a: dict(labels=torch.zeros(2, tokens//2)))
+    model = SimpleNamespace(device=torch.device("cuda" if capacity else "cpu"))
+    return preview.recomputes(SimpleNamespace(s=settings(gradient_checkpointing=given), model=model, train_dataset=None, data_collator=None, size=SimpleNamespace(total=weights)))
+
+
 @pytest.mark.parametrize("given, capacity, free, need, expected", [
     ("auto", 80., 0, 71.9, False), ("auto", 80., 0, 72.1, True), ("auto", 80., 100, None, True), ("auto", None, 100, None, True),
     ("auto", None, 100, 59.9, False), ("auto", None, 100, 60.1, True), ("auto", None, None, 11., True),
     (True, None, 100, 11., True), (False, 80., 0, 100., False)])
 def test_activations_are_kept_where_memory_has_room_for_them(given, capacity, free, need, expected, monkeypatch):
     "The longest batch has to fit into nine tenths of a GPU, or what it adds to the weights into half of what a CPU has free; without an estimate they are computed twice"
-    def of_longest(trainer, s):
-        assert s.gradient_checkpointing is False
-        if need is None: raise InputError("no estimate")
-        return SimpleNamespace(total=need, weights=dict(float32=8, bfloat16=2), capacity=capacity)
-    monkeypatch.setattr(preview, "memory_of_longest", of_longest)
-    monkeypatch.setattr(preview, "available_memory", lambda: free)
-    trainer = SimpleNamespace(s=settings(gradient_checkpointing=given))
-    assert preview.recomputes(trainer) is expected
+    assert keeps(given, capacity, free, need, monkeypatch) is expected
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2") # two ranks need twice as much of one machine, and each has its own GPU
-    assert preview.recomputes(trainer) is (expected or given == "auto" and not capacity)
+    assert keeps(given, capacity, free, need, monkeypatch) is (expected or given == "auto" and not capacity)
+
+
+def test_small_models_on_a_cpu_need_no_estimate(monkeypatch):
+    "Four bytes for each weight and token are less than half of what is free: 4 x 100 x 10 bytes"
+    assert keeps("auto", None, 8001, None, monkeypatch) is False
+    assert keeps("auto", None, 7999, None, monkeypatch) is True
+    assert keeps("auto", 80., 8001, None, monkeypatch) is True
+
+
+@pytest.mark.parametrize("kind", ["neox", "gpt2", "qwen2", "qwen3", "mixtral", "qwen2-audio", "audio"])
+def test_a_step_stays_far_below_the_bound_that_replaces_its_estimate(kind):
+    "Also with all weights trained and no layer computed again"
+    s = settings(gradient_checkpointing=False, tuning="full", train_target=everything.split(","))
+    model, x = plain(kind), batch(kind, False, rows=2)
+    need = M.estimate_memory(model, x, s)
+    bound = 4*sum(p.numel() for p in model.parameters())*x["labels"].numel()
+    assert need.total - sum(need.weights.values()) < bound/4

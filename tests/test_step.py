@@ -13,6 +13,7 @@ from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import tiny_model
+from mdl_nbdev.model.probe import check_packing
 from mdl_nbdev.model.text_family import tiny_text_model
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
@@ -45,15 +46,18 @@ def rows(chat, seconds):
 CASES = {"tiny": [[.1, 2.], [11.], [3.]], "tiny-text": [[], [], []]}
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_waits_for_nothing(name, recomputed):
+def test_a_step_waits_for_nothing(name, recomputed, packed):
     "From the batch that the workers made to the gradients"
     torch.manual_seed(0)
     chat, model = load_chat(name), tiny_model() if name == "tiny" else tiny_text_model()
     model = adapt(model, TuneSettings(lora_rank=4)).train()
     if recomputed: model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    batch = Collator(chat.pad_id, chat.family)(list(rows(chat, CASES[name])))
+    examples = list(rows(chat, CASES[name]))
+    batch = Collator(chat.pad_id, chat.family, bounds=packed and check_packing(model, chat))([examples] if packed else examples)
+    assert ("cu_seq_lens_q" in batch) == packed
     (weights,), _ = loss_weights([batch], "tokens", [1.], 1)
     model(**batch.inputs) # makes mel filters, once
     with Operators() as seen:

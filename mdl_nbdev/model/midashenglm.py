@@ -209,9 +209,10 @@ class MiDashengLMModel(AudioInputs, MiDashengLMPreTrainedModel, GenerationMixin)
         if position_ids is None and torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1]:]
         if labels is not None: use_cache = False
-        text = self.decoder.config
-        if attention_mask is None and position_ids is None and not use_cache and past_key_values is None \
-           and text._attn_implementation == "sdpa" and set(text.layer_types) == {"full_attention"}:
+        text, way = self.decoder.config, self.decoder.config._attn_implementation
+        told = way == "by_sample" and kwargs.get("cu_seq_lens_q") is not None # where packed samples begin
+        if attention_mask is None and (told or way == "sdpa" and position_ids is None) and not use_cache \
+           and past_key_values is None and set(text.layer_types) == {"full_attention"}:
             attention_mask = {"full_attention": None} # transformers would ask the GPU whether rows are packed
         out = self.decoder.model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,

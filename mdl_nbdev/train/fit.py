@@ -122,9 +122,10 @@ def make_trainer(
     model = load_adapted(s)
     check_vocabulary(model, chat)
     check_lengths(model, max(int(mix.n_tokens.max()) for mix in (training, evaluation) if mix))
-    if s.packing: check_packing(model, chat)
+    bounds = s.packing and check_packing(model, chat)
     processor = chat.family.processor(chat.tok)
-    collator = Collator(chat.pad_id, chat.family, silence=silent_example(chat) if ranks.world > 1 else None)
+    silence = silent_example(chat) if ranks.world > 1 else None
+    collator = Collator(chat.pad_id, chat.family, silence=silence, bounds=bounds)
     own = [MetricsFile(s.output/'metrics.jsonl'), SampleAnswers(s, chat)]
     trainer = TaskTrainer(s, model, processor, collator, ranks, args=training_arguments(s, model, evaluation is not None),
         train_dataset=training, eval_dataset=evaluation, processing_class=chat.tok, callbacks=[*own, *callbacks])

@@ -59,7 +59,7 @@ class OrderedRows(Trainer):
         "Batches of a dataset in the order that a sampler gives"
         workers = self.args.dataloader_num_workers
         return EpochLoader(ds, batch_sampler=batches, collate_fn=self.data_collator, num_workers=workers,
-                           worker_init_fn=start_loader_worker if workers else None,
+                           worker_init_fn=start_loader_worker if workers else None, persistent_workers=bool(workers),
                            pin_memory=self.args.dataloader_pin_memory, generator=torch.Generator())
 
     def get_train_dataloader(self):

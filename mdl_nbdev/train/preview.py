@@ -36,11 +36,13 @@ def recomputes(
     "Whether activations are computed again in the backward pass"
     s = trainer.s
     if s.gradient_checkpointing != 'auto': return s.gradient_checkpointing
-    try: need = memory_of_longest(trainer, replace(s, gradient_checkpointing=False))
+    batch, here = longest_batch(trainer.train_dataset, s, trainer.data_collator), trainer.model.device.type=='cpu'
+    free = (available_memory() or 0)/2/ranks_here() if here else 0
+    if 4*trainer.size.total*batch['labels'].numel() < free: return False
+    try: need = estimate_memory(trainer.model, batch, replace(s, gradient_checkpointing=False))
     except InputError: return True
     if need.capacity: return need.total > .9*need.capacity
-    free, step = available_memory(), need.total - sum(need.weights.values())
-    return free is None or step*ranks_here() > free/2
+    return need.total - sum(need.weights.values()) > free
 
 # %% ../../nbs/3_train/16_preview.ipynb #c7
 @dataclass(repr=False)
