@@ -394,6 +394,63 @@ def test_changed_input(whole):
     assert Path("out.csv").read_bytes() == Path("again.csv").read_bytes()
 
 
+def test_moved_lines(whole):
+    "Rows that are only on other lines keep their answers, and are reported where they are now"
+    rows = (whole/"sounds.csv").read_text().splitlines(True)
+    Path("rows.csv").write_text("".join(rows))
+    stopped(3, "rows.csv", base_dir=whole)
+    Path("rows.csv").write_text("".join([*rows[:20], "\n\n", *rows[20:]]))
+    report = infer(settings("rows.csv", "out.csv", base_dir=whole))
+    assert report.resumed == 48 and Path("out.csv").read_bytes() == (whole/"whole.csv").read_bytes()
+    assert [line for _, line, *_ in report.rejected] == [str(i + 2 + 2*(i >= 19)) for i in range(3, 70, 9)]
+
+
+def parsed_rows(monkeypatch):
+    "The lines on which rows start that are read from now on"
+    lines, row = [], CsvFile.row
+    monkeypatch.setattr(CsvFile, "row", lambda self, cells, line: (lines.append(line), row(self, cells, line))[1])
+    return lines
+
+
+@pytest.mark.parametrize("harm", [None, lambda marks: marks.unlink(), lambda marks: marks.write_text("{"), lambda marks: marks.write_text("[]"),
+                                  lambda marks: marks.write_text(marks.read_text().replace('"every": 16', '"every": 8'))])
+def test_finished_rows_are_not_read_again(harm, monkeypatch):
+    "A run that continues knows from an earlier one how many rows there are, and reads only those that it has to answer"
+    Path("ask.csv").write_text("user_prompt\n" + "".join(f"Spell {i}\n" for i in range(70)))
+    answer("ask.csv", "whole.csv", model_name="tiny-text")
+    stopped(3, "ask.csv", model_name="tiny-text")
+    if harm: harm(Path("out.csv.part.marks"))
+    lines = parsed_rows(monkeypatch)
+    report = answer("ask.csv", "out.csv", model_name="tiny-text")
+    assert report.resumed == 48 and Path("out.csv").read_bytes() == Path("whole.csv").read_bytes() and leftovers("out.csv") == []
+    assert lines == [*(range(2, 72) if harm else []), *range(50, 72)]
+
+
+def test_clips_of_finished_rows_are_compared(whole, three_shards, monkeypatch):
+    "Their rows are read once for that, and those that remain once to be answered"
+    shutil.copytree(three_shards, ".", dirs_exist_ok=True)
+    lines = parsed_rows(monkeypatch)
+    assert infer(settings(whole/"sounds.csv", "out.csv", base_dir=whole)).resumed == 48
+    assert lines == [*range(2, 50), *range(50, 72)]
+
+
+def test_an_edit_during_the_run(monkeypatch):
+    "A shard that is about to be read has changed: the run stops, and the next one answers what is there then"
+    text = "user_prompt\n" + "".join(f"Spell {i}\n" for i in range(300))
+    Path("ask.csv").write_text(text)
+    def edit(rows, done, total): Path("ask.csv").write_text(text.replace("Spell 299", "Write 299"))
+    with pytest.raises(InputError, match="ask.csv: changed while its rows were read; run the same command again"):
+        infer(settings("ask.csv", "out.csv", model_name="tiny-text"), [edit])
+    report = answer("ask.csv", "out.csv", model_name="tiny-text")
+    assert report.resumed >= 16 and "Write 299" in Path("out.csv").read_text() and leftovers("out.csv") == []
+
+
+def test_a_run_that_does_not_begin_leaves_nothing():
+    Path("ask.csv").write_text("user_prompt\nSpell cat\n")
+    with pytest.raises(InputError): answer("ask.csv", "out.csv", model_name="no-such-model")
+    assert sorted(p.name for p in Path().iterdir()) == ["ask.csv"]
+
+
 def test_starting_over(whole):
     stopped(3, whole/"sounds.csv", base_dir=whole)
     for p in ["out.csv.part", "out.csv.part.log"]: shutil.copy(p, p.replace(".part", ".part-1"))

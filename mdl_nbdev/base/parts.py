@@ -36,6 +36,7 @@ class LoggedShard:
     truncated:list=field(default_factory=list) # Of each row whose answer was truncated: row, line
     clips:str|None=None # From `clips_digest`; None in logs of earlier versions
     notes:dict=field(default_factory=dict) # Counts of silent clips and the like, from `count_notes`
+    raw:str|None=None # From `shard_digest`, with the key of a block for its rows; None: they were not read as a block
 
     @classmethod
     def parse(cls,
@@ -44,7 +45,7 @@ class LoggedShard:
         "Read a line; `ValueError`, `KeyError` or `TypeError` if it is damaged"
         d = json.loads(line.decode())
         required = [d[k] for k in ('window', 'start', 'end', 'digest', 'rows', 'rejects', 'cut')]
-        return cls(*required, d.get('clips'), d.get('notes', {}))
+        return cls(*required, d.get('clips'), d.get('notes', {}), d.get('raw'))
 
     def read(self,
         part, # Its part, a binary file
@@ -53,17 +54,19 @@ class LoggedShard:
         part.seek(self.start)
         return part.read(self.end - self.start)
 
-    def with_lines(self,
-        lines:dict, # Number of each row -> its line now
-    )->'LoggedShard':
-        "The same with the lines that its rows have after an edit of the input"
-        def moved(entries): return [[row, str(lines.get(int(row), line)), *rest] for row,line,*rest in entries]
-        return replace(self, rejects=moved(self.rejects), truncated=moved(self.truncated))
-
     def format(self)->str:
         "The line of the log"
         return json.dumps(dict(window=self.number, start=self.start, end=self.end, digest=self.digest, rows=self.rows,
-                               rejects=self.rejects, cut=self.truncated, clips=self.clips, notes=self.notes)) + '\n'
+                               rejects=self.rejects, cut=self.truncated, clips=self.clips, notes=self.notes, raw=self.raw)) + '\n'
+
+# %% ../../nbs/0_base/12_parts.ipynb #withlines
+@patch
+def with_lines(self:LoggedShard,
+    lines:dict, # Number of each row -> its line now
+)->LoggedShard:
+    "The same with the lines that its rows have after an edit of the input"
+    def moved(entries): return [[row, str(lines.get(int(row), line)), *rest] for row,line,*rest in entries]
+    return replace(self, rejects=moved(self.rejects), truncated=moved(self.truncated))
 
 # %% ../../nbs/0_base/12_parts.ipynb #c8
 @dataclass(frozen=True)
@@ -100,12 +103,14 @@ def append(self:OutputPart,
     input_text:str, # Its rows without predictions
     output_text:str, # The same rows with predictions
     rows:int, # Number of rows
+    block:str|None=None, # Key of the block of the input that has its rows
     **found # `rejects`, `truncated`, `clips` and `notes` of its `LoggedShard`
 )->None:
     "Append a finished shard: first its rows, then its line in the log"
     start, output = self.path.stat().st_size, output_text.encode()
     append_text(self.path, output_text, create=False) # others may have finished the run and removed it
-    shard = LoggedShard(number, start, start+len(output), shard_digest(input_text, output), rows, **found)
+    raw = block and shard_digest(block, output)
+    shard = LoggedShard(number, start, start+len(output), shard_digest(input_text, output), rows, raw=raw, **found)
     append_text(self.log, shard.format(), create=False)
 
 @patch

@@ -8,6 +8,7 @@ __all__ = ['LIKE_ANSWERS', 'Record', 'find_lost_clip', 'cut_record_clip', 'make_
 
 # %% ../../nbs/1_data/10_jsonl.ipynb #c4
 import json, math, os, re, tarfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,7 @@ from .clips import cut_clip, is_sound_file, names_clip, segment_names
 from .conversations import Located, message_clips, message_text, messages_html, text_message
 from .messages import KEYS, kind_of, read_messages, text_value, unused_keys
 from .rows import BadRow, RowFile, line_fault, open_text
-from .tables import OTHER_COLUMN_NAMES
+from .tables import OTHER_COLUMN_NAMES, TextBlock
 
 # %% ../../nbs/1_data/10_jsonl.ipynb #c7
 @dataclass(slots=True)
@@ -198,11 +199,12 @@ class JsonlFile(RowFile):
 @patch
 def rows(self:JsonlFile,
     on_bad:Callable[[BadRow],None]|None=None, # Receives each broken line; None: the first one raises `InputError`
+    block:TextBlock|None=None, # The lines to read; None: those of the file
 )->Iterator[Record]: # The records, in order
     "Read the file once, a record at a time; blank lines are left out"
     file, empty = str(self.path), True
-    with open_text(self.path, self.encoding, "\n") as f:
-        for number, line in enumerate(f, 1):
+    with nullcontext(block.lines) if block else open_text(self.path, self.encoding, "\n") as f:
+        for number, line in enumerate(f, block.before + 1 if block else 1):
             if line.isspace(): continue
             empty = False
             try: record = make_record(parse_line(line, number, self.path, self.encoding), file, number)

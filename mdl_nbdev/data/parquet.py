@@ -101,16 +101,22 @@ class ParquetFile(TableFile):
 @patch
 def rows(self:ParquetFile,
     on_bad:Callable[[BadRow],None]|None=None, # Receives each broken row; None: the first one raises `InputError`
+    wanted:Callable[[range],bool]|None=None, # Lines -> whether one of them is wanted; None: all are read
+    most:int=1024, # Maximum number of rows that are read at once, unless they hold clips
 )->Iterator[Row]: # The rows, in order; a row's line is its number, counting from 1
     "Read the file once, 1,024 rows at a time, or 16 where it holds clips"
     import pyarrow as pa, pyarrow.parquet as pq
     line = 0
     try:
         with pq.ParquetFile(self.path) as f:
-            for batch in f.iter_batches(16 if self.clips else 1024, columns=self.columns if self.left_out else None):
+            columns = self.columns if self.left_out else None
+            for batch in f.iter_batches(min(most, 16 if self.clips else 1024), columns=columns):
+                if wanted and not wanted(range(line + 1, line + len(batch) + 1)):
+                    line += len(batch)
+                    continue
                 read = [clip_file if name in self.clips else cell_text for name in self.columns]
-                columns = [list(map(text, c.to_pylist())) for text,c in zip(read, batch.columns)]
-                for cells in zip(*columns):
+                texts = [list(map(text, c.to_pylist())) for text,c in zip(read, batch.columns)]
+                for cells in zip(*texts):
                     line += 1
                     row = self.good_row(cells, line, None, on_bad)
                     if row: yield row

@@ -54,9 +54,12 @@ class PromptCounts:
 
 # %% ../../nbs/2_model/28_prompts.ipynb #c7
 @patch
-def to_dict(self:PromptCounts)->dict:
+def to_dict(self:PromptCounts,
+    whole:bool=False, # Whether to store all prompts, however many there are
+)->dict:
     "What is stored"
-    stored = self.counts.most_common(None if self.is_complete and self.distinct <= MOST_STORED else EXAMPLES)
+    few = self.is_complete and self.distinct <= MOST_STORED
+    stored = self.counts.most_common(None if few or whole else EXAMPLES)
     prompts = [dict(text=text, count=n) for text,n in stored]
     return dict(total=self.total, distinct=self.distinct, prompts=prompts)
 
