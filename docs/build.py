@@ -149,7 +149,8 @@ def finish(page): # An HTML file
     "Remove the theme's labels of controls that have a text, so that a screen reader says what is on the screen; link pictures to themselves"
     text = page.read_text(encoding="utf-8")
     text = re.sub(r'(<(?:summary|button class="btn search-button-field)[^>]*?) aria-label="[^"]*"', r"\1", text)
-    text = re.sub(r'<p>(<img [^>]*src="([^"]*_images/[^"]*)"[^>]*>)</p>', r'<p class="picture"><a href="\2">\1</a></p>', text)
+    def link(m): return m[0] if m[1] else f'<a class="picture" href="{m[3]}">{m[2]}</a>'
+    text = re.sub(r'(<a [^>]*>\s*)?(<img [^>]*src="([^"]*_images/[^"]*)"[^>]*>)', link, text)
     page.write_text(text, encoding="utf-8")
 
 
