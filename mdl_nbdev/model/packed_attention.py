@@ -72,7 +72,7 @@ def mask_by_sample(
     use_vmap:bool=False, # True for masks of a model's own
     **kwargs, # What only other masks need
 )->torch.Tensor|None:
-    "No mask for packed rows; else that of `sdpa`"
+    "The mask of `sdpa`, or none for packed rows"
     if not (allow_is_causal_skip or use_vmap or local_size) and attention_mask is None: return None
     return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
                      use_vmap=use_vmap, **kwargs)
