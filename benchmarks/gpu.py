@@ -41,6 +41,7 @@ from mdl_nbdev.model.decoding import RecordedSteps, prefill, regroup
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMConfig
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_config
+from mdl_nbdev.model.packed_attention import attend_by_sample
 from mdl_nbdev.train.losses import loss_weights, weighted_losses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,10 +99,11 @@ def example(samples, config, rng, answer):
     return Example(ids, labels, [rng.integers(-20_000, 20_000, samples).astype(np.int16)])
 
 
-def batch(config, samples, answer=True):
-    "Rows of one random clip each on the CPU, padded as in training or, without `answer`, as in inference"
+def batch(config, samples, answer=True, packed=False, bounds=False):
+    "Rows of one random clip each on the CPU, padded as in training or, without `answer`, as in inference; `packed`: all in one row"
     rng = np.random.default_rng(0)
-    return Collator(0, MiDashengLMFamily(), "right" if answer else "left")([example(n, config, rng, answer) for n in samples])
+    examples = [example(n, config, rng, answer) for n in samples]
+    return Collator(0, MiDashengLMFamily(), "right" if answer else "left", bounds=bounds)([examples] if packed else examples)
 
 
 # Useful operations
@@ -222,10 +224,14 @@ def model_row(model):
     return {"parameters": count, "trainable": trainable, "build s": built - start, "adapt s": clock(model.device) - built}
 
 
-def train_row(model, peak, repeats, clips, seconds, padded, checkpointing):
-    "Steps of training as `mdl_train` makes them: the batch to the device, forward under autocast, backward, clip, AdamW"
+def train_row(model, peak, repeats, clips, seconds, padded, checkpointing, packed=""):
+    """Steps of training as `mdl_train` makes them: the batch to the device, forward under autocast, backward, clip, AdamW
+
+    `packed`: all clips in one row, whose attention is computed `by sample`, or `with a mask`"""
     samples, device, net = lengths(clips, seconds, padded), model.device, model.trainable(checkpointing)
-    rows = batch(net.config, samples)
+    by_sample = attend_by_sample(net, packed == "by sample")
+    if packed and by_sample != (packed == "by sample"): raise RuntimeError("no kernel for attention within samples")
+    rows = batch(net.config, samples, packed=bool(packed), bounds=by_sample)
     if device.type == "cuda": rows = rows.pin_memory()
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
@@ -242,7 +248,9 @@ def train_row(model, peak, repeats, clips, seconds, padded, checkpointing):
         with without_input_casts(net, True):
             runs, memory = timed(step, device, repeats)
             waits, ran = synchronizations(step, device), kernels(step, device)
-    finally: optimizer.zero_grad()
+    finally:
+        optimizer.zero_grad()
+        attend_by_sample(net, False)
     useful, elapsed = training_operations(net.get_base_model(), samples), median(runs)
     return {"padding": padding(rows), "step s": elapsed, "samples/s": clips / elapsed, "peak GB": memory / 1e9,
             **share_of(peak, useful / elapsed), "kernels": len(ran), "GPU busy": busy(ran) / elapsed, "synchronizations": waits.total(),
@@ -334,13 +342,15 @@ def read_csv(path):
 def plan(small):
     "Kind and settings of each row, the most important ones first"
     def row(kind, clips, seconds, padded, **more): return kind, dict(clips=clips, seconds=seconds, padded=padded, **more)
-    def train(*shape): return row("training", *shape[:3], checkpointing=shape[3])
+    def train(*shape, packed=""): return row("training", *shape[:3], checkpointing=shape[3], packed=packed)
     def generate(*shape): return row("generation", *shape[:3], new=shape[3], recorded=shape[4])
     commands = [("commands", dict(command=name, rows=16 if small else 64)) for name in ("mdl_train", "mdl_infer")]
     if small: # the same kinds of rows, in seconds
-        return [train(2, 2, True, True), generate(2, 2, True, 8, True), *commands, train(2, 1, False, False), generate(1, 2, False, 8, False)]
+        return [train(2, 2, True, True), generate(2, 2, True, 8, True), *commands, train(2, 1, False, False), train(2, 1, True, False, packed="by sample"),
+                generate(1, 2, False, 8, False)]
     return [train(8, 30, True, True), train(8, 30, True, False), train(8, 10, True, False), train(32, 10, True, False),
             generate(32, 30, True, 100, True), generate(32, 30, False, 100, True), generate(1, 30, False, 100, True), *commands,
+            train(32, 10, True, False, packed="by sample"), train(32, 10, True, False, packed="with a mask"),
             train(8, 30, False, True), train(8, 30, False, False), train(8, 10, True, True), train(8, 10, False, True), train(8, 10, False, False),
             generate(8, 30, False, 100, True), generate(128, 30, False, 100, True), generate(200, 30, False, 100, True), generate(32, 30, True, 100, False),
             generate(1, 30, False, 100, False), generate(128, 30, False, 100, False), train(32, 30, True, True)]

@@ -103,8 +103,9 @@ def test_gpu(tmp_path, monkeypatch, gpu, whole):
     rows = lines(tmp_path/"r.jsonl")
     assert not [r for r in rows if "error" in r]
     of = lambda kind: [r for r in rows if r["kind"] == kind]
-    assert all(r["share of peak"] > 0 and (r["padding"] > 0) == r["padded"] for r in [*of("training"), *of("generation")])
+    assert all(r["share of peak"] > 0 and (r["padding"] > 0) == (r["padded"] and not r.get("packed")) for r in [*of("training"), *of("generation")])
     assert {r["padded"] for r in of("training")} == {r["checkpointing"] for r in of("training")} == {True, False}
+    assert {r["packed"] for r in of("training")} == {"", "by sample"}
     assert all(min(r["encoder s"], r["first token s"], r["batch s"]) > 0 for r in of("generation"))
     train, infer = of("commands")
     assert train["last loss"] < train["first loss"] and infer["answered"] >= infer["correct"] > 0
