@@ -1,4 +1,6 @@
 "Outputs at addresses of stores: the bytes of a run on this machine, refused early, and not lost when an upload fails"
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +10,11 @@ import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from training_runs import free_port
+from transformers import TrainerCallback
 
-from mdl_nbdev.base import stored_outputs
+from mdl_nbdev.base import stored_outputs, stored_runs
 from mdl_nbdev.base.errors import InputError
-from mdl_nbdev.base.settings import CheckSettings, ConvertSettings, InferSettings, MergeSettings, TuneSettings
+from mdl_nbdev.base.settings import CheckSettings, ConvertSettings, InferSettings, MergeSettings, ReviewSettings, TrainSettings, TuneSettings
 from mdl_nbdev.base.stored_outputs import StoredOutput, local_output
 from mdl_nbdev.cli import commands
 from mdl_nbdev.data.sounds import make_sounds
@@ -19,6 +22,7 @@ from mdl_nbdev.infer.run import infer
 from mdl_nbdev.model import vllm
 from mdl_nbdev.train.convert import convert
 from mdl_nbdev.train.dataset import AudioDataset
+from mdl_nbdev.train.run import train
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +53,7 @@ class Shelf(DirFileSystem):
         self.done.append((verb, path))
     def put_file(self, lpath, rpath, **kwargs):
         self.note("put", rpath)
-        assert not self.exists(rpath.removesuffix(".part")), "a reader would see half a file"
+        assert rpath.endswith(".part"), "a reader would see half a file"
         return super().put_file(lpath, rpath, **kwargs)
     def pipe_file(self, path, value, **kwargs):
         self.note("pipe", path)
@@ -259,9 +263,119 @@ def test_what_the_store_holds_is_compared(memory, monkeypatch):
 
 
 def test_commands_that_write_here_only():
-    for make in (lambda out: CheckSettings(input="a.csv", output=out),):
+    for make in (lambda out: CheckSettings(input="a.csv", output=out), lambda out: ReviewSettings(input="a.csv", output=out)):
         for out in ("s3://bucket/out.csv", Path("gs://bucket/out")):
             with pytest.raises(InputError, match="--output: .* is not on this machine"): make(out)
+
+
+# --- Training runs
+
+class Killed(Exception): pass
+
+
+class Kill(TrainerCallback):
+    "Ends a run after a step, as a crash does"
+    def __init__(self, step, then=lambda: None): self.step, self.then = step, then
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step != self.step: return
+        self.then()
+        raise Killed
+
+
+def run_settings(output, **kwargs):
+    return TrainSettings(**dict(train_dataset=rows(), eval_dataset="good.csv", output=output, model_name="tiny", batch_size=2, max_steps=7, save_steps=2, eval_steps=2, sample_answers=1, logging_steps=1,
+                                num_workers=1, lr=1e-3) | kwargs)
+
+
+def other_machine(): shutil.rmtree("cache/outputs")
+def weights(found): return {name: data for name, data in found.items() if name.startswith("final/") and name.endswith(".safetensors")}
+def checkpoints(found): return sorted({name.split("/")[0] for name in found if name.startswith("checkpoint")})
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_run_continues_on_another_machine(memory, monkeypatch, limit):
+    monkeypatch.setattr(stored_runs, "LOOK_SECONDS", .02)
+    train(run_settings("run", save_total_limit=limit))
+    address = "memory://bucket/runs/a"
+    with pytest.raises(Killed): train(run_settings(address, save_total_limit=limit), [Kill(5)])
+    assert checkpoints(stored(memory, "/bucket/runs/a")) == ["checkpoint-2", "checkpoint-4"]
+    other_machine()
+    with pytest.raises(InputError, match=f"{address}: holds a run already"): train(run_settings(address, save_total_limit=limit))
+    report = train(run_settings(address, save_total_limit=limit, resume_from_checkpoint=True))
+    found, here = stored(memory, "/bucket/runs/a"), files("run")
+    assert weights(found) == weights(here) != {}, "bit for bit"
+    assert checkpoints(found) == checkpoints(here)
+    assert json.loads(found["checkpoint-6/trainer_state.json"])["best_global_step"] in (2, 4, 6), "by which the best one is found"
+    losses = [[m["loss"] for m in map(json.loads, text.splitlines()) if "loss" in m] for text in (found["metrics.jsonl"], here["metrics.jsonl"])]
+    assert losses[0] == losses[1] and json.loads(found["status.json"])["phase"] == "finished"
+    assert set(here) - {".lock"} == set(found), "nothing is missing, nothing is left over"
+    assert json.loads(found["config.json"])["output"] == "memory:/bucket/runs/a", "an address as `--config` reads it"
+    assert str(report).endswith(f"the model is in {address}/final") and not files("cache/outputs")
+
+
+def test_checkpoints_are_uploaded_while_the_run_continues(memory, monkeypatch):
+    monkeypatch.setattr(stored_runs, "LOOK_SECONDS", .02)
+    seen = []
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step != 4: return
+            for _ in range(500):
+                if memory.exists("/bucket/runs/a/checkpoint-2/manifest.json"): break
+                stored_runs.threading.Event().wait(.02)
+            seen.extend(checkpoints(stored(memory, "/bucket/runs/a")))
+    train(run_settings("memory://bucket/runs/a", max_steps=4), [Look()])
+    assert seen == ["checkpoint-2"]
+
+
+def test_a_run_that_cannot_be_uploaded(shelf, capsys, monkeypatch):
+    "It ends, everything is kept, and the same command uploads it"
+    monkeypatch.setattr(stored_runs, "LOOK_SECONDS", .02)
+    monkeypatch.setattr(stored_outputs, "UPLOAD_RETRIES", 0)
+    Shelf.broken["put"] = OSError("busy")
+    s = run_settings("shelf://bucket/a", max_steps=2, eval_dataset=[])
+    with pytest.raises(InputError, match="shelf://bucket/a: cannot be uploaded .*busy.*; everything is in .*run the same command again with --resume-from-checkpoint true"): train(s)
+    assert (local_output("shelf://bucket/a")/"final").is_dir() and not files("shelf")
+    Shelf.broken.clear()
+    train(run_settings("shelf://bucket/a", max_steps=2, eval_dataset=[], resume_from_checkpoint=True))
+    train(run_settings("run", max_steps=2, eval_dataset=[]))
+    assert weights(files("shelf/bucket/a")) == weights(files("run")) and not files("cache/outputs")
+
+
+def test_nothing_is_written_there_before_a_run_is_sure(memory, shelf):
+    train(run_settings("memory://bucket/a", dry_run=True, eval_dataset=[]))
+    assert not memory.find("/bucket")
+    Shelf.broken["pipe"] = PermissionError("not yours")
+    with pytest.raises(InputError, match="shelf://bucket/a: cannot write there"): train(run_settings("shelf://bucket/a", model_name="nowhere"))
+    memory.pipe("/bucket/b/final/model.safetensors", b"weights")
+    with pytest.raises(InputError, match="memory://bucket/b: cannot be resumed: it has no complete checkpoint"): train(run_settings("memory://bucket/b", resume_from_checkpoint=True))
+
+
+@pytest.mark.parametrize("limit, fetched", [(None, ["checkpoint-2", "checkpoint-6"]), (3, ["checkpoint-2", "checkpoint-4", "checkpoint-6"])])
+def test_what_is_fetched(memory, limit, fetched):
+    "The newest complete checkpoint and the best one, without what was half uploaded; nothing that this machine has a newer one of"
+    address = "memory://bucket/runs/a"
+    for step in (2, 4, 6, 8): memory.pipe(f"/bucket/runs/a/checkpoint-{step}/trainer_state.json", json.dumps(dict(best_global_step=2)).encode())
+    for step in (2, 4, 6): memory.pipe(f"/bucket/runs/a/checkpoint-{step}/manifest.json", str(step).encode())
+    for name in ("metrics.jsonl", "samples/1.wav", "final/config.json"): memory.pipe(f"/bucket/runs/a/{name}", b"{}")
+    out = stored_runs.StoredRun(address)
+    out.local.mkdir(parents=True)
+    for _ in range(2): # the second time, nothing is lacking
+        stored_runs.fetch_run(out, run_settings(address, save_total_limit=limit), out.stored())
+        assert checkpoints(files(out.local)) == fetched == sorted(out.sent) and {"metrics.jsonl", "samples/1.wav"} < set(files(out.local))
+        memory.rm("/bucket/runs/a/metrics.jsonl")
+        memory.pipe("/bucket/runs/a/metrics.jsonl", b"[]")
+    assert (out.local/"metrics.jsonl").read_bytes() == b"{}" and not (out.local/"final").exists()
+
+
+def test_an_emptied_folder_empties_no_store(memory):
+    "Only what the run itself removes is removed there"
+    address = "memory://bucket/runs/a"
+    with pytest.raises(Killed): train(run_settings(address, save_total_limit=1), [Kill(3, lambda: shutil.rmtree(local_output(address)/"checkpoint-2"))])
+    out = stored_runs.StoredRun(address)
+    out.removes, out.sent = True, {"checkpoint-2": (0, 0)}
+    memory.pipe("/bucket/runs/a/checkpoint-2/manifest.json", b"{}")
+    out.sync()
+    assert memory.exists("/bucket/runs/a/checkpoint-2/manifest.json")
 
 
 # --- S3
@@ -292,3 +406,9 @@ def test_s3(s3):
     converted("here")
     converted("s3://bucket/sets/a")
     assert {p.removeprefix("bucket/sets/a/"): s3.cat(p) for p in s3.find("bucket/sets/a")} == files("here")
+    with pytest.raises(Killed): train(run_settings("s3://bucket/runs/a", save_total_limit=1), [Kill(5)])
+    other_machine()
+    train(run_settings("s3://bucket/runs/a", save_total_limit=1, resume_from_checkpoint=True))
+    train(run_settings("run", save_total_limit=1))
+    found = {p.removeprefix("bucket/runs/a/"): s3.cat(p) for p in s3.find("bucket/runs/a")}
+    assert weights(found) == weights(files("run")) != {} and checkpoints(found) == checkpoints(files("run"))

@@ -203,9 +203,9 @@ class TrainSettings(DataSettings, LoadSettings, TuneSettings, TokenizeSettings, 
     "Fine-tune a model"
     # Decode clips whenever a row is read, rather than convert them ahead; for data that is larger than the disk
     on_the_fly:bool=opt(False, convert=True)
-    # Run folder: config.json, metrics.jsonl, checkpoint-*/ and final/. final/ is the model after the last step, or the
-    # best one if early stopping ended the run
-    output:Path=opt(result=False, location=True)
+    # Run folder, or its address in a store: config.json, metrics.jsonl, checkpoint-*/ and final/. final/ is the model after
+    # the last step, or the best one if early stopping ended the run
+    output:Path=opt(result=False, location=True, store=True)
     lr:float=opt(1e-4, above=0) # Peak learning rate
     num_epochs:float=opt(1., above=0, maximum=10**6) # Passes over the training data; fractions are allowed
     max_steps:int|None=opt(None, minimum=1) # Stop after this many optimizer steps, whatever num_epochs says

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from ..base.errors import InputError, python_spelling
 from ..base.html import Html, as_html, html_box, html_table
 from ..base.settings import InferSettings
+from ..base.stores import as_written
 from ..base.text import plural, shorten
 from .background import Run
 from .view import Pace, View, marked_answer, small_player
@@ -189,7 +190,7 @@ class InferRun(Run):
         "Wait for the end; the report. A run that was stopped raises `InputError`"
         report = super().wait()
         if report: return report
-        raise InputError(f"{self.s.output}: stopped after {plural(self.view.done, 'row')}, so it is incomplete; "
+        raise InputError(f"{as_written(self.s.output)}: stopped after {plural(self.view.done, 'row')}, so it is incomplete; "
                          "continue with resume()")
 
 # %% ../../nbs/5_cli/06_inference.ipynb #c14

@@ -11,6 +11,7 @@ from dataclasses import replace
 from fastcore.basics import patch
 from ..base.settings import TrainSettings
 from ..base.status import read_status
+from ..base.stored_outputs import local_output
 from .background import Run, UserRequest
 from .watch import TrainView
 
@@ -69,9 +70,9 @@ class TrainRun(Run):
         s:TrainSettings, # What to train, on what, and how
         callbacks:list=(), # Further callbacks of the trainer
     ):
-        super().__init__(TrainView(s.output, s.num_epochs, s.max_steps))
-        self.look_again = f'watch({str(s.output)!r})'
-        self.s = s
+        self.s, self.folder = s, local_output(s.output)
+        super().__init__(TrainView(self.folder, s.num_epochs, s.max_steps))
+        self.look_again = f'watch({str(self.folder)!r})'
         self.begun = 0. # When the work was started
         self.save_wanted = UserRequest()
         self.callbacks = callbacks
@@ -83,7 +84,7 @@ class TrainRun(Run):
 
     def poll(self):
         "Read what the run says about itself"
-        status = read_status(self.s.output) if self.running else None
+        status = read_status(self.folder) if self.running else None
         if status and status['since'] >= self.begun: self.view.take_status(status)
 
     def work(self):

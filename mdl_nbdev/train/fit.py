@@ -21,6 +21,7 @@ from ..base.processes import Ranks
 from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
 from ..base.status import phase
+from ..base.stored_outputs import given_output
 
 # %% ../../nbs/3_train/20_fit.ipynb #c4
 from ..model.adapters import adapt, without_input_casts
@@ -168,7 +169,7 @@ def start_run_folder(
         same_rows = saved.get('training rows')==trainer.identity['training rows']
         check_identity(trainer.resumed_from, trainer.identity, s.allow_changes)
         set_aside_later(s.output, trainer.resumed_from)
-    save_config(s, s.output/'config.json')
+    save_config(replace(s, output=given_output(s.output)), s.output/'config.json')
     print(ds)
     trainer.prompts = (same_rows and read_prompts(trainer.resumed_from)) or ds.prompts()
     padding = padding_waste(ds.n_tokens, trainer.sampler(ds, s.batch_size).batches(0))

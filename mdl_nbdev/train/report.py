@@ -17,6 +17,7 @@ from ..base.curves import Curve
 from ..base.html import plot_image
 from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
+from ..base.stores import as_written
 from ..base.text import format_duration, one_line, plural, shorten
 from ..data.named_metrics import metric_named
 from ..model.prompts import MOST_COUNTED, PROMPTS_FILE, TrainingPrompts
@@ -77,10 +78,10 @@ def __str__(self:TrainReport):
     figures = ''.join(f', {name} {text}' for name,text in self.figures())
     done = f"{plural(self.steps, 'step')}{figures}; {self.trainable:,} of {self.parameters:,} parameters trained"
     if not self.whole:
-        kept = f"{self.checkpoint} has everything so far: resume with {spelt_here('--resume-from-checkpoint true')}"
+        kept = f"{as_written(self.checkpoint)} has everything so far: resume with {spelt_here('--resume-from-checkpoint true')}"
         return f"{done}\nStopped by {self.stopped}. {kept}"
-    early = f"\nStopped early: the model is that of {self.best}" if self.final_step is not None else ''
-    return f"{done}; the model is in {self.final}{early}"
+    early = f"\nStopped early: the model is that of {as_written(self.best)}" if self.final_step is not None else ''
+    return f"{done}; the model is in {as_written(self.final)}{early}"
 
 @patch
 def __repr__(self:TrainReport): return str(self)
