@@ -268,6 +268,37 @@ def test_commands_that_write_here_only():
             with pytest.raises(InputError, match="--output: .* is not on this machine"): make(out)
 
 
+def test_a_kill_while_the_copy_here_is_removed_costs_the_store_nothing(memory, monkeypatch):
+    "It ends halfway through the removal; the same command finds the whole result in the store"
+    s, remove = ConvertSettings(input=rows(), output="memory://bucket/converted", model_name="tiny", num_workers=1), shutil.rmtree
+    def half(path, *args, **kwargs):
+        if not memory.exists("/bucket/converted"): return remove(path, *args, **kwargs)
+        for p in [p for p in sorted(Path(path).rglob("*")) if p.is_file()][:2]: p.unlink()
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(shutil, "rmtree", half)
+        convert(s)
+    before = stored(memory, "/bucket/converted")
+    assert len(before) > 3
+    with pytest.raises(InputError, match="the output exists already"): convert(s)
+    assert stored(memory, "/bucket/converted") == before
+
+
+def test_a_retry_whose_download_was_interrupted_is_made_again(memory, monkeypatch):
+    s = settings("memory://bucket/answers.csv")
+    infer(s)
+    get = type(memory).get_file
+    def lost(self, path, *args, **kwargs):
+        if "rejects" in path: raise PermissionError("not now")
+        return get(self, path, *args, **kwargs)
+    again = settings("memory://bucket/answers.csv", retry_rejects=True)
+    with monkeypatch.context() as m, pytest.raises(InputError, match="cannot be read .*not now"):
+        m.setattr(type(memory), "get_file", lost)
+        infer(again)
+    shutil.copy(next(Path().rglob("*.wav")), "lost.wav")
+    assert not infer(again).rejected
+
+
 # --- Training runs
 
 class Killed(Exception): pass
@@ -376,6 +407,15 @@ def test_an_emptied_folder_empties_no_store(memory):
     memory.pipe("/bucket/runs/a/checkpoint-2/manifest.json", b"{}")
     out.sync()
     assert memory.exists("/bucket/runs/a/checkpoint-2/manifest.json")
+
+
+def test_a_damaged_checkpoint_here_replaces_none_in_the_store(memory):
+    address = "memory://bucket/runs/a"
+    with pytest.raises(Killed): train(run_settings(address), [Kill(5)])
+    for p in local_output(address).glob("checkpoint-*/*.safetensors"): p.write_bytes(p.read_bytes()[:100])
+    train(run_settings(address, resume_from_checkpoint=True))
+    train(run_settings("run"))
+    assert weights(stored(memory, "/bucket/runs/a")) == weights(files("run")) != {}
 
 
 # --- S3

@@ -9,7 +9,7 @@ __all__ = ['ADDRESSES', 'FINAL', 'OBJECT_STORES', 'OPENED_FIRST', 'UPLOAD_RETRIE
            'deliver', 'to_store']
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #d9cf8e4a
-import functools, hashlib, json, shutil, sys, time
+import functools, hashlib, json, sys, time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 from fastcore.basics import patch
 from .errors import InputError, WriteError, without_secrets
-from .files import cache_dir, file_digest, file_lock, make_folder, replacing, write_json
+from .files import cache_dir, file_digest, file_lock, make_folder, remove_folder, replacing_folder, write_json
 from .options import Settings, option_facts, settable
 from .processes import Ranks
 from .progress import progress_bar
@@ -250,10 +250,12 @@ def at_address(
 def fetch_output(
     out:StoredOutput, # An output in the store
 )->None:
-    "Fetch the files of an output"
+    "Fetch the files of an output, all of them or none"
     with store_errors(out.address, 'cannot be read', 'check the address, and the credentials of this store'):
-        for name in sorted(patiently(UPLOAD_RETRIES, out.stored), key=upload_order):
-            with replacing(out.here/name) as new: patiently(UPLOAD_RETRIES, out.fs.get_file, f'{out.there}/{name}', str(new))
+        remove_folder(out.here)
+        with replacing_folder(out.here) as new:
+            for name in patiently(UPLOAD_RETRIES, out.stored):
+                patiently(UPLOAD_RETRIES, out.fs.get_file, f'{out.there}/{name}', str(new/name))
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #db3f5403
 def begin_output(
@@ -278,7 +280,7 @@ def begin_output(
     if waits and not (s.overwrite or retry):
         raise InputError(f"{out.address}: the result of an earlier command for this address, with other settings or input, "
                          f"waits in {out.local} to be uploaded; repeat that command, or discard it with --overwrite true")
-    if waits and s.overwrite: shutil.rmtree(out.local.parent)
+    if waits and s.overwrite: remove_folder(out.local.parent)
     begun = out.local.parent.exists() and any(out.local.parent.iterdir())
     overwrite = s.overwrite or retry or begun and same and known['overwrite']
     check_new(out, overwrite, *checks)
@@ -297,7 +299,7 @@ def deliver(
     write_json(out.record, known | dict(report=plain_fields(report)))
     remedy = f"the result is complete in {out.local}: run the same command again to upload it"
     with store_errors(out.address, 'cannot be uploaded', remedy): upload(out)
-    shutil.rmtree(out.local.parent)
+    remove_folder(out.local.parent) # at once, so that no half of it waits to be uploaded
     out.record.unlink()
 
 def to_store(

@@ -7,14 +7,14 @@ __all__ = ['CHECKPOINT', 'COMPLETE', 'MANIFEST_NAME', 'LOOK_SECONDS', 'StoredRun
            'fetch_run', 'begin_run', 'finish_run_upload', 'run_in_store']
 
 # %% ../../nbs/0_base/17_stored_runs.ipynb #c0864119
-import json, re, shutil, socket, sys, threading
+import json, re, socket, sys, threading
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator
 from fastcore.basics import patch
 from .errors import InputError, without_secrets
-from .files import file_lock, make_folder, replacing, replacing_folder
+from .files import file_lock, make_folder, remove_folder, replacing, replacing_folder
 from .processes import Ranks
 from .progress import bars_hidden
 from .settings import TrainSettings
@@ -140,13 +140,19 @@ def fetch_folder(
             make_folder((new/file).parent)
             patiently(UPLOAD_RETRIES, out.fs.get_file, f'{part.there}/{file}', str(new/file))
 
+# %% ../../nbs/0_base/17_stored_runs.ipynb #fetchrun
 def fetch_run(
     out:StoredRun, # The run
     s:TrainSettings, # Its settings
     found:dict[str, int], # From `stored`
+    fault:Callable=lambda folder: None, # A checkpoint on this machine -> why it can't be used, or None
 )->None:
-    "Download what this machine lacks to continue a run"
-    whole = {name for name in {file.partition('/')[0] for file in found} if f'{name}/{MANIFEST_NAME}' in found and step_of(name) >= 0}
+    "Download what this machine lacks to continue a run, or has damaged"
+    names = {file.partition('/')[0] for file in found}
+    held = {name for name in names if CHECKPOINT.fullmatch(name) and f'{name}/{MANIFEST_NAME}' in found}
+    for name in held & out.folders().keys():
+        if fault(out.local/name): remove_folder(out.local/name) # which would replace the one in the store
+    whole = {name for name in held if step_of(name) >= 0}
     if not (whole or out.folders()) and any(COMPLETE.fullmatch(file.partition('/')[0]) for file in found):
         raise InputError(f"{out.address}: cannot be resumed: it has no complete checkpoint, and it is not started again from step 0; "
                          "restore a checkpoint, or choose another --output for a new run")
@@ -165,6 +171,7 @@ def begin_run(
     out:StoredRun, # The run
     s:TrainSettings, # Its settings
     stack:ExitStack, # Holds the lock until the end
+    fault:Callable, # As in `fetch_run`
 )->None:
     "Lock the place on this machine, check the address, and fetch what is needed to continue"
     make_folder(out.record.parent)
@@ -173,7 +180,7 @@ def begin_run(
     out.removes = bool(s.save_total_limit)
     with store_errors(out.address, 'cannot be read', 'check the address, and the credentials of this store'):
         found = patiently(2, out.stored)
-        if s.resume_from_checkpoint is True: fetch_run(out, s, found)
+        if s.resume_from_checkpoint is True: fetch_run(out, s, found, fault)
     left = [name for name in found if name=='metrics.jsonl' or COMPLETE.fullmatch(name.partition('/')[0])]
     if left and s.resume_from_checkpoint is not True:
         raise InputError(f"{out.address}: holds a run already ({left[0]}); "
@@ -189,17 +196,18 @@ def finish_run_upload(
     "Bring the store up to date after a run"
     remedy = f"everything is in {out.local}: run the same command again with --resume-from-checkpoint true to upload it"
     with store_errors(out.address, 'cannot be uploaded', remedy): out.sync()
-    if whole: shutil.rmtree(out.local.parent)
+    if whole: remove_folder(out.local.parent)
 
 def run_in_store(
     s:TrainSettings, # Their output is an address
     ranks:Ranks, # The processes of the run
     run:Callable, # Settings with a folder on this machine -> report
+    fault:Callable=lambda folder: None, # As in `fetch_run`
 ): # The report, with addresses
     "Train on this machine, and upload"
     with ExitStack() as stack:
         out = ranks.agree(StoredRun, s.output)
-        ranks.on_main(begin_run, out, s, stack)
+        ranks.on_main(begin_run, out, s, stack, fault)
         lost = f"{socket.gethostname()} does not see {out.local}; set MDL_CACHE to a folder that all machines share"
         def check():
             if not out.local.is_dir(): raise InputError(lost)

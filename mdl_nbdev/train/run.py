@@ -17,6 +17,7 @@ from ..base.status import RunStatus, phase
 from ..base.stored_runs import run_in_store
 from ..base.stores import as_written, protocol_of
 from ..data.remote import set_host_policy
+from .checkpoints import check_checkpoint
 from .prepare import open_chat, open_datasets, open_run_folder
 
 # %% ../../nbs/3_train/21_run.ipynb #c6
@@ -63,4 +64,4 @@ def train(
     if world_size() > 1: import_fit().join_processes()
     with Ranks() as ranks:
         run = partial(train_here, callbacks=callbacks, choose=choose, ranks=ranks)
-        return run_in_store(s, ranks, run) if protocol_of(as_written(s.output)) else run(s)
+        return run_in_store(s, ranks, run, check_checkpoint) if protocol_of(as_written(s.output)) else run(s)
