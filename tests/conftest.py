@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 
+import fsspec
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1") # before the hub's client is imported: no test needs the network
@@ -59,3 +60,11 @@ def browser():
         b = p.chromium.launch(executable_path=chromium, args=flags)
         yield b
         b.close()
+
+
+@pytest.fixture
+def memory():
+    "The memory of this process as a store"
+    store = fsspec.filesystem("memory")
+    yield store
+    store.store.clear()

@@ -34,14 +34,6 @@ def here(tmp_path, monkeypatch):
     with open("sounds.csv", "a") as f: f.write("lost.wav,\n")
 
 
-@pytest.fixture
-def memory():
-    "The memory of this process as a store"
-    store = fsspec.filesystem("memory")
-    yield store
-    store.store.clear()
-
-
 class Shelf(DirFileSystem):
     "A folder as a store, which notes what is done to it and fails where it is told to"
     protocol, cachable = "shelf", False

@@ -37,14 +37,6 @@ def cache(tmp_path, monkeypatch): monkeypatch.setenv("MDL_CACHE", str(tmp_path/"
 
 
 @pytest.fixture
-def store():
-    "The memory of this process as a store"
-    memory = fsspec.filesystem("memory")
-    yield memory
-    memory.store.clear()
-
-
-@pytest.fixture
 def clips(tmp_path):
     for i, name in enumerate(NAMES): sf.write(tmp_path/name, np.random.default_rng(i).uniform(-.2, .2, (9000 + i, 2)), 22_050)
     return tmp_path
@@ -64,9 +56,9 @@ def shard(clips): return archive(clips/"shard-000.tar", {f"./in/{name}": (clips/
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_waveforms_are_those_of_files(clips, shard, store, name):
-    store.pipe(f"/bucket/{name}", (clips/name).read_bytes())
-    store.pipe("/bucket/shard.tar", shard.read_bytes())
+def test_waveforms_are_those_of_files(clips, shard, memory, name):
+    memory.pipe(f"/bucket/{name}", (clips/name).read_bytes())
+    memory.pipe("/bucket/shard.tar", shard.read_bytes())
     pq.write_table(pa.table(dict(audio=[dict(bytes=(clips/name).read_bytes(), path=name)], prediction=["x"])), clips/"clips.parquet")
     inside = next(open_rows(clips/"clips.parquet").rows()).audio
     sources = [inside, f"{shard}/in/{name}", f"memory://bucket/{name}", f"memory://bucket/shard.tar/in/{name}", resolve(f"shard.tar/in/{name}", Path("memory://bucket"))]
@@ -100,14 +92,14 @@ def test_a_changed_archive_is_noticed(clips, shard):
     assert clip_stamp(src) != before and not np.array_equal(load_audio(src), old)
 
 
-def test_a_store_is_asked_once_and_again_only_for_what_changed(clips, store, capsys, monkeypatch):
-    for name in NAMES[:2]: store.pipe(f"/bucket/{name}", (clips/name).read_bytes())
+def test_a_store_is_asked_once_and_again_only_for_what_changed(clips, memory, capsys, monkeypatch):
+    for name in NAMES[:2]: memory.pipe(f"/bucket/{name}", (clips/name).read_bytes())
     urls, reads = [f"memory://bucket/{name}" for name in NAMES[:2]], []
     monkeypatch.setattr(remote, "open_stored", lambda url, f=remote.open_stored: reads.append(url) or f(url))
     for url in urls*2: load_audio(url)
     assert reads == urls
     assert refresh_cache(urls, 1) == [] and clip_state(urls[0]) is None
-    store.pipe("/bucket/a.wav", (clips/"c.mp3").read_bytes())
+    memory.pipe("/bucket/a.wav", (clips/"c.mp3").read_bytes())
     assert refresh_cache(urls, 1) == urls[:1] and "2 clips" in capsys.readouterr().err
     assert clip_state(urls[0]) is not None and np.array_equal(load_audio(urls[0]), load_audio(clips/"c.mp3"))
 
@@ -147,13 +139,13 @@ def test_a_sparse_file_in_an_archive_is_refused(clips):
     with pytest.raises(InputError, match="links and sparse files are not read"): load_audio(f"{clips}/holes.tar/holes.wav")
 
 
-def test_an_archive_is_downloaded_again_within_its_own_limits(shard, store, monkeypatch, capsys):
+def test_an_archive_is_downloaded_again_within_its_own_limits(shard, memory, monkeypatch, capsys):
     "Which are those of its first download, not those of a clip"
     monkeypatch.setattr(remote.update, "__defaults__", (10, *remote.update.__defaults__[1:]))
     clip = "memory://bucket/shard.tar/in/a.wav"
-    store.pipe("/bucket/shard.tar", shard.read_bytes())
+    memory.pipe("/bucket/shard.tar", shard.read_bytes())
     load_audio(clip)
-    store.pipe("/bucket/shard.tar", archive(shard, {"in/a.wav": Path(shard.parent/"b.flac").read_bytes()}).read_bytes())
+    memory.pipe("/bucket/shard.tar", archive(shard, {"in/a.wav": Path(shard.parent/"b.flac").read_bytes()}).read_bytes())
     prepare_clips(SimpleNamespace(allow_private_hosts=True, refresh_cache=True, num_workers=1), [clip])
     assert "asked for again, 1 changed" in capsys.readouterr().err
 
@@ -179,9 +171,9 @@ def test_a_missing_package_is_named(monkeypatch):
     with pytest.raises(InputError, match=r's3://b/a.wav: .*s3fs.*; pip install "mdl_nbdev\[remote\]"'): load_audio("s3://b/a.wav")
 
 
-def test_private_hosts_have_no_way_around_the_policy(clips, store, monkeypatch):
+def test_private_hosts_have_no_way_around_the_policy(clips, memory, monkeypatch):
     monkeypatch.setenv("MDL_ALLOW_PRIVATE_HOSTS", "false")
-    store.pipe("/bucket/a.wav", (clips/"a.wav").read_bytes())
+    memory.pipe("/bucket/a.wav", (clips/"a.wav").read_bytes())
     load_audio("memory://bucket/a.wav")
     for url in ("ftp://10.0.0.1/a.wav", "sftp://10.0.0.1/a.wav", "local:///etc/passwd"):
         with pytest.raises(InputError, match="--allow-private-hosts is false"): load_audio(url)
@@ -225,24 +217,24 @@ def run(command, *args):
     return e.value.code
 
 
-def table_of(store, clips, folder="/bucket/data"):
+def table_of(memory, clips, folder="/bucket/data"):
     "A table and its clips, here and in a store"
-    for name in NAMES: store.pipe(f"{folder}/{name}", (clips/name).read_bytes())
+    for name in NAMES: memory.pipe(f"{folder}/{name}", (clips/name).read_bytes())
     table = clips/"rows.csv"
     table.write_text("".join(f"{row}\n" for row in ["audio,prediction", *(f"{name},word" for name in NAMES)]))
-    store.pipe(f"{folder}/rows.csv", table.read_bytes())
+    memory.pipe(f"{folder}/rows.csv", table.read_bytes())
     return table
 
 
-def test_commands_read_tables_from_stores(store, clips, monkeypatch, capsys):
+def test_commands_read_tables_from_stores(memory, clips, monkeypatch, capsys):
     "The same output as from files, and from the table as it is now; relative clips start from its folder"
-    table, address = table_of(store, clips), "memory://bucket/data/rows.csv"
+    table, address = table_of(memory, clips), "memory://bucket/data/rows.csv"
     model = ("--model-name", "tiny", "--max-new-tokens", 2, "--num-workers", 1)
     assert run("mdl_infer", table, "--output", clips/"here.csv", "--base-dir", clips, *model) == 0
     assert run("mdl_infer", address, "--output", clips/"there.csv", *model) == 0
     assert (clips/"here.csv").read_bytes() == (clips/"there.csv").read_bytes()
     assert run("mdl_check", address) == 0 and run("mdl_convert", address, "--output", clips/"set", "--model-name", "tiny", "--num-workers", 1) == 0
-    store.pipe("/bucket/data/rows.csv", b"audio,prediction\na.wav,word\nlost.wav,word\n")
+    memory.pipe("/bucket/data/rows.csv", b"audio,prediction\na.wav,word\nlost.wav,word\n")
     capsys.readouterr()
     assert run("mdl_check", address) == 2
     assert "rows.csv:3: memory://bucket/data/lost.wav: no such file" in capsys.readouterr().out
@@ -250,9 +242,9 @@ def test_commands_read_tables_from_stores(store, clips, monkeypatch, capsys):
     assert "memory://bucket/none.csv: no such file; check the address" in capsys.readouterr().err
 
 
-def test_tables_of_several_folders_need_a_base_dir(store, clips, capsys):
-    table_of(store, clips)
-    store.pipe("/bucket/more/rows.csv", b"audio,prediction\na.wav,word\n")
+def test_tables_of_several_folders_need_a_base_dir(memory, clips, capsys):
+    table_of(memory, clips)
+    memory.pipe("/bucket/more/rows.csv", b"audio,prediction\na.wav,word\n")
     both = "memory://bucket/data/rows.csv", "memory://bucket/more/rows.csv"
     assert run("mdl_check", *both) == 2 and "--base-dir: give the folder" in capsys.readouterr().err
     assert run("mdl_check", *both, "--base-dir", "memory://bucket/data") == 0
@@ -262,19 +254,19 @@ def test_in_python_the_message_names_the_way():
     with pytest.raises(InputError, match="s3://bucket/rows.csv: only commands read tables from there"): open_rows(Path("s3://bucket/rows.csv"))
 
 
-def put(store, n, size=1000):
+def put(memory, n, size=1000):
     "Clips in the store, which differ, and the addresses of them"
-    for i in range(n): store.pipe(f"/bucket/{i:02d}.wav", bytes([i])*size)
+    for i in range(n): memory.pipe(f"/bucket/{i:02d}.wav", bytes([i])*size)
     return [f"memory://bucket/{i:02d}.wav" for i in range(n)]
 
 
-def test_the_cache_stays_within_its_limit(store, monkeypatch):
+def test_the_cache_stays_within_its_limit(memory, monkeypatch):
     "The files that were not used for longest go, and are downloaded again when a row needs them"
     monkeypatch.setenv("MDL_CACHE_LIMIT", str(10_000/2**30))
     monkeypatch.setattr(base_cache, "RECENT", 0)
     monkeypatch.setattr(base_cache, "CACHE_ROOM", base_cache.CacheRoom())
     monkeypatch.setattr(remote, "CACHE_ROOM", base_cache.CACHE_ROOM)
-    urls = put(store, 40)
+    urls = put(memory, 40)
     paths = [cached_path(url) for url in urls]
     for url in urls:
         fetch(url)
@@ -285,16 +277,16 @@ def test_the_cache_stays_within_its_limit(store, monkeypatch):
     gone = kept.index(False)
     before = clip_version(urls[gone])
     assert fetch(urls[gone]).read_bytes() == bytes([gone])*1000 and clip_version(urls[gone]) == before
-    store.pipe(f"/bucket/{gone:02d}.wav", b"another clip")
+    memory.pipe(f"/bucket/{gone:02d}.wav", b"another clip")
     paths[gone].unlink()
     fetch(urls[gone])
     assert clip_version(urls[gone]) != before, "that a clip has changed is noticed, although it was removed in between"
 
 
-def test_files_in_use_stay_in_the_cache(store, monkeypatch):
+def test_files_in_use_stay_in_the_cache(memory, monkeypatch):
     "A process of its own has just asked for them; without a limit nothing goes at all"
     monkeypatch.setenv("MDL_CACHE_LIMIT", str(3000/2**30))
-    urls = put(store, 12)
+    urls = put(memory, 12)
     for url in urls: fetch(url)
     assert all(cached_path(url).exists() for url in urls)
     for i, url in enumerate(urls): os.utime(cached_path(url), (time.time() - 3600 + i, 0))
@@ -308,6 +300,6 @@ def test_files_in_use_stay_in_the_cache(store, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "50GB"])
-def test_a_limit_that_is_none(store, monkeypatch, limit):
+def test_a_limit_that_is_none(memory, monkeypatch, limit):
     monkeypatch.setenv("MDL_CACHE_LIMIT", limit)
-    with pytest.raises(InputError, match=f"MDL_CACHE_LIMIT: got '{limit}', expected a number of GiB above 0"): fetch(put(store, 1)[0])
+    with pytest.raises(InputError, match=f"MDL_CACHE_LIMIT: got '{limit}', expected a number of GiB above 0"): fetch(put(memory, 1)[0])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ADDRESSES', 'FINAL', 'OBJECT_STORES', 'OPENED_FIRST', 'UPLOAD_RETRIES', 'BAR_SECONDS', 'local_output', 'given_output',
            'patiently', 'upload_order', 'StoredOutput', 'store_errors', 'check_writable', 'check_new', 'upload',
-           'content_key', 'run_key', 'plain_fields', 'named_by_address', 'at_address', 'fetch_output', 'begin_output',
-           'deliver', 'to_store']
+           'content_key', 'run_key', 'plain_fields', 'named_by_address', 'at_address', 'download_output',
+           'begin_output', 'deliver', 'to_store']
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #d9cf8e4a
 import functools, hashlib, json, sys, time
@@ -247,15 +247,14 @@ def at_address(
     return report
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #51fc41cc
-def fetch_output(
+def download_output(
     out:StoredOutput, # An output in the store
 )->None:
     "Fetch the files of an output, all of them or none"
-    with store_errors(out.address, 'cannot be read', 'check the address, and the credentials of this store'):
-        remove_folder(out.here)
-        with replacing_folder(out.here) as new:
-            for name in patiently(UPLOAD_RETRIES, out.stored):
-                patiently(UPLOAD_RETRIES, out.fs.get_file, f'{out.there}/{name}', str(new/name))
+    with replacing_folder(out.here) as new:
+        for name in patiently(UPLOAD_RETRIES, out.stored):
+            make_folder((new/name).parent)
+            patiently(UPLOAD_RETRIES, out.fs.get_file, f'{out.there}/{name}', str(new/name))
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #db3f5403
 def begin_output(
@@ -285,7 +284,9 @@ def begin_output(
     overwrite = s.overwrite or retry or begun and same and known['overwrite']
     check_new(out, overwrite, *checks)
     check_writable(out)
-    if retry and not out.local.exists(): fetch_output(out)
+    if retry and not out.local.exists():
+        remove_folder(out.here)
+        with store_errors(out.address, 'cannot be read', 'check the address, and the credentials of this store'): download_output(out)
     write_json(out.record, dict(key=key, overwrite=overwrite, report=None))
     say(f"{out.address}: written to {out.local}, and uploaded once it is complete")
 
