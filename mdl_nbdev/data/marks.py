@@ -66,7 +66,7 @@ class Marks:
     every:int # Rows of a block; the last one may have fewer
     state:tuple[int, int] # Size and time (ns) of the file
     rows:int=0 # Rows of the file
-    blocks:list[Block]|None=None # If full, the last one is followed by the rest of the file. None: there are none
+    blocks:list[Block]|None=None # After a full last block, one for the rest of the file; None: not in blocks
 
     @property
     def n_blocks(self)->int:
