@@ -286,7 +286,8 @@ def begin_output(
     check_writable(out)
     if retry and not out.local.exists():
         remove_folder(out.here)
-        with store_errors(out.address, 'cannot be read', 'check the address, and the credentials of this store'): download_output(out)
+        with store_errors(out.address, 'cannot be read', 'check the address, and the credentials of this store'):
+            download_output(out)
     write_json(out.record, dict(key=key, overwrite=overwrite, report=None))
     say(f"{out.address}: written to {out.local}, and uploaded once it is complete")
 
