@@ -116,7 +116,8 @@ def uploading(
         out.over.set()
         thread.join()
         try: out.sync()
-        except Exception as e: print(without_secrets(f"{out.address}: not up to date ({one_line(e, 200)})"), file=sys.stderr, flush=True)
+        except Exception as e:
+            print(without_secrets(f"{out.address}: not up to date ({one_line(e, 200)})"), file=sys.stderr, flush=True)
         raise
     finally: out.over.set()
     thread.join()
@@ -143,8 +144,8 @@ def fetch_run(
         if fault(out.local/name): remove_folder(out.local/name) # which would replace the one in the store
     whole = {name for name in held if step_of(name) >= 0}
     if not (whole or out.folders()) and any(COMPLETE.fullmatch(file.partition('/')[0]) for file in found):
-        raise InputError(f"{out.address}: cannot be resumed: it has no complete checkpoint, and it is not started again from step 0; "
-                         "restore a checkpoint, or choose another --output for a new run")
+        raise InputError(f"{out.address}: cannot be resumed: it has no complete checkpoint, and it is not started again "
+                         "from step 0; restore a checkpoint, or choose another --output for a new run")
     newest, here = max(whole, key=step_of, default=''), [n for n in out.folders() if step_of(n) >= 0]
     if step_of(newest) > max(map(step_of, here), default=-1):
         print(without_secrets(f"{out.address}: downloading {newest}"), file=sys.stderr, flush=True)
