@@ -92,7 +92,7 @@ LOOK_SECONDS = 5 # Between two looks for new checkpoints
 
 @patch
 def upload_news(self:StoredRun)->None:
-    "Upload what is new until the run is over; a failure is reported once, and there is a next time"
+    "Upload what is new until the run is over; a failure is reported once, and the next look tries again"
     reported = False
     with bars_hidden():
         while not self.over.wait(LOOK_SECONDS):
