@@ -25,7 +25,7 @@ def within_samples(
     dropout:float=0., # Share of the weights of attention that is dropped
 )->torch.Tensor: # [tokens, heads, size of a value]
     "Causal attention of each sample to itself"
-    wide = -(-max(key.shape[-1], value.shape[-1])//8)*8 # the kernel knows one size, in eights
+    wide = -(-max(key.shape[-1], value.shape[-1])//8)*8 # the kernel needs one size, a multiple of 8
     if query.device.type != 'cpu' and wide <= 256 and not dropout:
         from torch.nn.attention.varlen import varlen_attn
         wider = [pad(t, (0, wide - t.shape[-1])) for t in (query, key, value)]
@@ -56,7 +56,7 @@ def attention_by_sample(
     if attention_mask is not None or cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     more = [name for name in ('position_bias', 'softcap', 's_aux') if kwargs.get(name) is not None]
-    if more: raise ValueError(f'attention within samples knows no {more[0]}')
+    if more: raise ValueError(f'attention within samples does not support {more[0]}')
     groups = query.shape[1]//key.shape[1]
     heads = query, repeat_kv(key, groups), repeat_kv(value, groups)
     flat = (t.transpose(1, 2).flatten(0, 1).to(value.dtype) for t in heads)
