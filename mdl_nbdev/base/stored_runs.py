@@ -126,7 +126,7 @@ def uploading(
 def step_of(
     name:str, # Such as `checkpoint-20`
 )->int: # -1 for what is no such folder
-    "The step of a checkpoint that is named by it"
+    "The step in the name of a checkpoint"
     found = re.fullmatch(r'checkpoint-(\d+)', name)
     return int(found[1]) if found else -1
 
