@@ -146,7 +146,7 @@ def check_writable(
     def write():
         if protocol_of(out.address) not in OBJECT_STORES: out.fs.makedirs(probe.rpartition('/')[0], exist_ok=True)
         out.fs.pipe_file(probe, b'mdl_nbdev')
-        with suppress(Exception): out.fs.rm_file(probe) # who may write may not be allowed to remove
+        with suppress(Exception): out.fs.rm_file(probe) # some credentials may write, but not remove
     with store_errors(out.address, 'cannot write there', 'check the address, and the credentials of this store'):
         patiently(2, write)
 
