@@ -68,3 +68,4 @@ def memory():
     store = fsspec.filesystem("memory")
     yield store
     store.store.clear()
+    store.pseudo_dirs[:] = [""]

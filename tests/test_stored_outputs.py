@@ -29,7 +29,7 @@ from mdl_nbdev.train.run import train
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MDL_CACHE", str(tmp_path/"cache"))
-    monkeypatch.setattr(stored_outputs, "UPLOAD_RETRIES", 1)
+    monkeypatch.setattr(stored_outputs, "RETRIES", 1)
     make_sounds(".", 5)
     with open("sounds.csv", "a") as f: f.write("lost.wav,\n")
 
@@ -332,7 +332,7 @@ def test_a_run_continues_on_another_machine(memory, monkeypatch, limit):
     losses = [[m["loss"] for m in map(json.loads, text.splitlines()) if "loss" in m] for text in (found["metrics.jsonl"], here["metrics.jsonl"])]
     assert losses[0] == losses[1] and json.loads(found["status.json"])["phase"] == "finished"
     assert set(here) - {".lock"} == set(found), "nothing is missing, nothing is left over"
-    assert json.loads(found["config.json"])["output"] == "memory:/bucket/runs/a", "an address as `--config` reads it"
+    assert json.loads(found["config.json"])["output"] == "memory://bucket/runs/a", "an address as `--config` reads it"
     assert str(report).endswith(f"the model is in {address}/final") and not files("cache/outputs")
 
 
@@ -353,7 +353,7 @@ def test_checkpoints_are_uploaded_while_the_run_continues(memory, monkeypatch):
 def test_a_run_that_cannot_be_uploaded(shelf, capsys, monkeypatch):
     "It ends, everything is kept, and the same command uploads it"
     monkeypatch.setattr(stored_runs, "LOOK_SECONDS", .02)
-    monkeypatch.setattr(stored_outputs, "UPLOAD_RETRIES", 0)
+    monkeypatch.setattr(stored_outputs, "RETRIES", 0)
     Shelf.broken["put"] = OSError("busy")
     s = run_settings("shelf://bucket/a", max_steps=2, eval_dataset=[])
     with pytest.raises(InputError, match="shelf://bucket/a: cannot be uploaded .*busy.*; everything is in .*run the same command again with --resume-from-checkpoint true"): train(s)

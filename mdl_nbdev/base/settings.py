@@ -43,7 +43,7 @@ DEFAULT_MODEL = 'mispeech/midashenglm-7b-1021-bf16' # Recommended upstream for f
 @dataclass(kw_only=True)
 class ModelSettings(Settings):
     "The model"
-    # Hub id, folder, or a built-in model that needs no download: `tiny` (audio), `tiny-text`
+    # Hub id, folder, its address in a store, or a built-in model that needs no download: `tiny` (audio), `tiny-text`
     model_name:str=opt(DEFAULT_MODEL, convert=True, location=True)
     # Download from ModelScope instead of the Hugging Face hub
     from_modelscope:bool=opt(False, resume=True, convert=True)
@@ -246,7 +246,7 @@ class InferSettings(DataSettings, LoadSettings, TokenizeSettings):
     user_prompt:str|None=None
     input:Path=opt(positional=True, location=True) # CSV, TSV, Parquet or JSONL file to answer
     output:Path=opt(result=False, location=True, store=True) # File to write, or its address: the input, with answers in `prediction`
-    model_name:str=opt(location=True) # Hub id, folder, or a built-in model: `tiny` (audio), `tiny-text`
+    model_name:str=opt(location=True) # Hub id, folder, its address, or a built-in model: `tiny`, `tiny-text`
     adapter:Path|None=opt(None, location=True) # Folder of a LoRA adapter to apply to the model
     # Answer with the most probable label of a closed set: a file with one label a line, or auto, the different predictions
     # of the input. The output gets the columns `probability` and `margin`, the distance to the second label
@@ -334,7 +334,7 @@ class DemoSettings(Settings):
 @dataclass(kw_only=True)
 class ServeSettings(LoadSettings):
     "Answer requests in the form of OpenAI's API with a model that stays loaded, and a web page to try it"
-    model_name:str=opt(location=True) # Hub id, folder, or a built-in model: `tiny` (audio), `tiny-text`
+    model_name:str=opt(location=True) # Hub id, folder, its address, or a built-in model: `tiny`, `tiny-text`
     adapter:Path|None=opt(None, location=True) # Folder of a LoRA adapter to apply to the model
     chat_template:Path|None=opt(None, location=True) # Jinja file with a chat template, instead of the model's own
     host:str='127.0.0.1' # Address to listen on; 0.0.0.0: all of this machine, which needs a key

@@ -19,7 +19,7 @@ from .processes import Ranks
 from .progress import bars_hidden
 from .settings import TrainSettings
 from .stored_outputs import (
-    UPLOAD_RETRIES, StoredOutput, check_writable, download_output, named_by_address, patiently, store_errors, upload)
+    RETRIES, StoredOutput, check_writable, download_output, named_by_address, patiently, store_errors, upload)
 from .text import one_line
 
 # %% ../../nbs/0_base/17_stored_runs.ipynb #d25df489
@@ -67,7 +67,7 @@ class StoredRun(StoredOutput):
 # %% ../../nbs/0_base/17_stored_runs.ipynb #a80b9c2a
 @patch
 def sync(self:StoredRun,
-    retries:int=UPLOAD_RETRIES, # Further attempts for each file
+    retries:int=RETRIES, # Further attempts for each file
 )->None:
     "Bring the store up to date"
     for name,stamp in self.folders().items():
@@ -153,7 +153,7 @@ def fetch_run(
         best = f"checkpoint-{json.loads((out.local/newest/'trainer_state.json').read_text()).get('best_global_step')}"
         if best in whole and not (out.local/best).exists(): download_output(out.part(best))
         for file in [file for file in found if not COMPLETE.fullmatch(file.partition('/')[0])]:
-            with replacing(out.local/file) as new: patiently(UPLOAD_RETRIES, out.fs.get_file, f'{out.there}/{file}', str(new))
+            with replacing(out.local/file) as new: patiently(RETRIES, out.fs.get_file, f'{out.there}/{file}', str(new))
     out.sent |= {name:stamp for name,stamp in out.folders().items() if name in whole and out.is_stored(name)}
 
 # %% ../../nbs/0_base/17_stored_runs.ipynb #9634b295
@@ -203,7 +203,7 @@ def run_in_store(
             if not out.local.is_dir(): raise InputError(lost)
         ranks.agree(check)
         around = uploading(out) if ranks.is_main and not s.dry_run else nullcontext()
-        with named_by_address(out), around: report = run(replace(s, output=out.local))
+        with named_by_address(out.local, out.address), around: report = run(replace(s, output=out.local))
         if s.dry_run: return report
         ranks.on_main(finish_run_upload, out, report.whole)
         for name,value in vars(report).items():

@@ -17,7 +17,7 @@ from ..base.errors import InputError, WriteError, shared_memory_fault, why_not_w
 from ..base.options import Settings
 from ..base.processes import is_main_process
 from ..base.text import one_line, printable
-from ..data.stored_tables import with_local_tables
+from ..data.stored_inputs import with_local_inputs
 
 # %% ../../nbs/5_cli/09_commands.ipynb #c6
 def report_exit_code(
@@ -61,7 +61,7 @@ def run_command(
         if not is_main_process(): sys.exit(2) # every process of a launcher finds the same
         exit_with_message(prog, e)
     try:
-        report = getattr(mdl_nbdev, function)(with_local_tables(s)) # imported here
+        report = getattr(mdl_nbdev, function)(with_local_inputs(s)) # imported here
     except Exception as e:
         how = ' with --resume-from-checkpoint true' if prog=='mdl_train' else ''
         again = f'Finished work is kept: run the command again{how}'

@@ -119,7 +119,7 @@ def check_path(
 )->None:
     "Raise `InputError` unless a path leads to a regular file that can be read"
     if protocol_of(as_written(path)):
-        raise InputError(f"{as_written(path)}: only commands read tables from there; in Python, use local_table")
+        raise InputError(f"{as_written(path)}: only commands read tables from there; in Python, use local_data")
     if os.path.isdir(path): raise InputError(f"{path}: is a folder; give the path of a file")
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is not a regular file; give the path of one")

@@ -10,7 +10,10 @@ import json, logging
 from pathlib import Path
 from typing import Callable
 from ..base.errors import InputError
+from ..base.stored_outputs import named_by_address
+from ..base.stores import protocol_of
 from ..base.text import one_line
+from ..data.stored_inputs import local_folder
 from .family import audio_models
 
 # %% ../../nbs/2_model/06_hub.ipynb #c6
@@ -97,22 +100,22 @@ def from_hub(
     from_modelscope:bool=False, # Download from ModelScope?
     **kwargs # Passed to `load`
 ): # What `load` returned
-    "Call `load` on a folder, a hub id or a ModelScope id; `InputError` if there is no such model, or it cannot be loaded"
-    source = name
-    if is_path(str(name)) and not Path(name).exists():
+    "Call `load` on a folder, a hub id, a ModelScope id or an address; `InputError` if there is no such model, or it cannot be loaded"
+    source = local_folder(name, 'config.json') if protocol_of(name) else name
+    if is_path(str(source)) and not Path(source).exists():
         unexpanded = ", and ~ is not expanded" if str(name).startswith('~') else ''
         raise InputError(f"--model-name {name}: no such folder; the working directory is {Path.cwd()}{unexpanded}")
-    download = from_modelscope and not Path(name).is_dir()
+    download = from_modelscope and not Path(source).is_dir()
     if download:
         try: from modelscope import snapshot_download
         except ImportError:
             message = "--from-modelscope needs the modelscope package: pip install 'mdl_nbdev[modelscope]'"
             raise InputError(message) from None
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR) # it warns at each retry; the message below says it once
-    try:
-        if download: source = snapshot_download(name)
-        return load(source, **kwargs)
-    except InputError: raise
-    except MemoryError: raise
-    except Exception as e: # libraries raise errors of any kind for damaged files
-        raise InputError(f"--model-name {name}: {explain_failure(source, e)}") from e
+    with named_by_address(source, str(name)):
+        try:
+            if download: source = snapshot_download(name)
+            return load(source, **kwargs)
+        except (InputError, MemoryError): raise
+        except Exception as e: # libraries raise errors of any kind for damaged files
+            raise InputError(f"--model-name {name}: {explain_failure(source, e)}") from e

@@ -297,8 +297,10 @@ def load_model(
         return load_built_in(name, torch.float32 if dtype == 'auto' else dtype, quantization, device)
     if holds_adapter(name): # transformers would load its base, and ignore what else is there
         raise InputError(f"--model-name {name}: {adapter_as_model(name)}")
-    return from_hub(read_weights, name, from_modelscope, dtype=dtype, quantization=quantization,
-                    device=device, must_fit=must_fit)
+    model = from_hub(read_weights, name, from_modelscope, dtype=dtype, quantization=quantization,
+                     device=device, must_fit=must_fit)
+    model.name_or_path = model.config.name_or_path = str(name) # not where a hub or a store keeps it on this machine
+    return model
 
 # %% ../../nbs/2_model/30_load.ipynb #c27
 def load_processor(

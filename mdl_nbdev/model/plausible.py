@@ -14,6 +14,7 @@ from typing import Iterable
 from ..base.errors import InputError
 from ..base.options import Settings
 from ..base.settings import DEFAULT_MODEL, InferSettings, ModelSettings, TrainSettings
+from ..base.stores import as_written
 from ..data.clips import whole_file
 from ..data.remote import is_url
 from ..data.rows import check_path, to_conversation
@@ -109,6 +110,7 @@ def find_warnings(
     for name in filter(CHECKS.get, names):
         value = getattr(s, name)
         try:
-            for v in value if isinstance(value, list) else [value]: CHECKS[name](s, v)
+            for v in value if isinstance(value, list) else [value]:
+                if not is_url(as_written(v)): CHECKS[name](s, v)
         except (InputError, OSError) as e: found[name] = str(e)
     return found

@@ -28,7 +28,7 @@ from ..base.processes import DaemonPool, end_with_parent, is_main_process
 from ..base.progress import progress_bar
 from ..base.settings import ConvertSettings
 from ..base.status import phase
-from ..base.stored_outputs import to_store
+from ..base.stored_outputs import as_given, to_store
 from ..base.text import format_duration, plural
 from ..data.clips import clip_stamp, collected_notes, count_notes, note_lines, prepare_clips, resolve
 from ..data.conversations import Conversation
@@ -295,7 +295,7 @@ def write_small_files(
     rate = chat.family.sample_rate
     seconds = sum(shard.samples for shard in shards)/rate
     write_json(folder/MANIFEST, dict(
-        format=2, source=str(s.input), rows=sum(shard.rows for shard in shards), audio_seconds=round(seconds, 3),
+        format=2, source=as_given(s)['input'], rows=sum(shard.rows for shard in shards), audio_seconds=round(seconds, 3),
         sample_rate=rate, tokenizer=chat.fingerprint, model_name=s.model_name,
         system_prompt=s.system_prompt, user_prompt=s.user_prompt, learn_answers=s.learn_answers, channel=s.channel,
         notes=notes_of(shards), index=dict(xxh3=file_digest(folder/INDEX, xxh3_128)),

@@ -15,13 +15,12 @@ from accelerate import PartialState
 from transformers import SchedulerType, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
-from ..base.command_line import save_config
-from ..base.files import replacing_folder
+from ..base.files import replacing_folder, write_json
 from ..base.processes import Ranks
 from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
 from ..base.status import phase
-from ..base.stored_outputs import given_output
+from ..base.stored_outputs import as_given
 
 # %% ../../nbs/3_train/20_fit.ipynb #c4
 from ..model.adapters import adapt, without_input_casts
@@ -169,7 +168,7 @@ def start_run_folder(
         same_rows = saved.get('training rows')==trainer.identity['training rows']
         check_identity(trainer.resumed_from, trainer.identity, s.allow_changes)
         set_aside_later(s.output, trainer.resumed_from)
-    save_config(replace(s, output=given_output(s.output)), s.output/'config.json')
+    write_json(s.output/'config.json', as_given(s))
     print(ds)
     trainer.prompts = (same_rows and read_prompts(trainer.resumed_from)) or ds.prompts()
     padding = padding_waste(ds.n_tokens, trainer.sampler(ds, s.batch_size).batches(0))

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from fastcore.basics import patch
-from ..base.command_line import to_dict
 from ..base.curves import Curve
 from ..base.html import plot_image
 from ..base.progress import spelt_here
 from ..base.settings import TrainSettings
+from ..base.stored_outputs import as_given
 from ..base.stores import as_written
 from ..base.text import format_duration, one_line, plural, shorten
 from ..data.named_metrics import metric_named
@@ -283,7 +283,7 @@ def model_card(
     if s.eval_metric: metrics.append(('normalizer of the answers', s.eval_normalizer))
     metrics.append(('trained parameters', f'{report.trainable:,} of {report.parameters:,}'))
     data = markdown_table(dataset_rows(datasets), ('', 'dataset', 'task', 'rows', 'audio', 'tokens'))
-    settings = ((code_span(k), code_span(json.dumps(v, ensure_ascii=False))) for k,v in to_dict(s).items())
+    settings = ((code_span(k), code_span(json.dumps(v, ensure_ascii=False))) for k,v in as_given(s).items())
     plain = re.fullmatch(r'[A-Za-z./~][\w./-]*', s.model_name)
     return CARD.format(name=as_markdown(one_line(s.output.resolve().name)),
         yaml_base=s.model_name if plain else json.dumps(s.model_name),
