@@ -13,6 +13,7 @@ from mdl_nbdev.base import stored_outputs
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import CheckSettings, ConvertSettings, InferSettings, TrainSettings
 from mdl_nbdev.cli import commands
+from mdl_nbdev.cli.protocol import served_name
 from mdl_nbdev.data import stored_inputs
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.data.stored_inputs import local_data, local_folder, with_local_inputs
@@ -139,10 +140,14 @@ def test_too_little_space(memory, fetched, monkeypatch):
     ("memory://bucket/nowhere", "", "memory://bucket/nowhere: no such folder; check the address"),
     ("memory://bucket/runs/a", "config.json", "memory://bucket/runs/a: this is the folder of a run; what it has trained is memory://bucket/runs/a/final"),
     ("memory://bucket/runs", "config.json", "memory://bucket/runs: there is no config.json in this folder; check the address"),
+    ("memory://bucket/runs/b", "config.json", "memory://bucket/runs/b: this is the folder of a run; what it has trained is memory://bucket/runs/b/final"),
+    ("memory://bucket/runs/b/final", "config.json", "memory://bucket/runs/b/final: there is no config.json in this folder; it holds an adapter: give it as --adapter"),
+    ("memory://bucket/runs/a/final", "adapter_config.json", "memory://bucket/runs/a/final: there is no adapter_config.json in this folder; it holds a model: give it as --model-name"),
     ("memory://bucket/out", "", "/bucket/out/../../evil: this name leads out of the folder; rename the file"),
     ("nothing://bucket/model", "", "nothing://bucket/model: .*check the address")])
 def test_what_is_no_such_folder(address, marker, message, memory, fetched):
-    for name in ("runs/a/config.json", "runs/a/final/config.json", "runs/a/checkpoint-1/weights"): memory.pipe(f"/bucket/{name}", b"{}")
+    for name in ("runs/a/config.json", "runs/a/final/config.json", "runs/a/checkpoint-1/weights", "runs/b/config.json", "runs/b/final/adapter_config.json"):
+        memory.pipe(f"/bucket/{name}", b"{}")
     memory.store["/bucket/out/../../evil"] = memory.store["/bucket/runs/a/config.json"]
     with pytest.raises(InputError, match=message): local_folder(address, marker)
     assert not fetched and not Path("cache/evil").exists()
@@ -196,3 +201,70 @@ def test_the_protocol_of_a_page_is_that_of_tables(memory, monkeypatch):
     asked = []
     monkeypatch.setattr(stored_inputs, "local_table", lambda path: asked.append(path) or Path("rows.csv"))
     assert local_data("https://example.org/rows") == Path("rows.csv") and asked == ["https://example.org/rows"]
+
+
+def test_an_own_input_is_not_replaced(memory):
+    rows = b"audio,prediction\ndog.wav,bark\n"
+    for name in ("rows.csv", "answers.csv.rejects.csv"): memory.pipe(f"/bucket/{name}", rows)
+    for name in ("config.json", "model.safetensors"): memory.pipe(f"/bucket/merged/{name}", b"{}")
+    memory.pipe("/bucket/adapter/adapter_config.json", b"{}")
+    for table, output in (("rows.csv", "rows.csv"), ("answers.csv.rejects.csv", "answers.csv")):
+        with pytest.raises(SystemExit): commands.mdl_infer([f"memory://bucket/{table}", "--output", f"memory://bucket/{output}", "--model-name", "tiny", "--overwrite", "true"])
+    stored_inputs.PINNED.clear()
+    assert run("mdl_merge", "memory://bucket/adapter", "--model-name", "memory://bucket/merged/", "--output", "memory://bucket/merged", "--overwrite", "true") == 2
+    assert memory.cat("/bucket/rows.csv") == memory.cat("/bucket/answers.csv.rejects.csv") == rows and not memory.exists("/bucket/answers.csv")
+    assert memory.cat("/bucket/merged/model.safetensors") == b"{}"
+
+
+def test_errors_and_reports_name_the_address(memory, capsys):
+    memory.pipe("/bucket/rows.csv", b"audio,prediction\ndog.wav,\n")
+    memory.pipe("/bucket/adapter/adapter_config.json", b"{")
+    assert run("mdl_convert", "memory://bucket/rows.csv", "--output", "out", "--model-name", "tiny") == 2
+    assert run("mdl_check", "memory://bucket/rows.csv") == 2
+    assert run("mdl_merge", "memory://bucket/adapter", "--output", "merged") == 2
+    out, err = capsys.readouterr()
+    assert "mdl_convert: memory://bucket/rows.csv:2: " in err and "mdl_merge: memory://bucket/adapter/adapter_config.json: not valid JSON" in err
+    assert " memory://bucket/rows.csv:2: " in out and "cache/tables" not in out + err
+
+
+def test_a_server_calls_an_adapter_by_its_address(memory):
+    memory.pipe("/bucket/final/adapter_config.json", b"{}")
+    s = with_local_inputs(InferSettings(input="requests", output="none", model_name="tiny", adapter="memory://bucket/final"))
+    assert served_name(s) == "memory://bucket/final"
+    assert served_name(InferSettings(input="requests", output="none", model_name="memory://bucket/model")) == "memory://bucket/model"
+
+
+def test_markers_of_folders_are_no_files(memory, fetched, monkeypatch):
+    "The console of S3 makes an empty file whose name ends in a slash for each new folder"
+    for name in ("config.json", "sub/weights"): memory.pipe(f"/bucket/model/{name}", b"{}")
+    find = MemoryFileSystem.find
+    def with_markers(self, path, **kwargs):
+        markers = {f"/bucket/model/{name}": dict(size=0, type="file") for name in ("", "sub/", "empty/")}
+        return markers | find(self, path, **kwargs)
+    monkeypatch.setattr(MemoryFileSystem, "find", with_markers)
+    assert files(local_folder(MODEL)) == {"config.json": b"{}", "sub/weights": b"{}"}
+
+
+def test_another_model_at_the_address_gives_another_result(memory):
+    "What waits to be uploaded was made with the earlier one; without the cache's copies, it still counts as made with this one"
+    def key():
+        stored_inputs.PINNED.clear()
+        stored_outputs.ADDRESSES.clear() # each command is a process
+        return stored_outputs.run_key(with_local_inputs(InferSettings(input="rows.csv", output="out.csv", model_name=MODEL, adapter="memory://bucket/adapter")))
+    memory.pipe("/bucket/model/config.json", b"{}")
+    memory.pipe("/bucket/adapter/adapter_config.json", b"{}")
+    first = key()
+    shutil.rmtree("cache/folders")
+    assert key() == first
+    memory.pipe("/bucket/model/config.json", b"{ }")
+    assert key() != first
+
+
+def test_a_folder_that_appears_later_is_found(memory, monkeypatch):
+    "File systems such as that of S3 remember what they have listed"
+    remembered, isdir = {}, MemoryFileSystem.isdir
+    monkeypatch.setattr(MemoryFileSystem, "isdir", lambda self, path: remembered.setdefault(path, isdir(self, path)))
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: remembered.clear())
+    with pytest.raises(InputError, match="memory://bucket/rows: no such file"): local_data("memory://bucket/rows")
+    memory.pipe("/bucket/rows/rows.csv", b"audio,prediction\n")
+    assert local_data("memory://bucket/rows").is_dir()

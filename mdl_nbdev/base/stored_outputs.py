@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ADDRESSES', 'FINAL', 'OBJECT_STORES', 'OPENED_FIRST', 'RETRIES', 'BAR_SECONDS', 'local_output', 'as_given',
            'patiently', 'listed', 'upload_order', 'StoredOutput', 'store_errors', 'check_writable', 'check_new',
-           'bytes_shown', 'upload', 'content_key', 'run_key', 'plain_fields', 'named_by_address', 'at_address',
-           'download_files', 'download_output', 'begin_output', 'deliver', 'to_store']
+           'check_own_inputs', 'bytes_shown', 'upload', 'content_key', 'run_key', 'plain_fields', 'named_by_address',
+           'at_address', 'download_files', 'download_output', 'begin_output', 'deliver', 'to_store']
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #d9cf8e4a
 import functools, hashlib, json, os, sys, time
@@ -74,7 +74,8 @@ def listed(
     fs.invalidate_cache()
     try: found = fs.find(path, detail=True, **options)
     except FileNotFoundError: return {}
-    return {place.split(f"{path.strip('/')}/", 1)[-1]:facts for place,facts in found.items()}
+    files = {place:facts for place,facts in found.items() if not place.endswith('/')} # S3 lists an empty folder so
+    return {place.split(f"{path.strip('/')}/", 1)[-1]:facts for place,facts in files.items()}
 
 OBJECT_STORES = (*BY_EXTRA, 'hf', 'memory', 'abfs', 'abfss', 'az', 'adl', 'oss', 'oci') # Files appear there complete
 OPENED_FIRST = ('config.json', 'adapter_config.json', 'manifest.json', 'state.json', 'mdl_nbdev.json') # By readers of a folder
@@ -149,7 +150,7 @@ def store_errors(
         reason = f'{type(e).__name__}: {one_line(e, 200)}'.removesuffix(': ')
         raise InputError(f'{address}: {fault} ({reason}); {remedy}') from e
 
-# %% ../../nbs/0_base/16_stored_outputs.ipynb #8d40b46c
+# %% ../../nbs/0_base/16_stored_outputs.ipynb #c0e3881b
 def check_writable(
     out:StoredOutput, # The output
 )->None:
@@ -180,6 +181,18 @@ def check_new(
     if marker and not any(fnmatch(name, marker) for name in found): foreign = [*found]
     if foreign:
         raise InputError(f"{out.address}: not replaced: this command did not write {foreign[0]}; choose another --output")
+
+# %% ../../nbs/0_base/16_stored_outputs.ipynb #44747b63
+def check_own_inputs(
+    out:StoredOutput, # The output
+    s:Settings, # Of the command
+)->None:
+    "`InputError` if a run would replace one of its own inputs, as `check_inputs` finds it of paths"
+    written = [f'{out.address}{end}' for end in ('', *out.ends)]
+    for name,given in as_given(s).items():
+        if name=='output' or name not in options_where(type(s), 'location') or not given: continue
+        if any(f'{given}/'.startswith(f'{address}/') for address in written):
+            raise InputError(f"{given}: this run would replace its own input; rename the input, or choose another --output")
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #45c07c38
 BAR_SECONDS = 3 # What takes longer has a bar
@@ -220,12 +233,15 @@ def upload(
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #e05781eb
 def content_key(
-    path:str|Path, # A file or a folder, or something else, such as the name of a model
+    path:str|Path, # A file or a folder, an address, or something else, such as the name of a model
 )->Any: # None if there is no such path; can be written as JSON
     "What changes when a file does, or the files directly in a folder"
     path = Path(path)
     if path.is_file(): return file_digest(path)
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(path.iterdir())] if path.is_dir() else None
+    if path.is_dir() and path not in ADDRESSES:
+        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(path.iterdir())]
+    address = as_written(path).rstrip('/')
+    return sorted(str(place) for place,a in ADDRESSES.items() if a==address) or None # the version is part of the place
 
 def run_key(
     s:Settings, # Of a command
@@ -324,6 +340,7 @@ def begin_output(
         raise InputError(f"{out.address}: the result of an earlier command for this address, with other settings or input, "
                          f"waits in {out.local} to be uploaded; repeat that command, or discard it with --overwrite true")
     if waits and s.overwrite: remove_folder(out.local.parent)
+    check_own_inputs(out, s)
     begun = out.local.parent.exists() and any(out.local.parent.iterdir())
     overwrite = s.overwrite or retry or begun and same and known['overwrite']
     check_new(out, overwrite, *checks)

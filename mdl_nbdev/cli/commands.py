@@ -17,7 +17,7 @@ from ..base.errors import InputError, WriteError, shared_memory_fault, why_not_w
 from ..base.options import Settings
 from ..base.processes import is_main_process
 from ..base.text import one_line, printable
-from ..data.stored_inputs import with_local_inputs
+from ..data.stored_inputs import with_addresses, with_local_inputs
 
 # %% ../../nbs/5_cli/09_commands.ipynb #c6
 def report_exit_code(
@@ -33,7 +33,7 @@ def exit_with_message(
     code:int=2, # Exit code
 )->None:
     "Print a message instead of a traceback, and exit"
-    print(printable(f"{prog}: {message}"), file=sys.stderr)
+    print(printable(f"{prog}: {with_addresses(message)}"), file=sys.stderr)
     sys.exit(code)
 
 def print_report(
@@ -41,7 +41,7 @@ def print_report(
 )->None:
     "Print a report and its note; a reader that has seen enough, such as `head`, is no error"
     note = getattr(report, 'note', None)
-    try: print(printable(f'{report}\n{note}' if note else report), flush=True)
+    try: print(printable(with_addresses(f'{report}\n{note}' if note else report)), flush=True)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # so that Python's exit does not fail on it again
 
 # %% ../../nbs/5_cli/09_commands.ipynb #c8

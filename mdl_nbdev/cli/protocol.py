@@ -17,6 +17,8 @@ from typing import Any
 from fastcore.basics import patch
 from ..base.errors import InputError
 from ..base.settings import InferSettings
+from ..base.stored_outputs import ADDRESSES
+from ..base.stores import as_written
 from ..base.text import shorten
 from ..data.conversations import Conversation
 from ..data.messages import kind_of, order_fault, read_message, with_system
@@ -211,8 +213,9 @@ def served_name(
     s:InferSettings, # Of the server
 )->str: # Such as `runs/digits/final`
     "What clients call the model; of a path from the root, only the last two folders"
-    path = Path(s.adapter or s.model_name)
-    return '/'.join(path.parts[1:][-2:]) if path.is_absolute() else str(s.adapter or s.model_name)
+    given = s.adapter or s.model_name
+    path = Path(ADDRESSES.get(Path(given), given))
+    return '/'.join(path.parts[1:][-2:]) if path.is_absolute() else as_written(path)
 
 def check_model(
     name:Any, # The field `model`
