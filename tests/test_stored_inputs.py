@@ -17,6 +17,7 @@ from mdl_nbdev.cli.protocol import served_name
 from mdl_nbdev.data import stored_inputs
 from mdl_nbdev.data.sounds import make_sounds
 from mdl_nbdev.data.stored_inputs import local_data, local_folder, with_local_inputs
+from mdl_nbdev.infer.ask import ask, engine_for
 from mdl_nbdev.model.load import load_model, load_processor
 from mdl_nbdev.model.midashenglm_family import tiny_model
 from mdl_nbdev.model.plausible import find_warnings
@@ -268,3 +269,26 @@ def test_a_folder_that_appears_later_is_found(memory, monkeypatch):
     with pytest.raises(InputError, match="memory://bucket/rows: no such file"): local_data("memory://bucket/rows")
     memory.pipe("/bucket/rows/rows.csv", b"audio,prediction\n")
     assert local_data("memory://bucket/rows").is_dir()
+
+
+def test_a_question_in_python_goes_to_the_model_that_is_there_now(memory, monkeypatch):
+    from mdl_nbdev.model import engine
+    loads = []
+    def load(s):
+        loads.append((s.model_name, s.adapter and s.adapter.name))
+        raise InputError("loaded")
+    monkeypatch.setattr(engine, "load_engine", load)
+    make_sounds(".", 1)
+    def question(**options):
+        with pytest.raises(InputError, match="loaded"): ask(MODEL, "sounds/0000.wav", **options)
+    memory.pipe("/bucket/model/config.json", b"{}")
+    memory.pipe("/bucket/adapter/adapter_config.json", b"{}")
+    question(adapter="memory://bucket/adapter")
+    assert loads == [(MODEL, "adapter")]
+    monkeypatch.setattr(engine, "load_engine", lambda s: loads.append(s.model_name))
+    keep = InferSettings(input="rows.csv", output="out.csv", model_name=MODEL)
+    for content in (b"{}", b"{}", b"{ }"):
+        if memory.cat("/bucket/model/config.json") != content: memory.pipe("/bucket/model/config.json", content)
+        engine_for(keep)
+    assert len(loads) == 3
+    with pytest.raises(InputError, match="memory://bucket/adapter: only commands read adapters from there; in Python, use local_folder"): adapter_config(Path("memory://bucket/adapter"))

@@ -7,16 +7,18 @@ __all__ = ['LOADED', 'engine_for', 'request_of', 'mean_probability', 'Answer', '
 
 # %% ../../nbs/4_infer/14_ask.ipynb #43f1e831
 import math, tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from ..base.errors import InputError
 from ..base.html import Html, as_html, audio_player, html_bar, html_box
 from ..base.settings import InferSettings
+from ..base.stores import as_written
 from ..base.text import shorten
 from ..data.audio import SAMPLE_RATE, audio_info, load_audio
 from ..data.conversations import Conversation, text_message
 from ..data.pictures import spectrogram_html, waveform_html
+from ..data.stored_inputs import local_folder
 from .identity import prompts_of_training, with_training_prompts
 from .run import completion_limit
 
@@ -28,7 +30,7 @@ def engine_for(
 ): # An engine, ready to answer
     "Load a model, unless it is the one that was used last"
     from mdl_nbdev.model.engine import load_engine
-    folders = [Path(p) for p in (s.model_name, s.adapter) if p and Path(p).is_dir()]
+    folders = [p for p in map(local_folder, filter(None, (s.model_name, s.adapter))) if p.is_dir()]
     files = tuple(sorted((str(p), p.stat().st_mtime_ns) for folder in folders for p in folder.iterdir()))
     key = (s.model_name, s.adapter, s.chat_template, s.bf16, s.quantization, s.from_modelscope, files)
     if key not in LOADED:
@@ -85,7 +87,7 @@ class Answer:
 
 # %% ../../nbs/4_infer/14_ask.ipynb #7a3855a0
 def ask(
-    model:str|Path, # Hub id, folder, or a built-in model
+    model:str|Path, # Hub id, folder, its address, or a built-in model
     clip, # Path or URL, or a recording: a NumPy array [samples] of float32 in [-1, 1] or of int16
     prompt:str|None=None, # What to ask; None: what the model was trained with
     rate:int=SAMPLE_RATE, # Samples per second of a recording
@@ -93,7 +95,7 @@ def ask(
 )->Answer: # Shows itself in a notebook
     "Ask a model about one clip; the model stays loaded for the next one"
     if options.get('labels'): raise InputError("--labels: ask generates its answers; use infer for a closed set")
-    s = InferSettings(input='one clip', output='none', model_name=str(model), user_prompt=prompt, confidence=True, **options)
+    s = InferSettings(input='one clip', output='none', model_name=as_written(model), user_prompt=prompt, confidence=True, **options)
     if isinstance(clip, np.ndarray):
         import soundfile as sf
         with tempfile.NamedTemporaryFile(suffix='.wav') as f:
@@ -108,6 +110,7 @@ def answer_clip(
 )->Answer:
     "Answer one clip"
     from mdl_nbdev.model.engine import GenerationOptions
+    if s.adapter: s = replace(s, adapter=local_folder(s.adapter, 'adapter_config.json'))
     waveform, engine = load_audio(clip, s.max_audio_seconds), engine_for(s)
     s = with_training_prompts(s, prompts_of_training(s))
     asked = [{'type':'audio', 'audio':clip}, *(text_message('user', s.user_prompt)['content'] if s.user_prompt else [])]

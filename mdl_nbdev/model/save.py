@@ -17,6 +17,7 @@ from ..base.files import make_folder, new_output, output_lock, replacing_folder
 from ..base.options import option
 from ..base.settings import MergeSettings, TuneSettings
 from ..base.stored_outputs import to_store
+from ..base.stores import as_written, protocol_of
 from ..base.text import one_line
 from .adapters import BASE_FILE, base_fingerprint, exact_patterns, keep_trainable, make_savable
 from .adapters import quiet_peft, untie_adapted, without_bitsandbytes
@@ -49,6 +50,8 @@ def adapter_config(
         except (OSError, ValueError, RecursionError) as e: raise InputError(f"{path}: not valid JSON: {e}") from None
         if isinstance(config, dict) and isinstance(config.get('base_model_name_or_path'), (str, type(None))): return config
         raise InputError(f"{path}: damaged: expected names and values, with the name of the base model as text")
+    if protocol_of(address := as_written(folder)):
+        raise InputError(f"{address}: only commands read adapters from there; in Python, use local_folder")
     missing = path.name if path.parent.is_dir() else 'such folder'
     hint = ''
     if (path.parent/'final'/path.name).exists(): hint = f"; did you mean {path.parent/'final'}?"
