@@ -221,7 +221,11 @@ def test_errors_and_reports_name_the_address(memory, capsys):
     memory.pipe("/bucket/rows.csv", b"audio,prediction\ndog.wav,\n")
     memory.pipe("/bucket/adapter/adapter_config.json", b"{")
     assert run("mdl_convert", "memory://bucket/rows.csv", "--output", "out", "--model-name", "tiny") == 2
-    assert run("mdl_check", "memory://bucket/rows.csv") == 2
+    assert run("mdl_check", "memory://bucket/rows.csv", "--output", "found.csv") == 2
+    assert {line.split(",")[1] for line in Path("found.csv").read_text().splitlines()[1:]} == {"memory://bucket/rows.csv"}
+    for name in ("answers.csv", "labels.csv"): memory.pipe(f"/bucket/{name}", b"audio,prediction\ndog.wav,bark\n")
+    assert run("mdl_eval", "memory://bucket/answers.csv", "--reference", "memory://bucket/labels.csv", "--output", "metrics.json") == 0
+    assert json.loads(Path("metrics.json").read_text())["input"] == "memory://bucket/answers.csv"
     assert run("mdl_merge", "memory://bucket/adapter", "--output", "merged") == 2
     out, err = capsys.readouterr()
     assert "mdl_convert: memory://bucket/rows.csv:2: " in err and "mdl_merge: memory://bucket/adapter/adapter_config.json: not valid JSON" in err

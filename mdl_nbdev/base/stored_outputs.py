@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADDRESSES', 'FINAL', 'OBJECT_STORES', 'OPENED_FIRST', 'RETRIES', 'BAR_SECONDS', 'local_output', 'as_given',
-           'patiently', 'listed', 'upload_order', 'StoredOutput', 'store_errors', 'check_writable', 'check_new',
-           'check_own_inputs', 'bytes_shown', 'upload', 'content_key', 'run_key', 'plain_fields', 'named_by_address',
-           'at_address', 'download_files', 'download_output', 'begin_output', 'deliver', 'to_store']
+           'with_addresses', 'patiently', 'listed', 'upload_order', 'StoredOutput', 'store_errors', 'check_writable',
+           'check_new', 'check_own_inputs', 'bytes_shown', 'upload', 'content_key', 'run_key', 'plain_fields',
+           'named_by_address', 'at_address', 'download_files', 'download_output', 'begin_output', 'deliver', 'to_store']
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #d9cf8e4a
 import functools, hashlib, json, os, sys, time
@@ -48,6 +48,16 @@ def as_given(
     locations = options_where(type(s), 'location')
     def given(v): return [*map(given, v)] if isinstance(v, list) else v and as_written(ADDRESSES.get(Path(v), v))
     return {name:given(v) if name in locations else v for name,v in to_dict(s).items()}
+
+# %% ../../nbs/0_base/16_stored_outputs.ipynb #91ac5854
+def with_addresses(
+    text:object, # A message or a report
+)->str: # For the user
+    "Name what has been fetched by its address instead of its place in the cache"
+    text = str(text)
+    for place,address in ADDRESSES.items():
+        if cache_dir()/'outputs' not in place.parents: text = text.replace(str(place), address)
+    return text
 
 # %% ../../nbs/0_base/16_stored_outputs.ipynb #2c661fd9
 FINAL = (InputError, FileNotFoundError, PermissionError, NotImplementedError) # Errors after which no further attempt is made

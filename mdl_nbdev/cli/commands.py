@@ -16,8 +16,9 @@ from ..base.command_line import from_args
 from ..base.errors import InputError, WriteError, shared_memory_fault, why_not_written
 from ..base.options import Settings
 from ..base.processes import is_main_process
+from ..base.stored_outputs import with_addresses
 from ..base.text import one_line, printable
-from ..data.stored_inputs import with_addresses, with_local_inputs
+from ..data.stored_inputs import with_local_inputs
 
 # %% ../../nbs/5_cli/09_commands.ipynb #c6
 def report_exit_code(

@@ -16,6 +16,7 @@ from ..base.errors import python_spelling
 from ..base.files import write_text
 from ..base.html import Html, html_box
 from ..base.settings import DataSettings
+from ..base.stored_outputs import with_addresses
 from ..base.text import plural, printable, shorten
 from .gallery import clips_html
 
@@ -111,7 +112,7 @@ def write_findings(
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["finding", "file", "line", "clip", "reason"])
     for title, rows in lists.items():
-        table.writerows((title, r.file, r.line, r.clip, r.reason) for r in rows)
+        table.writerows((title, with_addresses(r.file), r.line, r.clip, r.reason) for r in rows)
     write_text(path, out.getvalue())
 
 # %% ../../nbs/1_data/16_findings.ipynb #983d1d89

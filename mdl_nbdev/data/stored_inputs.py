@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSIONS', 'HOLDS', 'PINNED', 'TABLES', 'local_table', 'folder_version', 'fetch_folder', 'local_folder', 'local_data',
-           'rows_base', 'with_local_inputs', 'with_addresses']
+           'rows_base', 'with_local_inputs']
 
 # %% ../../nbs/1_data/25_stored_inputs.ipynb #bb146106
 import hashlib, json, os, shutil, sys
@@ -142,13 +142,3 @@ def with_local_inputs(
         PINNED[address.rstrip('/')] = local_folder(address, 'config.json')
     changed = {name:found if isinstance(getattr(s, name), list) else found[0] for name,found in local.items() if found}
     return replace(s, **changed)
-
-# %% ../../nbs/1_data/25_stored_inputs.ipynb #8fcda4ec
-def with_addresses(
-    text:object, # A message or a report
-)->str: # For the user
-    "Name what has been fetched by its address instead of its place in the cache"
-    text = str(text)
-    for place,address in ADDRESSES.items():
-        if cache_dir()/'outputs' not in place.parents: text = text.replace(str(place), address)
-    return text

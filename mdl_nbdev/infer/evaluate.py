@@ -20,6 +20,7 @@ from ..base.errors import InputError
 from ..base.files import new_output, output_lock, write_json
 from ..base.html import Html, as_html, html_bar, html_table, scrolling
 from ..base.settings import EvalSettings
+from ..base.stored_outputs import with_addresses
 from ..base.text import plural, shorten
 from ..data.conversations import message_clips, message_text
 from ..data.jsonl import Record
@@ -377,7 +378,8 @@ def evaluate(
         parts = measure_parts([v.metric for v in values], column)
         source = open_rows(s.input)
         sure = read_calibration([source.values(r) for r in rows], texts[1], texts[0], scores.correct)
-        report = EvalReport(str(s.input), str(s.reference), scores, [r.line for r in rows], s.max_labels,
+        names = with_addresses(s.input), with_addresses(s.reference)
+        report = EvalReport(*names, scores, [r.line for r in rows], s.max_labels,
                             other_prompts(rows, refs), s.normalizer, raw, values, s.by, parts, sure,
                             row_values(s.metric, given))
         if s.output: write_json(s.output, report.to_dict())
