@@ -140,6 +140,7 @@ def test_too_little_space(memory, fetched, monkeypatch):
 @pytest.mark.parametrize("address, marker, message", [
     ("memory://bucket/nowhere", "", "memory://bucket/nowhere: no such folder; check the address"),
     ("memory://bucket/runs/a", "config.json", "memory://bucket/runs/a: this is the folder of a run; what it has trained is memory://bucket/runs/a/final"),
+    ("memory://bucket/runs/a", "", "memory://bucket/runs/a: this is the folder of a run; what it has trained is memory://bucket/runs/a/final"),
     ("memory://bucket/runs", "config.json", "memory://bucket/runs: there is no config.json in this folder; check the address"),
     ("memory://bucket/runs/b", "config.json", "memory://bucket/runs/b: this is the folder of a run; what it has trained is memory://bucket/runs/b/final"),
     ("memory://bucket/runs/b/final", "config.json", "memory://bucket/runs/b/final: there is no config.json in this folder; it holds an adapter: give it as --adapter"),
@@ -202,6 +203,7 @@ def test_the_protocol_of_a_page_is_that_of_tables(memory, monkeypatch):
     asked = []
     monkeypatch.setattr(stored_inputs, "local_table", lambda path: asked.append(path) or Path("rows.csv"))
     assert local_data("https://example.org/rows") == Path("rows.csv") and asked == ["https://example.org/rows"]
+    assert with_local_inputs(CheckSettings(input="https://example.org/a/rows.csv?sig=b/c")).base_dir.as_posix() == "https:/example.org/a"
 
 
 def test_an_own_input_is_not_replaced(memory):

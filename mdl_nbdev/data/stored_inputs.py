@@ -85,7 +85,7 @@ def local_folder(
     with store_errors(address, 'cannot be read', 'check the address, and the credentials of this store'):
         found = patiently(2, listed, fs, there.rstrip('/'))
     if not found: raise InputError(f"{address}: no such folder; check the address")
-    if marker and any(f'final/{name}' in found for name in HOLDS):
+    if any(f'final/{name}' in found for name in HOLDS):
         raise InputError(f"{address}: this is the folder of a run; what it has trained is {address}/final")
     if marker and marker not in found:
         remedy = next((f'it holds {what}' for name,what in HOLDS.items() if name in found), 'check the address')
@@ -116,8 +116,9 @@ def rows_base(
 )->str|None: # None: a converted dataset, which needs none
     "Where relative paths of clips start"
     if is_dataset(local): return None
-    if not is_url(given): return 'this machine'
-    return given.rstrip('/') if local.is_dir() else given.rpartition('/')[0]
+    if not is_url(given): return 'the working directory'
+    if local.is_dir(): return given.rstrip('/')
+    return (given.partition('?')[0] if protocol_of(given) in ('http', 'https') else given).rpartition('/')[0]
 
 # %% ../../nbs/1_data/25_stored_inputs.ipynb #cde7161a
 def with_local_inputs(
@@ -138,7 +139,7 @@ def with_local_inputs(
         local['base_dir'] = [Path(*bases)]
     local['adapter'] = [local_folder(v, 'adapter_config.json') for v in values('adapter')]
     local['chat_template'] = [*map(local_table, values('chat_template'))]
-    for address in filter(is_url, values('model_name')): # which keeps its name
+    for address in filter(is_url, values('model_name')): # the option keeps the address
         PINNED[address.rstrip('/')] = local_folder(address, 'config.json')
     changed = {name:found if isinstance(getattr(s, name), list) else found[0] for name,found in local.items() if found}
     return replace(s, **changed)
