@@ -298,3 +298,10 @@ def test_a_question_in_python_goes_to_the_model_that_is_there_now(memory, monkey
         engine_for(keep)
     assert len(loads) == 3
     with pytest.raises(InputError, match="memory://bucket/adapter: only commands read adapters from there; in Python, use local_folder"): adapter_config(Path("memory://bucket/adapter"))
+
+
+def test_answers_at_addresses_are_compared(memory, capsys):
+    for name, answer in {"a": "cat", "b": "dog", "reference": "cat"}.items(): memory.pipe(f"/bucket/{name}.csv", f"audio,prediction\nx.wav,dog\ny.wav,{answer}\n".encode())
+    assert run("mdl_compare", "memory://bucket/a.csv", "memory://bucket/b.csv", "--reference", "memory://bucket/reference.csv") == 0
+    said = capsys.readouterr().out
+    assert "A: memory://bucket/a.csv" in said and "A is right and B wrong in 1, B is right and A wrong in 0" in said

@@ -96,7 +96,7 @@ def local_folder(
     return local
 
 # %% ../../nbs/1_data/25_stored_inputs.ipynb #22581b61
-TABLES = ('input', 'train_dataset', 'eval_dataset', 'reference') # Options that name tables, or folders of them
+TABLES = ('input', 'train_dataset', 'eval_dataset', 'reference', 'a', 'b') # Options that name tables, or folders of them
 
 def local_data(
     path:str|Path, # A path or an address, of a table or a folder
