@@ -100,7 +100,7 @@ def from_hub(
     from_modelscope:bool=False, # Download from ModelScope?
     **kwargs # Passed to `load`
 ): # What `load` returned
-    "Call `load` on a folder, a hub id, a ModelScope id or an address; `InputError` if there is no such model, or it cannot be loaded"
+    "Call `load` on a folder, an id or an address; `InputError` if there is no such model, or it cannot be loaded"
     source = local_folder(name, 'config.json') if protocol_of(name) else name
     if is_path(str(source)) and not Path(source).exists():
         unexpanded = ", and ~ is not expanded" if str(name).startswith('~') else ''
