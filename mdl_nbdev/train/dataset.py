@@ -21,17 +21,18 @@ from ..base.errors import InputError
 from .. import __version__
 from ..base.files import file_digests, file_lock, is_in_use, make_folder, open_in_use, writing
 from ..base.html import Html, audio_player, html_table
-from ..base.options import option, options_where
+from ..base.options import option
 from ..base.settings import ConvertSettings
 from ..base.text import format_duration, one_line, plural
 from ..data.clips import clip_stamp
 from ..data.conversations import Conversation
 from ..data.shards import (
-    INDEX, INDEX_SCHEMA, MANIFEST, ShardFile, ShardJob, dataset_manifest, index_values, index_batch, join_index,
+    INDEX, INDEX_SCHEMA, MANIFEST, ShardFile, dataset_manifest, index_values, index_batch, join_index,
     list_lengths, list_sums, map_table, row_lengths)
 from ..model.chat import Chat, Example
 from ..model.families import load_chat
 from ..model.label_view import batch_html
+from ..data.plan import Plan, conversion_facts
 from .convert import conversion_key, convert, plan_shards
 
 # %% ../../nbs/3_train/01_dataset.ipynb #79af8986
@@ -321,8 +322,7 @@ def conversion_prefix(
     chat:Chat, # Of the model
 )->Path: # Such as `train-3f9a02c1` in that folder
     "The path of a conversion without the digest of its rows and clips"
-    facts = {name:str(getattr(s, name)) for name in options_where(ConvertSettings, 'result') if name != 'output'}
-    facts |= dict(input=os.path.abspath(s.input), base_dir=os.path.abspath(s.base_dir or '.'))
+    facts = conversion_facts(s) | dict(input=os.path.abspath(s.input), base_dir=os.path.abspath(s.base_dir or '.'))
     text = json.dumps([facts, chat.fingerprint, __version__])
     return s.output/f'{s.input.stem[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
@@ -340,16 +340,16 @@ def take_over(
 def convert_once(
     s:ConvertSettings, # Its output is a `conversion_prefix`
     chat:Chat, # Of the model
-    jobs:list[ShardJob], # From `plan_shards`
+    plan:Plan, # From `plan_shards`
 )->Path: # The folder of the conversion
     "Convert a file, unless that was done before; while another process converts it, wait"
-    folder = Path(f'{s.output}-{conversion_key(jobs)[:8]}')
+    folder = Path(f'{s.output}-{conversion_key(plan)[:8]}')
     if folder.exists(): return folder
     make_folder(folder.parent)
     with file_lock(f'{s.output}.lock', folder, patient=True):
         if not folder.exists():
             take_over(s.output)
-            convert(replace(s, output=folder), chat, jobs)
+            convert(replace(s, output=folder), chat, plan)
     return folder
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c28
@@ -373,9 +373,9 @@ def open_dataset(
     if on_the_fly: kind, layout = IndexSettings, ClipsLayout(chat, settings.get('max_audio_seconds', 600.))
     s = kind(input=path, output=cache, **settings)
     s.output = conversion_prefix(s, chat)
-    jobs, key_file = plan_shards(s, chat), earlier and earlier/'key'
-    is_there = key_file and key_file.is_file() and key_file.read_text()==conversion_key(jobs)
-    ds = AudioDataset(earlier if is_there else convert_once(s, chat, jobs), chat.fingerprint, path.stem, layout)
+    plan, key_file = plan_shards(s, chat, keyed=True), earlier and earlier/'key'
+    is_there = key_file and key_file.is_file() and key_file.read_text()==conversion_key(plan)
+    ds = AudioDataset(earlier if is_there else convert_once(s, chat, plan), chat.fingerprint, path.stem, layout)
     ds.chat, ds.file = chat, path
     if not is_there: ds.in_use = open_in_use(ds.path/MANIFEST)
     return ds
