@@ -75,13 +75,16 @@ def test_short_rows_share_a_record_batch(csv, tmp_path, monkeypatch):
         assert np.array_equal(apart[i].clips[0], together[i].clips[0]) and apart[i].conversation == together[i].conversation
 
 
-def test_a_file_is_read_once(csv, tmp_path, monkeypatch):
-    from mdl_nbdev.train import convert as module
-    calls, read = [], module.read_conversations
-    monkeypatch.setattr(module, "read_conversations", lambda s: calls.append(s) or read(s))
+def test_rows_are_read_once_ahead_and_once_to_be_converted(csv, tmp_path, monkeypatch):
+    "A conversion that is there already needs the first pass only"
+    from mdl_nbdev.data import plan as module
+    lines, make = [], module.row_conversation
+    monkeypatch.setattr(module, "row_conversation", lambda row, s: lines.append(row.line) or make(row, s))
     options = dict(model_name="tiny", base_dir=csv.parent, num_workers=1)
-    for expected in (1, 2):
-        assert len(open_dataset(csv, CHAT, tmp_path / "run", **options)) == 150 and len(calls) == expected
+    for times in (2, 1):
+        assert len(open_dataset(csv, CHAT, tmp_path / "run", **options)) == 150
+        assert lines == [*range(2, 152)]*times
+        lines.clear()
 
 
 def test_all_bad_rows_in_one_report_and_finished_shards_kept(csv, tmp_path):
@@ -348,7 +351,7 @@ def test_rows_keep_their_conversations(spoken, tmp_path):
 
 def test_a_batch_of_many_clips_fits_its_record_batch(spoken, csv, tmp_path):
     "Arrow counts the samples of a record batch in 32 bits: fewer rows are tokenized together when a row has many clips"
-    def size(path, **kw): return plan_shards(ConvertSettings(input=path, output=tmp_path / "d", base_dir=csv.parent, **kw), CHAT)[0].batch_size
+    def size(path, **kw): return plan_shards(ConvertSettings(input=path, output=tmp_path / "d", base_dir=csv.parent, **kw), CHAT).jobs[0].batch_size
     assert size(csv) == 8 and size(csv, tokenizing_batch_size=1000) == 2**31 // (600 * 16000) and size(spoken, tokenizing_batch_size=1000) == 2**31 // (3 * 600 * 16000)
 
 
