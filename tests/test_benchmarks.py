@@ -43,14 +43,14 @@ def test_what_is_compared(tmp_path, monkeypatch, comparison):
             assert s.model_name == str(sandbox.parent/"model") and Path(s.model_name, "config.json").exists()
             data = s.train_dataset[0] if prog == "mdl_train" else s.input
             assert data.exists() or data == sandbox.parent/"convert-0-0"/"out"
-            seen.append((prog, getattr(s, "lora_target_modules", None), getattr(s, "gradient_checkpointing", None)))
+            seen.append((prog, s.lora_target_modules, s.batch_size, s.gradient_accumulation_steps) if prog == "mdl_train" else (prog,))
         sandbox.mkdir()
         return comparison.Run(len(seen) + 2., 3., 4_000_000, 5_000_000)
     monkeypatch.setattr(comparison, "run", read)
     monkeypatch.setattr(sys, "argv", ["against_mdl_toolkit.py", "--out", str(tmp_path/"r"), *SMALL])
     comparison.main()
-    trainings = [("mdl_train", *how) for how in ((comparison.PEER_TARGETS, "auto"), (comparison.PEER_TARGETS, True), (None, "auto"))]
-    assert seen == [("mdl_convert", None, None), ("mdl_infer", None, None), *trainings*2]
+    trainings = [("mdl_train", *how) for how in ((comparison.PEER_TARGETS, 8, 1), (comparison.PEER_TARGETS, 2, 4), (None, 8, 1))]
+    assert seen == [("mdl_convert",), ("mdl_infer",), *trainings*2]
     assert set(json.loads((tmp_path/"r.json").read_text())["runs"]) == TASKS
     table = (tmp_path/"r.md").read_text()
     assert "| conversion, s |  | 3 |" in table and "| conversion, left on disk, MB |  | 5 |" in table and "| training, steady state, samples/s |  | 2.67 |  | 2.67 |" in table

@@ -436,7 +436,7 @@ def test_clips_are_encoded_some_at_a_time(model2, monkeypatch):
     monkeypatch.setattr(model2.audio_encoder, "forward", noted)
     with torch.no_grad():
         expected = model2.encode_audio(values, lengths)
-        monkeypatch.setattr(mdl, "ENCODED_AT_ONCE", 2*values.shape[1] + 1)
+        monkeypatch.setitem(mdl.ENCODED_AT_ONCE, "cpu", 2*values.shape[1] + 1)
         torch.testing.assert_close(model2.encode_audio(values, lengths), expected, atol=1e-5, rtol=0)
     assert len(sizes) == 1 + -(-len(values)//2) and max(sizes[1:]) <= 2*values.shape[1]
     model2.encode_audio(values, lengths)

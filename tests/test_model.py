@@ -704,7 +704,7 @@ infer, train = ["in.csv", "--output", "out.csv", "--overwrite", "true"], ["--tra
 for command, argv in ((mdl_infer, [*infer, "--model-name", "final"]), (mdl_infer, [*infer, "--model-name", "tiny", "--adapter", "adapter"]), (mdl_train, [*train, "--model-name", "tiny"])):
     try: command(argv)
     except SystemExit as e: assert not e.code, e.code
-    print("ran:", *(m for m in ("peft", "bitsandbytes", "datasets") if m in sys.modules and m not in waiting))
+    print("ran:", *(m for m in ("peft", "bitsandbytes", "datasets", "pandas") if m in sys.modules and m not in waiting))
 """
 
 

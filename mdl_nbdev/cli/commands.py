@@ -8,7 +8,7 @@ __all__ = ['LIBRARY_SETTINGS', 'mdl_check', 'mdl_convert', 'mdl_train', 'mdl_mer
            'run_command', 'console_script']
 
 # %% ../../nbs/5_cli/09_commands.ipynb #c4
-import os, sys
+import atexit, gc, os, sys
 from typing import Any, Callable
 import mdl_nbdev
 from ..base import settings
@@ -57,6 +57,7 @@ def run_command(
 )->None:
     "Run a function with settings from the command line, print its report, and exit"
     for name,value in LIBRARY_SETTINGS.items(): os.environ.setdefault(name, value)
+    atexit.register(gc.freeze)
     try: s = from_args(cls, argv, prog)
     except InputError as e:
         if not is_main_process(): sys.exit(2) # every process of a launcher finds the same

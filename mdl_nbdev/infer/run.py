@@ -21,6 +21,7 @@ from ..base.claims import Claims
 from ..base.errors import InputError
 from ..base.files import make_folder
 from ..base.html import Html, as_html, html_table
+from ..base.imports import importing
 from ..base.parts import LoggedProgress
 from ..base.processes import DaemonPool, Ranks, silence_libraries
 from ..base.progress import in_kernel, library_bars_hidden, progress_bar, spelt_here
@@ -241,8 +242,9 @@ def load_pipeline(
     callbacks:Iterable[Callable], # The first with a method `note` shows the notes; otherwise stderr does
 )->tuple[Pipeline, list[str]]: # Its settings name the prompts to use; notes on them
     "Load the model, and find the prompts that it was trained with"
-    from mdl_nbdev.model.vllm import choose_engine
-    engine = ranks.agree(choose_engine, s, ranks.on_main(read_labels, s, source))
+    with importing():
+        from mdl_nbdev.model.vllm import choose_engine
+        engine = ranks.agree(choose_engine, s, ranks.on_main(read_labels, s, source))
     used, notes = ranks.on_main(use_training_prompts, s, own)
     show = next((c.note for c in callbacks if hasattr(c, 'note')), partial(print, file=sys.stderr, flush=True))
     for line in notes if ranks.is_main else []: show(line)

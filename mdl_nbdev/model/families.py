@@ -9,6 +9,7 @@ __all__ = ['TEXT', 'add_family', 'family_of', 'builtin_family', 'find_family', '
 import json
 from pathlib import Path
 from ..base.errors import InputError
+from ..base.imports import importing
 from .chat import Chat
 from .family import FAMILIES, Family
 from .flamingo import AudioFlamingoFamily, MusicFlamingoFamily
@@ -76,15 +77,15 @@ def load_chat(
     chat_template:str|Path|None=None, # Jinja file with a chat template, instead of the model's own
 )->Chat: # Tokenizer and family
     "The chat of a model, without its weights"
+    def load(path):
+        family = find_family(path).configured(path)
+        tok = family.load_tokenizer(path)
+        tok('a') # some damage shows only here
+        return family, tok
     family = builtin_family(name)
-    if family: tok = family.builtin[name][0]()
-    else:
-        def load(path):
-            family = find_family(path).configured(path)
-            tok = family.load_tokenizer(path)
-            tok('a') # some damage shows only here
-            return family, tok
-        family, tok = from_hub(load, name, from_modelscope)
+    with importing():
+        if family: tok = family.builtin[name][0]()
+        else: family, tok = from_hub(load, name, from_modelscope)
     if tok.eos_token is None:
         raise InputError(f"--model-name {name}: its tokenizer has no end token, "
             "so the model could not learn when to stop")

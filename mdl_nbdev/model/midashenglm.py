@@ -108,13 +108,13 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
     def set_output_embeddings(self, value): self.decoder.set_output_embeddings(value)
 
 # %% ../../nbs/2_model/12_midashenglm.ipynb #a5ec62fa
-ENCODED_AT_ONCE = 2**24  # samples without gradients: 17 minutes
+ENCODED_AT_ONCE = {"cuda": 2**24, "cpu": 2**22}  # samples without gradients: 17 minutes, or 4, which a CPU's cache can hold
 
 def as_floats(
     x:torch.Tensor, # Samples as floats in [-1, 1], or int16
 )->torch.Tensor: # float32
     "Samples as the encoder takes them"
-    return x.float() / 32768 if x.dtype == torch.int16 else x.float()
+    return x.float().div_(32768) if x.dtype == torch.int16 else x.float()
 
 def put_in_place(
     audio:torch.Tensor, # [audio tokens, hidden]
@@ -129,17 +129,17 @@ def prepare_waveforms(
     input_values:torch.Tensor, # [clips, samples] floats in [-1, 1], or int16
     audio_length:torch.Tensor|None, # [clips] samples of each clip; None: whole rows
     device:torch.device, # The encoder's
-)->tuple[torch.Tensor, torch.Tensor]: # Floats [clips, samples] on the device; lengths [clips] on the CPU
+)->tuple[torch.Tensor, torch.Tensor]: # [clips, samples] of the same type on the device; lengths [clips] on the CPU
     "Clips as the encoder takes them, each at least 0.2 s long"
     if audio_length is None: lengths = torch.full((len(input_values),), input_values.shape[1])
     else: lengths = audio_length.reshape(-1).long().cpu()
     if len(lengths) != len(input_values) or int(lengths.max()) > input_values.shape[1]:
         shape = list(input_values.shape)
         raise ValueError(f"audio_length {lengths.tolist()} does not fit input_values of shape {shape}")
-    x = as_floats(input_values[:, :int(lengths.max())].to(device))
+    x = input_values[:, :int(lengths.max())].to(device)
     if int(lengths.min()) < MIN_SAMPLES:
         beyond = torch.arange(x.shape[1], device=device) >= lengths[:, None].to(device)
-        x = F.pad(x.masked_fill(beyond, 0.), (0, max(0, MIN_SAMPLES - x.shape[1])))
+        x = F.pad(x.masked_fill(beyond, 0), (0, max(0, MIN_SAMPLES - x.shape[1])))
     return x, lengths.clamp(min=MIN_SAMPLES)
 
 # %% ../../nbs/2_model/12_midashenglm.ipynb #dc863a7e
@@ -153,12 +153,12 @@ class AudioInputs:
     )->torch.Tensor: # [audio tokens of all clips, hidden]
         "Embeddings of the audio tokens, clip after clip"
         device = self.audio_encoder.time_pos_embed.device
-        encode = lambda *args: self.audio_projector(self.audio_encoder(*args))
-        n = len(input_values) if torch.is_grad_enabled() else max(1, ENCODED_AT_ONCE // input_values.shape[1])
-        if audio_plan and len(input_values) <= n: return encode(as_floats(input_values.to(device)), audio_length, spec_masks, audio_plan)
+        encode = lambda waveforms, *args: self.audio_projector(self.audio_encoder(as_floats(waveforms), *args))
+        limit, n = ENCODED_AT_ONCE.get(device.type, 2**24), len(input_values)
+        if not torch.is_grad_enabled(): n = max(1, limit // input_values.shape[1])
+        if audio_plan and len(input_values) <= n: return encode(input_values.to(device), audio_length, spec_masks, audio_plan)
         x, lengths = prepare_waveforms(input_values, audio_length, device)
-        masks = spec_masks.split(n) if spec_masks is not None else repeat(None)
-        groups = zip(x.split(n), lengths.split(n), masks)
+        groups = zip(x.split(n), lengths.split(n), repeat(None) if spec_masks is None else spec_masks.split(n))
         return torch.cat([encode(w[:, :int(k.max())], k, m) for w, k, m in groups])
 
     def embed(self,

@@ -27,8 +27,8 @@ from ..base.text import format_duration, one_line, plural
 from ..data.clips import clip_stamp
 from ..data.conversations import Conversation
 from ..data.shards import (
-    INDEX, INDEX_SCHEMA, MANIFEST, ShardFile, dataset_manifest, index_values, index_batch, join_index,
-    list_lengths, list_sums, map_table, row_lengths)
+    INDEX, INDEX_SCHEMA, MANIFEST, ShardFile, dataset_manifest, index_tasks, index_values, index_batch,
+    join_index, list_lengths, list_sums, map_table, row_lengths)
 from ..model.chat import Chat, Example
 from ..model.families import load_chat
 from ..model.label_view import batch_html
@@ -245,10 +245,10 @@ def lines(self:AudioDataset)->np.ndarray: # int32 [rows]
 @patch(as_prop=True)
 def tasks(self:AudioDataset)->tuple[list[str], np.ndarray]: # Names, sorted; int64 [rows]: positions among them
     "The tasks of the rows"
-    column = self.index['task'].chunk(0).fill_null('')
-    names = [n or self.name for n in column.dictionary.to_pylist()]
+    names, numbers = index_tasks(self.index)
+    names = [n or self.name for n in names]
     known = sorted(set(names))
-    return known, np.array([known.index(n) for n in names])[column.indices.to_numpy()]
+    return known, np.array([known.index(n) for n in names], np.int64)[numbers]
 
 # %% ../../nbs/3_train/01_dataset.ipynb #c0b378ad
 @patch

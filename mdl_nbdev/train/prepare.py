@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 from ..base.errors import InputError
 from ..base.files import cache_dir, file_lock, make_folder
+from ..base.imports import importing
 from ..base.options import default_value, option, options_where
 from ..base.processes import Ranks, is_main_process
 from ..base.settings import TrainSettings
@@ -152,7 +153,7 @@ def open_run_folder(
     "Check the settings, make the run folder and lock it; refuse one that holds another run"
     check_settings(s)
     if not builtin_family(s.model_name):
-        from mdl_nbdev.model.load import check_trainable
+        with importing(): from mdl_nbdev.model.load import check_trainable
         check_trainable(s.model_name, s.from_modelscope)
     folders = s.noise_folder, s.room_folder
     check_run_inputs(s.output, [*s.train_dataset, *s.eval_dataset, s.model_name, s.adapter, s.chat_template, *folders])

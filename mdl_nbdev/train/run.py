@@ -6,10 +6,10 @@
 __all__ = ['import_fit', 'train_here', 'train']
 
 # %% ../../nbs/3_train/21_run.ipynb #c4
-import gc, sys
 from contextlib import ExitStack
 from functools import partial
 from typing import Callable
+from ..base.imports import importing
 from ..base.processes import Ranks, world_size
 from ..base.progress import in_kernel, library_bars_hidden
 from ..base.settings import TrainSettings
@@ -23,14 +23,8 @@ from .prepare import open_chat, open_datasets, open_run_folder
 # %% ../../nbs/3_train/21_run.ipynb #c6
 @phase('importing')
 def import_fit(): # The module `mdl_nbdev.train.fit`
-    "Import what trains, with the garbage collector off, which would take a sixth of the time and find nothing"
-    first, collects = 'torch' not in sys.modules, gc.isenabled()
-    if first: gc.collect()
-    gc.disable()
-    try: from mdl_nbdev.train import fit
-    finally:
-        if collects: gc.enable()
-    if first: gc.freeze()
+    "Import what trains"
+    with importing(): from mdl_nbdev.train import fit
     return fit
 
 # %% ../../nbs/3_train/21_run.ipynb #c8
