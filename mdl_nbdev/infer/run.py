@@ -242,9 +242,8 @@ def load_pipeline(
     callbacks:Iterable[Callable], # The first with a method `note` shows the notes; otherwise stderr does
 )->tuple[Pipeline, list[str]]: # Its settings name the prompts to use; notes on them
     "Load the model, and find the prompts that it was trained with"
-    with importing():
-        from mdl_nbdev.model.vllm import choose_engine
-        engine = ranks.agree(choose_engine, s, ranks.on_main(read_labels, s, source))
+    with importing(): from mdl_nbdev.model.vllm import choose_engine
+    engine = ranks.agree(choose_engine, s, ranks.on_main(read_labels, s, source))
     used, notes = ranks.on_main(use_training_prompts, s, own)
     show = next((c.note for c in callbacks if hasattr(c, 'note')), partial(print, file=sys.stderr, flush=True))
     for line in notes if ranks.is_main else []: show(line)

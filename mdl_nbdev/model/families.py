@@ -54,7 +54,7 @@ def find_family(
     path:str, # Folder or hub id
 )->Family: # The text family if no other claims it
     "The family of a model that is not loaded, from its config.json"
-    from transformers.utils import cached_file
+    with importing(): from transformers.utils import cached_file
     found = cached_file(path, 'config.json', _raise_exceptions_for_missing_entries=False)
     kind = json.loads(Path(found).read_text(encoding='utf-8')).get('model_type') if found else None
     return next((f for f in FAMILIES if kind in f.model_types), TEXT)
@@ -83,9 +83,8 @@ def load_chat(
         tok('a') # some damage shows only here
         return family, tok
     family = builtin_family(name)
-    with importing():
-        if family: tok = family.builtin[name][0]()
-        else: family, tok = from_hub(load, name, from_modelscope)
+    if family: tok = family.builtin[name][0]()
+    else: family, tok = from_hub(load, name, from_modelscope)
     if tok.eos_token is None:
         raise InputError(f"--model-name {name}: its tokenizer has no end token, "
             "so the model could not learn when to stop")
