@@ -219,8 +219,7 @@ def reference_mark(
 
 @patch
 def _repr_html_(self:InferReport):
-    answered = [r for r in self.sample if r.reason is None]
-    rows = [(r.row.line, prompt_html(r.conversation), r.prediction, reference_mark(r)) for r in answered]
+    rows = [(r.row.line, prompt_html(r.conversation), r.prediction, reference_mark(r)) for r in self.sample if r.reason is None]
     table = html_table(rows, ['line', 'prompt', 'answer', '']) if rows else ''
     return f"<p style='white-space:pre-line'>{as_html(self)}</p>{table}"
 
@@ -354,7 +353,9 @@ def finish_output(
         out.finish_clearing()
         if s.join and not out.is_running(): return
         report.rejected, report.truncated, report.notes = out.finish(shard_rows, report.rows)
-        out.others_alive(name) # which removes the locks of processes that were killed
+        for _ in range(1 if s.join else 40): # a launcher kills processes that still sleep once this one has ended
+            out.others_alive(name) # which removes the locks of processes that were killed
+            if out.other_locks(): time.sleep(.05)
 
 # %% ../../nbs/4_infer/02_run.ipynb #c28
 @to_store(InferReport, ends=('.rejects.csv',))
