@@ -22,7 +22,7 @@ from .tables import CsvFile, TextBlock, read_cells
 
 # %% ../../nbs/1_data/26_marks.ipynb #8a3b527d
 class Block(NamedTuple):
-    "Rows that follow each other in a file of text"
+    "Consecutive rows of a text file"
     start:int # First byte; that of the first block is 0, so the header is in it
     size:int # Number of bytes
     before:int # Number of lines before it
@@ -33,6 +33,7 @@ class Block(NamedTuple):
         "The same only for the same rows on the same lines"
         return f'{self.before} {self.digest}'
 
+# %% ../../nbs/1_data/26_marks.ipynb #9f7788ea
 def plain_codec(
     source:RowFile, # The file
 )->str: # Such as `utf-8`, also with a byte order mark
@@ -65,9 +66,9 @@ def block_text(
 class Marks:
     "How many rows a file has, and where its blocks start"
     every:int # Rows of a block; the last one may have fewer
-    state:tuple[int, int] # Size and time (ns) of the file
+    state:tuple[int, int] # From `file_state`, before the pass
     rows:int=0 # Rows of the file
-    blocks:list[Block]|None=None # After a full last block, one for the rest of the file; None: not in blocks
+    blocks:list[Block]|None=None # If the rows fill the last one, another for what follows them; None: no block can be read alone
 
     @property
     def n_blocks(self)->int:
@@ -84,8 +85,8 @@ class Marks:
 
 def file_state(
     path:str|Path, # A file
-)->tuple[int, int]: # Size and time (ns)
-    "What most likely changes when a file does"
+)->tuple[int, int]: # Bytes, and time of modification (ns)
+    "What nearly always changes when a file does"
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 
@@ -106,7 +107,7 @@ def add(self:Marks,
     lines:list[str], # Lines after it, in which the next block ends
     before:int, # Number of lines before them
 )->None:
-    "Note a block, or forget all of them if this one could not be read alone"
+    "Note a block, or forget all blocks if this one cannot be read alone"
     is_first = not self.blocks
     start, codec = raw.tell(), plain_codec(source)
     text = ''.join(lines)
@@ -153,7 +154,7 @@ def mark_rows(
 def changed_error(
     source:RowFile, # A file
 )->InputError: # To be raised
-    "What is said of a file that has other rows than before"
+    "The error for a file that has changed since its rows were counted"
     return InputError(f"{source.path}: changed while its rows were read; run the same command again")
 
 @patch
@@ -200,7 +201,7 @@ def fits(self:Marks,
 def count_rows(
     source:RowFile, # A file
 )->int: # Exact if no row is broken
-    "Count rows without looking at what is in them"
+    "Count rows without checking them"
     if isinstance(source, ParquetFile):
         import pyarrow.parquet as pq
         return pq.read_metadata(source.path).num_rows

@@ -251,7 +251,7 @@ def convert_shards(
             if not shared.mark(job).exists(): return True
             claims.drop(job.index) # finished by another process, just before it gave up its claim
         while shared.is_running() and (left := shared.left()):
-            if any(map(take, left)):
+            if any(map(take, left)): # one is claimed before the table is opened
                 numbers = {job.index for job in left}
                 mine = plan.read(lambda job: job.index in numbers and take(job))
                 for job,shard in keep_shards(write_shards(mine, chat, min(num_workers, len(left)))):
