@@ -1,9 +1,12 @@
 "A conversion whose rows are read shard by shard writes what reading the whole table at once would write"
 import csv
+import errno
 import io
 import json
 import os
 import random
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +17,10 @@ import pytest
 from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import ConvertSettings
 from mdl_nbdev.data import plan as module
-from mdl_nbdev.data.marks import count_rows
+from mdl_nbdev.data.marks import count_rows, reading
 from mdl_nbdev.data.plan import plan_rows, stored_plan
 from mdl_nbdev.data.rows import to_conversation
-from mdl_nbdev.data.shards import CLAIMS, PLAN, ShardJob
+from mdl_nbdev.data.shards import CLAIMS, PLAN, ShardJob, write_facts
 from mdl_nbdev.data.sources import open_rows
 from mdl_nbdev.model.families import load_chat
 from mdl_nbdev.train.convert import conversion_key, convert, plan_shards, write_shard
@@ -117,6 +120,58 @@ def test_a_file_that_changes_after_the_pass_is_refused(name, tmp_path):
     if name in ("rows.csv", "rows.jsonl"): s.input.write_bytes(s.input.read_bytes().replace(b"100", b"107"))
     else: os.utime(s.input, ns=(1, 1))
     with pytest.raises(InputError, match=f"{name}: changed while its rows were read; run the same command again"): list(shards)
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_a_file_that_is_written_during_the_pass_is_refused(name, tmp_path):
+    "A row at its end may be half there, and still look like a row"
+    s = settings_of(tmp_path, name)
+    with pytest.raises(InputError, match=f"{name}: changed while its rows were read"): plan_rows(s, lambda _: os.utime(s.input, ns=(1, 1)))
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_a_file_that_becomes_shorter_after_the_pass_is_refused(name, tmp_path, monkeypatch):
+    "Also where all the shards that are wanted are gone; otherwise a conversion would wait for them without end"
+    s = settings_of(tmp_path, name)
+    plan = plan_shards(s, CHAT)
+    monkeypatch.setitem(globals(), "N", 70)
+    WRITE[name](s.input)
+    with pytest.raises(InputError, match=f"{name}: changed while its rows were read; run the same command again"):
+        list(plan.read(lambda job: job.index == 2))
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_a_file_that_is_removed_after_the_pass_is_reported(name, tmp_path):
+    s = settings_of(tmp_path, name)
+    plan = plan_shards(s, CHAT)
+    shards = plan.read(lambda job: True)
+    next(shards)
+    s.input.unlink()
+    for rest in shards, plan.read(lambda job: True):
+        with pytest.raises(InputError, match=f"{name}: No such file or directory; the working directory is"): list(rest)
+
+
+def test_a_file_that_cannot_be_read_is_reported(tmp_path):
+    "But not a fault of another file as one of this file"
+    source = open_rows(settings_of(tmp_path, "rows.csv").input)
+    with pytest.raises(InputError, match="rows.csv: cannot be read: Input/output error; run the same command again"), reading(source):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(OSError, match="other"), reading(source): raise OSError(errno.EIO, "no", "other")
+
+
+def test_finished_work_is_kept_when_a_later_row_cannot_be_read(tmp_path, monkeypatch):
+    "The disk is waited for: a process that ends while a thread of Arrow writes is aborted"
+    s, real = settings_of(tmp_path, "rows.csv"), write_facts
+    def slowly(shard):
+        s.input.write_text("")
+        time.sleep(.3)
+        real(shard)
+    monkeypatch.setattr("mdl_nbdev.train.convert.write_facts", slowly)
+    threads = threading.active_count()
+    with pytest.raises(InputError, match="changed while its rows were read"): convert(s, CHAT)
+    assert threading.active_count() <= threads + 1 # the claims' thread may take a moment to end
+    part = Path(f"{s.output}.part")
+    assert [*part.glob("data-00000-*.arrow")] and not [*part.glob("*.tmp")]
 
 
 def test_a_table_that_grows_between_count_and_pass_is_refused(tmp_path, monkeypatch):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEWLINES', 'Block', 'plain_codec', 'block_digest', 'block_text', 'Marks', 'file_state', 'kept_lines', 'mark_rows',
-           'changed_error', 'count_rows']
+           'changed_error', 'reading', 'count_rows']
 
 # %% ../../nbs/1_data/26_marks.ipynb #1fd19375
 import codecs, io, os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from xxhash import xxh3_128
 from ..base.errors import InputError
 from .jsonl import JsonlFile
 from .parquet import ParquetFile
-from .rows import BadRow, RowFile, bad_rows_error, open_text
+from .rows import BadRow, RowFile, bad_rows_error, check_path, open_text
 from .tables import CsvFile, TextBlock, read_cells
 
 # %% ../../nbs/1_data/26_marks.ipynb #8a3b527d
@@ -196,6 +197,19 @@ def fits(self:Marks,
     if self.blocks is None: return self.state==file_state(source.path)
     with open(source.path, 'rb') as f:
         return all(block_digest(source, f.read(b.size))==b.digest for b in self.blocks) and not f.read(1)
+
+# %% ../../nbs/1_data/26_marks.ipynb #64ed1307
+@contextmanager
+def reading(
+    source:RowFile, # A file that was there when it was opened
+)->Iterator[None]:
+    "Turn errors of the system into `InputError`, such as those for a file that has been removed"
+    try: yield
+    except OSError as e:
+        if e.filename is not None and Path(e.filename) != source.path: raise
+        check_path(source.path)
+        raise InputError(f"{source.path}: cannot be read: {e.strerror}; run the same command again, "
+                         "or copy the file to another disk") from None
 
 # %% ../../nbs/1_data/26_marks.ipynb #3a7bb064
 def count_rows(

@@ -22,7 +22,7 @@ from ..base.settings import ConvertSettings
 from ..base.text import plural
 from .clips import resolve
 from .conversations import Conversation
-from .marks import Marks, changed_error, count_rows, mark_rows
+from .marks import Marks, changed_error, count_rows, file_state, mark_rows, reading
 from .remote import is_url
 from .rows import BadRow, RowFile, bad_rows_error, to_conversation
 from .shards import ShardJob
@@ -88,7 +88,7 @@ def plan_rows(
     "Read all rows of a file once; one `InputError` names all bad ones"
     plan = Plan(s, open_rows(s.input, encoding=s.encoding))
     note_misnamed(plan.source)
-    size = rows_per_shard(count_rows(plan.source))
+    with reading(plan.source): size = rows_per_shard(count_rows(plan.source))
     digest, bad, unused, shard = xxh3_128(), [], Counter(), []
     def end_shard():
         if see: see(shard)
@@ -101,12 +101,14 @@ def plan_rows(
             plan.note_clips(shard[-1].clips)
             if s.join: digest.update(shard[-1].to_json().encode())
             if len(shard)==size: end_shard()
-    plan.marks = mark_rows(plan.source, size, check, bad.append)
+    with reading(plan.source):
+        plan.marks = mark_rows(plan.source, size, check, bad.append)
+        is_same = size==rows_per_shard(plan.rows) and plan.marks.state==file_state(plan.source.path)
     if shard: end_shard()
     found = ', '.join(f"{key} ({plural(n, 'row')})" for key, n in unused.items())
     if found: print(f"{s.input}: not used: {found}", file=sys.stderr, flush=True)
     if bad: raise bad_rows_error(bad, note="The clips have not been checked yet; mdl_check checks them as well")
-    if size != rows_per_shard(plan.rows): raise changed_error(plan.source)
+    if not is_same: raise changed_error(plan.source) # its last row may have been half written
     if s.join: plan.digest = digest.hexdigest()
     return plan
 
@@ -120,9 +122,14 @@ def read(self:Plan,
     def is_wanted(number):
         job = self.jobs[number]
         return take(job) and not taken.append(job)
-    for rows in self.marks.chosen(self.source, is_wanted):
+    def check():
         if not self.marks.blocks and not self.marks.fits(self.source): raise changed_error(self.source)
-        yield replace(taken.popleft(), conversations=tuple(row_conversation(row, self.settings) for row in rows))
+    with reading(self.source):
+        check()
+        for rows in self.marks.chosen(self.source, is_wanted):
+            check()
+            yield replace(taken.popleft(), conversations=tuple(row_conversation(row, self.settings) for row in rows))
+        check() # a file that has become shorter ends without the rows that are missing
 
 # %% ../../nbs/1_data/27_plan.ipynb #8a1c90ef
 def conversion_facts(

@@ -180,7 +180,11 @@ def keep_shards(
             write_facts(shard)
             os.replace(part, shard.path)
         return pair
-    with DaemonPool(1) as disk: yield from disk.map(keep, shards, ahead=1)
+    disk = DaemonPool(1)
+    try:
+        with disk: yield from disk.map(keep, shards, ahead=1)
+    finally: # after an error too: finished work is kept, and a process that ends while Arrow writes in a thread is aborted
+        for thread in disk.threads: thread.join()
 
 # %% ../../nbs/3_train/00_convert.ipynb #c22
 def count_unlearned(
