@@ -353,9 +353,8 @@ def finish_output(
         out.finish_clearing()
         if s.join and not out.is_running(): return
         report.rejected, report.truncated, report.notes = out.finish(shard_rows, report.rows)
-        for _ in range(1 if s.join else 40): # a launcher kills processes that still sleep once this one has ended
-            out.others_alive(name) # which removes the locks of processes that were killed
-            if out.other_locks(): time.sleep(.05)
+        latest = time.monotonic() + 2*(not s.join) # a launcher kills processes that still sleep once this one has ended
+        while (out.others_alive(name) or out.other_locks()) and time.monotonic() < latest: time.sleep(.05)
 
 # %% ../../nbs/4_infer/02_run.ipynb #c28
 @to_store(InferReport, ends=('.rejects.csv',))

@@ -28,7 +28,7 @@ from ..data.clips import clip_stamp
 from ..data.conversations import Conversation
 from ..data.shards import (
     INDEX, INDEX_SCHEMA, MANIFEST, ShardFile, dataset_manifest, index_tasks, index_values, index_batch,
-    join_index, list_lengths, list_sums, map_table, row_lengths)
+    join_index, list_lengths, list_sums, list_values, map_table, row_lengths)
 from ..model.chat import Chat, Example
 from ..model.families import load_chat
 from ..model.label_view import batch_html
@@ -261,7 +261,7 @@ def values(self:AudioDataset,
     column:str, # `input_ids` or `labels`
 )->Iterator[tuple[str, np.ndarray]]: # Name of a shard, and int32 values of some of its rows
     "The values of a column, one row after the other"
-    for name,batch in self.batches(): yield name, np.ascontiguousarray(batch[column].flatten().to_numpy(), np.int32)
+    for name,batch in self.batches(): yield name, np.ascontiguousarray(list_values(batch, column), np.int32)
 
 @patch
 def digests(self:AudioDataset,
