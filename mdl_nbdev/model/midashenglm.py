@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QWEN2_7B', 'ENCODED_AT_ONCE', 'plain_rope', 'decoder_config', 'MiDashengLMConfig', 'MiDashengLMPreTrainedModel',
-           'as_floats', 'put_in_place', 'prepare_waveforms', 'AudioInputs', 'MiDashengLMModel', 'load_clip',
-           'clip_sources', 'ConversationProcessor', 'MiDashengLMProcessor']
+           'put_in_place', 'prepare_waveforms', 'AudioInputs', 'MiDashengLMModel', 'load_clip', 'clip_sources',
+           'ConversationProcessor', 'MiDashengLMProcessor']
 
 # %% ../../nbs/2_model/12_midashenglm.ipynb #fc29b263
 import io, os, re
@@ -110,12 +110,6 @@ class MiDashengLMPreTrainedModel(PreTrainedModel):
 # %% ../../nbs/2_model/12_midashenglm.ipynb #a5ec62fa
 ENCODED_AT_ONCE = {"cuda": 2**24, "cpu": 2**22}  # samples without gradients: 17 minutes, or 4, which a CPU's cache can hold
 
-def as_floats(
-    x:torch.Tensor, # Samples as floats in [-1, 1], or int16
-)->torch.Tensor: # float32
-    "Samples as the encoder takes them"
-    return x.float().div_(32768) if x.dtype == torch.int16 else x.float()
-
 def put_in_place(
     audio:torch.Tensor, # [audio tokens, hidden]
     is_audio:torch.Tensor, # bool [rows, positions]: as many are true
@@ -153,7 +147,7 @@ class AudioInputs:
     )->torch.Tensor: # [audio tokens of all clips, hidden]
         "Embeddings of the audio tokens, clip after clip"
         device = self.audio_encoder.time_pos_embed.device
-        encode = lambda waveforms, *args: self.audio_projector(self.audio_encoder(as_floats(waveforms), *args))
+        encode = lambda waveforms, *args: self.audio_projector(self.audio_encoder(waveforms, *args))
         limit, n = ENCODED_AT_ONCE.get(device.type, 2**24), len(input_values)
         if not torch.is_grad_enabled(): n = max(1, limit // input_values.shape[1])
         if audio_plan and len(input_values) <= n: return encode(input_values.to(device), audio_length, spec_masks, audio_plan)
