@@ -18,11 +18,12 @@ def python_spelling(
 )->str: # The same with `overwrite=True` and `lr=2`
     "A message for somebody who works in a notebook"
     def command(m): return f'{FUNCTIONS[m[1]]}()'
-    def value(said): return said.title() if said in ('true', 'false') else said
+    def value(said): return said.title() if said in ('true', 'false') else repr(said) if re.match(choices, said) else said
     def spell(m): return m[1].replace('-', '_') + (f'={value(m[2])}' if m[2] else '')
     text = re.sub(rf'(?<![\w./-])mdl_({"|".join(FUNCTIONS)})\b(?!\.?[\w/-])', command, text)
-    given = r'true|false|-?\d[\d.]*(?:e[+-]?\d+)?' # other values are left as words
-    return re.sub(rf'(?<![\w-])--([a-z][a-z0-9-]+)(?: ({given})(?![\w.]|,\d))?', spell, text)
+    choices = '[48]bit|auto|coba|default|full|last|lora|pissa|raise|tiny|truncate|vllm'
+    given = rf'true|false|{choices}|-?\d[\d.]*(?:e[+-]?\d+)?' # other values are left as words
+    return re.sub(rf'(?<![\w-])--([a-z][a-z0-9-]+)(?: ({given})(?!\w|\.\w|,\d))?', spell, text)
 
 def without_secrets(
     text:str, # A message, perhaps with web addresses
