@@ -1,4 +1,4 @@
-# Needs make and Python 3.10 or newer, tested on 3.11 (`make PYTHON=/path/to/python3.11` names another one); everything else is installed into .venv.
+# Needs make and Python 3.10 or newer, tested on 3.10 to 3.13 (`make PYTHON=/path/to/python3.11` names another one); everything else is installed into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -13,13 +13,15 @@ help:  ## Show this list
 
 install: $(VENV)/installed  ## Create .venv and install everything into it
 
-# A later call starts at once, unless one of these files is newer than the last install
+# A later call starts at once, unless one of these files is newer than the last install.
+# Many of the versions in constraints.txt need Python 3.11; on 3.10, pip chooses what it has for it, beside the same torch
 $(VENV)/installed: settings.ini setup.py constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (tested on 3.11): make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed (tested on 3.10 to 3.13): make PYTHON=/path/to/python3.11")'
 	@echo 'Installing into $(VENV): a few minutes, once'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
-	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	grep "$$($(VENV)/bin/python -c 'import sys; print("==" if sys.version_info >= (3, 11) else "^torch==")')" constraints.txt > $(VENV)/constraints.txt
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: install  ## Train a LoRA on the built-in tiny model and label held-out sounds with it

@@ -38,6 +38,7 @@ from mdl_nbdev.model.adapters import adapt, without_input_casts
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
 from mdl_nbdev.model.decoding import RecordedSteps, prefill, regroup
+from mdl_nbdev.model.load import recompute_activations
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import MiDashengLMConfig
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_config
@@ -77,9 +78,8 @@ class Model:
     def trainable(self, checkpointing):
         "The model with adapters, as `mdl_train` trains it"
         if self.peft is None: self.peft = adapted(self.plain())
-        base = self.peft.get_base_model()
-        if checkpointing: base.activation_checkpointing_enable({"use_reentrant": False})
-        else: base.activation_checkpointing_disable()
+        if checkpointing: recompute_activations(self.peft)
+        else: self.peft.get_base_model().gradient_checkpointing_disable()
         return self.peft.train()
 
 

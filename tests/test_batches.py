@@ -18,6 +18,7 @@ from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.model import packed_attention
 from mdl_nbdev.model.chat import Example
 from mdl_nbdev.model.collate import Collator
+from mdl_nbdev.model.load import recompute_activations
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm_family import MiDashengLMFamily, tiny_model, tiny_tokenizer
 from mdl_nbdev.model.packed_attention import attend_by_sample
@@ -313,7 +314,7 @@ def test_packed_text(name, checkpointing, bounds):
     torch.manual_seed(0)
     model = TEXT[name]().train()
     assert model.config._attn_implementation == "sdpa"
-    if checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
+    if checkpointing: assert recompute_activations(model)
     rng = np.random.default_rng(0)
     examples = [text_example(rng, n, i % 2) for i, n in enumerate([12, 30, 2, 7, 25, 1, 18, 40])]
     check_packing(model, examples, [[7, 3, 2], [1, 0, 5], [4, 6]], 96, bounds)
@@ -323,7 +324,7 @@ def test_packed_text(name, checkpointing, bounds):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packed_audio(checkpointing, bounds):
     model, tok = tiny_model().train(), tiny_tokenizer()
-    if checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
+    if checkpointing: assert recompute_activations(model)
     rng = np.random.default_rng(0)
     clips = [[1.0], [0.3, 2.2], [], [4.0], [0.7], [1.5]]
     examples = [audio_example(rng, s, n, i % 2, tok) for i, (s, n) in enumerate(zip(clips, [12, 30, 9, 7, 25, 3]))]

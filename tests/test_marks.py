@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_blocks_are_the_rows_of_the_file(encoding, tmp_path):
         assert list(marks.chosen(source, wanted.__contains__)) == [rows for n, rows in enumerate(chunks) if n in wanted]
         assert [[[type(c) for c in getattr(r, "cells", ())] for r in rows] for rows in marks.chosen(source, lambda n: True)] == \
                [[[type(c) for c in getattr(r, "cells", ())] for r in rows] for rows in chunks], "null in quotes is a text"
-    assert in_blocks > 100 if encoding not in ("utf-16", "utf-7") else encoding == "utf-7" or in_blocks < 30
+    assert in_blocks > 100 if encoding not in ("utf-16", "utf-7") else encoding == "utf-7" or in_blocks < 50
 
 
 def rows_and_faults(source, block=None):
@@ -87,10 +88,11 @@ def rows_and_faults(source, block=None):
 def test_bad_rows_of_a_block_are_reported_as_those_of_the_file(tmp_path):
     "From the line on which any row starts, broken or not, everything that follows is read as it is in the whole file"
     rng, checked = random.Random(1), 0
+    odd = b'",\t\n\xff\xe9{x' + (b"\0" if sys.version_info >= (3, 11) else b"") # which Python 3.10 refuses in any CSV
     for _ in range(300):
         path = random_file(rng, tmp_path, "utf-8")
         data = bytearray(path.read_bytes())
-        for _ in range(rng.randrange(4)): data.insert(rng.randrange(len(data)//2, len(data)), rng.choice(b'",\t\n\xff\xe9\0{x'))
+        for _ in range(rng.randrange(4)): data.insert(rng.randrange(len(data)//2, len(data)), rng.choice(odd))
         path.write_bytes(data)
         source = source_of(path, "utf-8")
         whole, newline = rows_and_faults(source), NEWLINES[type(source)]

@@ -33,7 +33,7 @@ from mdl_nbdev.base.processes import available_memory
 from mdl_nbdev.base.settings import TrainSettings
 from mdl_nbdev.model.adapters import adapt, without_input_casts
 from mdl_nbdev.model.collate import Batch
-from mdl_nbdev.model.load import is_out_of_memory, load_model, unwrap_model
+from mdl_nbdev.model.load import is_out_of_memory, load_model, recompute_activations
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
 from mdl_nbdev.model.midashenglm import QWEN2_7B, MiDashengLMConfig, MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_model
@@ -78,7 +78,7 @@ def ready(kind, s):
             m = load_model(folder, quantization=s.quantization, dtype=dtype, device="cpu")
     elif s.bf16: m = type(m)._from_config(m.config, dtype=dtype)
     m = adapt(m, s).train()
-    if s.gradient_checkpointing: unwrap_model(m).activation_checkpointing_enable({"use_reentrant": False})
+    if s.gradient_checkpointing: recompute_activations(m)
     return m
 
 

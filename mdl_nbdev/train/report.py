@@ -95,7 +95,7 @@ def plain_numbers(
     class Plain(LogFormatterMathtext): # which chooses the ones that have a number
         def __call__(self, x, pos=None): return super().__call__(x, pos) and f'{x:g}'
     axis.set_major_formatter(Plain())
-    axis.set_minor_formatter(Plain(labelOnlyBase=False))
+    axis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(1.5, .4))) # decades up to which some ticks have one, and all
 
 @patch
 def plot(self:TrainReport,
