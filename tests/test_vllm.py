@@ -232,8 +232,8 @@ def test_killed_at_ten_moments(models, calls, tmp_path):
     for kill in range(KILLS):
         process, begun = start(args(output), tmp_path), time.monotonic()
         def size(): return part.stat().st_size if part.exists() else 0
-        while process.poll() is None: # every third one dies while it starts, the others after they have written more
-            if kill % 3 == 0 and time.monotonic() - begun > 3 + 2*kill or kill % 3 and size() > written: break
+        while process.poll() is None and size() <= written: # every third one dies while it starts, the others once they have written more
+            if kill % 3 == 0 and time.monotonic() - begun > 3 + kill: break
             time.sleep(.02)
         time.sleep(random.Random(kill).uniform(0, .1))
         assert process.poll() is None, process.communicate()[0][-3000:]
