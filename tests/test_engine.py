@@ -17,7 +17,7 @@ from mdl_nbdev.base.errors import InputError
 from mdl_nbdev.base.settings import InferSettings
 from mdl_nbdev.data.conversations import Conversation
 from mdl_nbdev.model.families import load_chat
-from mdl_nbdev.model.midashenglm import MiDashengLMModel
+from mdl_nbdev.model.midashenglm import CACHE, MiDashengLMModel
 from mdl_nbdev.model.midashenglm_family import tiny_config, tiny_model
 from mdl_nbdev.model.text_family import tiny_text_model
 from mdl_nbdev.model.vllm import load_vllm
@@ -89,12 +89,12 @@ class Replayed(D.RecordedStep):
     "A recorded step on a CPU: it reads and writes what was there when it was recorded, as a CUDA graph does"
     def record(self, arguments):
         self.arguments, self.graph = tree_map_only(torch.Tensor, torch.clone, arguments), self
-        self.output = copy.copy(self.model(**self.arguments, past_key_values=self.cache))
+        self.output = copy.copy(self.model(**self.arguments, **{CACHE: self.cache}))
         for layer in self.cache.layers: layer.cumulative_length.sub_(1)
         recorded.append(len(arguments["input_ids"]))
 
     def replay(self):
-        self.output.logits.copy_(self.model(**self.arguments, past_key_values=self.cache).logits)
+        self.output.logits.copy_(self.model(**self.arguments, **{CACHE: self.cache}).logits)
 
 
 recorded = [] # numbers of rows

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTra
 from mdl_nbdev.model import label_loss, midasheng_encoder
 from mdl_nbdev.model import midashenglm as mdl
 from mdl_nbdev.model.midasheng_encoder import n_audio_tokens
-from mdl_nbdev.model.midashenglm import MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor
+from mdl_nbdev.model.midashenglm import CACHE, MiDashengLMConfig, MiDashengLMModel, MiDashengLMProcessor
 
 torch.set_num_threads(1)
 AUDIO, PAD = 99, 0
@@ -258,7 +258,7 @@ def test_loss_in_any_number_of_pieces(model2, rows):
 def test_loss_options(model2, rows):
     batch = make_batch(rows[:3], labels=5)
     out = model2(**batch)
-    assert out.logits is None and out.past_key_values is None and out.loss.dtype == torch.float32
+    assert out.logits is None and getattr(out, CACHE) is None and out.loss.dtype == torch.float32
     torch.testing.assert_close(model2(**batch, num_items_in_batch=torch.tensor(45)).loss, out.loss*15/45)
     asked = model2(**batch, logits_to_keep=0)
     assert asked.logits.shape == (*batch["input_ids"].shape, 100)
@@ -500,7 +500,7 @@ def test_own_decoding_loop(model2, rows):
     for _ in range(4):
         tokens.append(out.logits[0, -1].argmax().item())
         mask = torch.cat([mask, torch.ones(1, 1).long()], dim=1)
-        out = model2(input_ids=torch.tensor([tokens[-1:]]), attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+        out = model2(input_ids=torch.tensor([tokens[-1:]]), attention_mask=mask, use_cache=True, **{CACHE: getattr(out, CACHE)})
     assert tokens == greedy(model2, ids, clips, 4)
 
 

@@ -18,6 +18,7 @@ from mdl_nbdev.model import families
 from mdl_nbdev.model.byte_tokenizer import byte_tokenizer
 from mdl_nbdev.model.chat import Chat
 from mdl_nbdev.model.family import Family
+from mdl_nbdev.model.midashenglm import CACHE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RATE, GROOVE = 8000, 400 # samples a second; samples a token
@@ -49,13 +50,13 @@ class Gramophone(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self): return self.lm.get_input_embeddings()
     def get_output_embeddings(self): return self.lm.lm_head
 
-    def forward(self, input_ids=None, attention_mask=None, grooves=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None, logits_to_keep=0, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, grooves=None, position_ids=None, inputs_embeds=None, use_cache=None, logits_to_keep=0, **kwargs):
         x = self.get_input_embeddings()(input_ids)
         if grooves is not None and (input_ids == self.config.disc_id).any():
             heard = self.amplifier(torch.tanh(self.horn(grooves.to(x.dtype))))
             x = x.masked_scatter((input_ids == self.config.disc_id)[..., None], heard)
-        out = self.lm.model(inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache)
-        return CausalLMOutputWithPast(logits=self.lm.lm_head(out.last_hidden_state), past_key_values=out.past_key_values)
+        out = self.lm.model(inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **{CACHE: kwargs.get(CACHE)})
+        return CausalLMOutputWithPast(logits=self.lm.lm_head(out.last_hidden_state), **{CACHE: getattr(out, CACHE)})
 
 
 class GramophoneFamily(Family):

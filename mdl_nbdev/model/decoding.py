@@ -14,6 +14,7 @@ from transformers import (
     Cache, MinPLogitsWarper, PreTrainedModel, RepetitionPenaltyLogitsProcessor, StaticCache, SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper, TopPLogitsWarper)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from .midashenglm import CACHE
 
 # %% ../../nbs/2_model/39_decoding.ipynb #15684491
 class Rows:
@@ -30,7 +31,7 @@ class Rows:
         self.logits = None # float32 [rows, vocabulary] of the next token
 
     @property
-    def cache(self): return self.arguments.get('past_key_values')
+    def cache(self): return self.arguments.get(CACHE)
 
     def advance(self, inputs:dict, forward)->None:
         "Compute the logits of the next token"
@@ -138,7 +139,7 @@ def regroup(
     if recorded or min(lengths) < n:
         start = n - torch.tensor(lengths, device=ids.device)[order]
         arguments['attention_mask'] = (torch.arange(n + 1, device=ids.device) >= start[:,None]).long()
-    if recorded: arguments['past_key_values'] = recorded.view(len(order))
+    if recorded: arguments[CACHE] = recorded.view(len(order))
     # positions of the next tokens: [rows, 1], in some models [3, rows, 1]
     positions = [group.arguments['position_ids'][...,rows,-1:] for group,rows in parts]
     arguments['position_ids'] = torch.cat(positions, -2)[...,order,:]
@@ -178,8 +179,9 @@ class RecordedStep:
         pool=None, # Memory that graphs share, of `torch.cuda.graph_pool_handle`
     ): self.model, self.cache, self.pool, self.graph = model, cache, pool, None
 
-    def __call__(self, past_key_values, **arguments):
+    def __call__(self, **arguments):
         "The model's output for the next position of each row"
+        del arguments[CACHE] # which is this step's
         if self.graph is None: self.record(arguments)
         for static, new in zip(tree_leaves(self.arguments), tree_leaves(arguments)):
             if torch.is_tensor(new): static.copy_(new)
@@ -193,7 +195,7 @@ def record(self:RecordedStep,
 )->None:
     "Record the step"
     self.arguments = tree_map_only(torch.Tensor, torch.clone, arguments)
-    def step(): return self.model(**self.arguments, past_key_values=self.cache)
+    def step(): return self.model(**self.arguments, **{CACHE:self.cache})
     lengths = [layer.cumulative_length.clone() for layer in self.cache.layers]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

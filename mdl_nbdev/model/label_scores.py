@@ -18,6 +18,7 @@ from ..base.settings import InferSettings
 from ..base.text import shorten
 from ..data.conversations import Conversation, text_message
 from .chat import Chat, Example
+from .midashenglm import CACHE
 from .engine import Completion, Request, TransformersEngine, load_engine
 from .template import shape_of
 
@@ -188,7 +189,7 @@ def log_probs(self:LabelEngine,
     total = first.gather(1, tokens[...,0]).double()
     positions = GROUP_POSITIONS_CPU if first.device.type=='cpu' else GROUP_POSITIONS
     for group in group_labels(lengths, mask.shape[1], first.shape[-1], positions):
-        total[:,group] += self.continued(prompts.past_key_values, mask, tokens[:,group], n_tokens[:,group])
+        total[:,group] += self.continued(getattr(prompts, CACHE), mask, tokens[:,group], n_tokens[:,group])
     return total.cpu().numpy()
 
 @patch
@@ -205,7 +206,7 @@ def continued(self:LabelEngine,
     cache.batch_repeat_interleave(n)
     given, predicted = tokens[...,:longest-1].flatten(0, 1), tokens[...,1:longest].flatten(0, 1)
     is_label = torch.arange(1, longest, device=lengths.device) < lengths.flatten()[:,None]
-    out = self.forward(given, torch.cat([mask.repeat_interleave(n, 0), is_label.to(mask)], 1), past_key_values=cache)
+    out = self.forward(given, torch.cat([mask.repeat_interleave(n, 0), is_label.to(mask)], 1), **{CACHE:cache})
     scores = token_logprobs(out.logits, predicted).masked_fill(~is_label, 0.)
     return scores.sum(-1).unflatten(0, (-1, n))
 
