@@ -212,9 +212,8 @@ class MiDashengLMModel(AudioInputs, MiDashengLMPreTrainedModel, GenerationMixin)
         if attention_mask is None and (told or way == "sdpa" and position_ids is None) and not use_cache \
            and cache is None and set(text.layer_types) == {"full_attention"}:
             attention_mask = {"full_attention": None} # transformers would ask the GPU whether rows are packed
-        out = self.decoder.model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-            use_cache=use_cache, **{CACHE: cache}, **kwargs)
+        out = self.decoder.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+                                 use_cache=use_cache, **{CACHE: cache}, **kwargs)
         hidden, loss, logits = out.last_hidden_state, None, None
         if labels is not None:
             loss = labelled_loss(hidden, labels, self.decoder.lm_head, self.config.text_config.vocab_size,
