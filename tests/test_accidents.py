@@ -344,11 +344,12 @@ def test_a_review_killed_anywhere(reviewed, scored):
     assert killed_anywhere(lambda: mdl_nbdev.review(s), lambda: scored and shutil.copytree(scores, "out.folds"), whole) > (12 if scored else 30)
 
 
-def test_a_replacing_conversion_killed_anywhere():
-    s = ConvertSettings(input="sounds.csv", output="out", model_name="tiny", num_workers=1, overwrite=True)
+@pytest.mark.parametrize("overwrite", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_conversion_killed_anywhere(overwrite):
+    s = ConvertSettings(input="sounds.csv", output="out", model_name="tiny", num_workers=1, overwrite=overwrite)
     convert(s)
     whole = everything("out")
-    assert killed_anywhere(lambda: convert(s), lambda: convert(dataclasses.replace(s, user_prompt="What?")), whole) > 12
+    assert killed_anywhere(lambda: convert(s), lambda: overwrite and convert(dataclasses.replace(s, user_prompt="What?")), whole) > 12
 
 
 def test_the_folder_of_a_demo_killed_anywhere():

@@ -61,7 +61,7 @@ def attention_by_sample(
     heads = query, repeat_kv(key, groups), repeat_kv(value, groups)
     flat = (t.transpose(1, 2).flatten(0, 1).to(value.dtype) for t in heads)
     out = within_samples(*flat, cu_seq_lens_q, max_length_q, scaling, dropout)
-    return out.unflatten(0, (query.shape[0], query.shape[2])), None
+    return out.unflatten(0, (query.shape[0], query.shape[2])).contiguous(), None # as some models expect
 
 # %% ../../nbs/2_model/34_packed_attention.ipynb #maskbysample
 def mask_by_sample(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MISPLACED', 'RECORD_BATCH', 'READ_THREADS', 'row_schema', 'to_columns', 'convert_rows', 'write_shard', 'start_worker',
            'write_in_worker', 'write_shards', 'keep_shards', 'count_unlearned', 'shard_jobs', 'plan_shards',
-           'conversion_key', 'convert_shards', 'notes_of', 'write_small_files', 'ConvertReport', 'finish_conversion',
-           'convert']
+           'conversion_key', 'convert_shards', 'notes_of', 'write_small_files', 'ConvertReport', 'clear_up',
+           'finish_conversion', 'convert']
 
 # %% ../../nbs/3_train/00_convert.ipynb #2770c8f4
 import hashlib, json, multiprocessing, os, shutil, sys, time
@@ -313,6 +313,13 @@ class ConvertReport:
         return '\n'.join([made, *note_lines(self.notes)])
 
 # %% ../../nbs/3_train/00_convert.ipynb #f178dd3c
+def clear_up(
+    out:Path, # Where a dataset should be
+)->None:
+    "Do what a process that was killed at its very end, when the dataset was complete, did not do any more"
+    if not (out/MANIFEST).exists(): return
+    with file_lock(f'{out}.part.lock', out, patient=True): shutil.rmtree(out/CLAIMS, ignore_errors=True)
+
 def finish_conversion(
     s:ConvertSettings, # What was converted, and where to
     chat:Chat, # Of the model
@@ -343,6 +350,7 @@ def convert(
     make_folder(out.parent)
     with ExitStack() as stack:
         if not s.join: stack.enter_context(output_lock(out))
+        clear_up(out)
         check()
         chat = chat or load_chat(s.model_name, s.from_modelscope, s.chat_template)
         with file_lock(f'{out}.part.lock', out, patient=True) if s.join else nullcontext():
