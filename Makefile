@@ -20,8 +20,8 @@ $(VENV)/installed: settings.ini setup.py constraints.txt
 	@echo 'Installing into $(VENV): a few minutes, once'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
-	grep "$$($(VENV)/bin/python -c 'import sys; print("==" if sys.version_info >= (3, 11) else "^torch==")')" constraints.txt > $(VENV)/constraints.txt
-	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]' \
+		$$($(VENV)/bin/python -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 	@touch $@
 
 demo: install  ## Train a LoRA on the built-in tiny model and label held-out sounds with it

@@ -313,6 +313,7 @@ def test_form(browser, lab):
     rank.fill("0")
     until(lambda: "lora_rank: got 0, expected at least 1" in nb.text())
     train = page.get_by_role("button", name="Train", exact=True)
+    until(train.is_disabled) # a moment after the text
     assert train.is_disabled()
     nb.shot("form-fault")
     rank.fill("16")

@@ -150,7 +150,7 @@ class AudioInputs:
     )->torch.Tensor: # [audio tokens of all clips, hidden]
         "Embeddings of the audio tokens, clip after clip"
         device = self.audio_encoder.time_pos_embed.device
-        encode = lambda waveforms, *args: self.audio_projector(self.audio_encoder(waveforms, *args))
+        encode = lambda *args: self.audio_projector(self.audio_encoder(*args))
         limit, n = ENCODED_AT_ONCE.get(device.type, 2**24), len(input_values)
         if not torch.is_grad_enabled(): n = max(1, limit // input_values.shape[1])
         if audio_plan and len(input_values) <= n: return encode(input_values.to(device), audio_length, spec_masks, audio_plan)
